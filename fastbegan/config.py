@@ -1,0 +1,206 @@
+"""What can be chosen: frozen dataclasses, checked on construction, and the named presets.
+
+The string under a field is its `--help` text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import UserError
+
+# multiples of `filters` at the output of each encoder level (paper §3.5 and its figure 1)
+STANDARD_WIDTHS: dict[int, tuple[int, ...]] = {
+    32: (2, 3, 3),
+    64: (2, 3, 4, 4),
+    128: (1, 2, 3, 4, 4),
+    256: (1, 1, 2, 3, 4, 4),
+}
+
+
+def _require(ok: bool, field: str, value: object, accepted: str) -> None:
+    if not ok:
+        raise UserError(f"{field} is {value!r}; accepted: {accepted}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of both networks (paper §3.5). Raises UserError for values that no network can have."""
+
+    size: int = 64
+    """Image height and width in pixels: 8 * 2^k."""
+    filters: int = 128
+    """n, the number of channels that every width is a multiple of."""
+    hidden: int = 64
+    """N_h, the size of the auto-encoder's code."""
+    latent: int = 64
+    """N_z, the size of the generator's input."""
+    widths: tuple[int, ...] | None = None
+    """Encoder output width of each level, in multiples of filters; one a level from `size` down to 8."""
+    repeats: int = 2
+    """Convolutions a level."""
+    skips: bool = True
+    """Decoder skip connections from its 8x8 tensor (§3.5.1)."""
+    vanishing: bool = False
+    """Vanishing residuals: layers fade in over the first 16,000 steps (§3.5.1)."""
+
+    def __post_init__(self) -> None:
+        levels = (self.size // 8).bit_length()
+        _require(self.size >= 8 and self.size == 8 << (levels - 1), "size", self.size, "8 * 2^k: 8, 16, 32, 64, ...")
+        for field in ("filters", "hidden", "latent", "repeats"):
+            _require(getattr(self, field) >= 1, field, getattr(self, field), "whole numbers from 1")
+        widths = STANDARD_WIDTHS.get(self.size) if self.widths is None else tuple(self.widths)
+        if widths is None:
+            raise UserError(f"size {self.size} has no standard widths; give widths, one number for each of {levels} levels")
+        _require(
+            len(widths) == levels and all(w >= 1 for w in widths), "widths", widths, f"{levels} whole numbers from 1"
+        )
+        object.__setattr__(self, "widths", widths)
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Encoder output channels of each level, from `size` down to 8."""
+        return tuple(width * self.filters for width in self.widths or ())
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train (paper §3.2-3.4, §4.1). Raises UserError for values out of range."""
+
+    data: str = "faces"
+    """`faces` (procedural portraits; faces:COUNT for another number of them) or a folder of images."""
+    crop: str = "center"
+    """What to cut from each image before scaling: `center` (largest square), `none` (stretch), or pixels (128)."""
+    flip: bool = True
+    """Mirror half of the images left-right."""
+    images: int | None = None
+    """Stop after this many images seen in all, resumed runs included."""
+    steps: int | None = None
+    """Stop after this many steps in all."""
+    minutes: float | None = None
+    """Stop after this many minutes of training in all."""
+    batch_size: int = 16
+    """Images a step."""
+    gamma: float = 0.5
+    """Diversity ratio E[L(G(z))] / E[L(x)] (§3.3)."""
+    lambda_k: float = 1e-3
+    """Proportional gain of k (§3.4)."""
+    eta: Literal[1, 2] = 1
+    """Exponent of the pixel-wise loss (§3.1)."""
+    lr: float = 1e-4
+    """Adam's learning rate at the start."""
+    lr_floor: float = 2e-5
+    """Halving stops here."""
+    lr_window: int = 8000
+    """Halve the learning rate when the mean of M over this many steps did not fall; 0 for never."""
+    updates: Literal["simultaneous", "alternating"] = "simultaneous"
+    """Update D and G from the same parameters (paper), or D first and G through the updated D."""
+    latents: Literal["shared", "independent"] = "shared"
+    """Whether z_D and z_G are the same draw."""
+    ema_half_life: float = 20_000.0
+    """Half-life of the averaged generator in images; samples come from it. 0 for no average."""
+    carry_steps: int = 16_000
+    """Steps over which a vanishing residual's carry goes from 1 to 0."""
+    seed: int = 0
+    """Everything random follows from it."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the device has it natively, else float32."""
+    deterministic: bool = False
+    """Only operations whose results do not vary between runs."""
+    log_every: int = 50
+    """Steps between rows of metrics.jsonl."""
+    sample_every: int = 500
+    """Steps between sample sheets."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept, at least 2."""
+    tensorboard: bool = False
+    """Write TensorBoard events too."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.gamma <= 1, "gamma", self.gamma, "0 to 1")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "whole numbers from 1")
+        _require(self.lr > 0, "lr", self.lr, "numbers above 0")
+        _require(self.lr_floor >= 0, "lr_floor", self.lr_floor, "numbers from 0")
+        _require(self.lambda_k >= 0, "lambda_k", self.lambda_k, "numbers from 0")
+        _require(self.ema_half_life >= 0, "ema_half_life", self.ema_half_life, "numbers from 0")
+        _require(self.seed >= 0, "seed", self.seed, "whole numbers from 0")
+        _require(self.lr_window >= 0, "lr_window", self.lr_window, "whole numbers from 0")
+        _require(self.carry_steps >= 1, "carry_steps", self.carry_steps, "whole numbers from 1")
+        _require(self.keep >= 2, "keep", self.keep, "whole numbers from 2")
+        for field in ("log_every", "sample_every", "checkpoint_every"):
+            _require(getattr(self, field) >= 1, field, getattr(self, field), "whole numbers from 1")
+        for field in ("images", "steps", "minutes"):
+            value = getattr(self, field)
+            _require(value is None or value > 0, field, value, "numbers above 0")
+        _require(
+            any(value is not None for value in (self.images, self.steps, self.minutes)),
+            "the length of the run", None, "at least one of images, steps, minutes",
+        )  # fmt: skip
+
+
+# may differ between a run and its continuation: they change how long, where and how often, not what is learned
+FREE_ON_RESUME = frozenset(
+    ("images", "steps", "minutes", "device", "log_every", "sample_every", "checkpoint_every", "keep", "tensorboard")
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named starting point."""
+
+    model: ModelConfig
+    train: TrainConfig
+
+
+def _paper(size: int, gamma: float) -> Preset:
+    # paper §4.1: batch 16, lr 1e-4 and halved on a stall, 400-450 thousand steps
+    return Preset(ModelConfig(size=size), TrainConfig(gamma=gamma, images=7_000_000, ema_half_life=100_000))
+
+
+PRESETS: dict[str, Preset] = {
+    "demo": Preset(
+        ModelConfig(size=32, filters=16),
+        TrainConfig(
+            gamma=0.7, lr=5e-4, images=48_000, ema_half_life=2_000, sample_every=250, checkpoint_every=500
+        ),
+    ),
+    "paper-32": _paper(32, 0.5),
+    "paper-64": _paper(64, 0.5),
+    "paper-128": _paper(128, 0.7),
+    "paper-256": _paper(256, 0.7),
+}
+
+
+def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
+    """Rebuild a config dataclass from parsed JSON. Raises UserError for unknown or ill-typed fields."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise UserError(f"{cls.__name__} has no field {unknown[0]!r}; accepted: {', '.join(fields)}")
+    hints = typing.get_type_hints(cls)
+    checked = {}
+    for name, value in values.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if not _fits(value, hints[name]):
+            raise UserError(f"{cls.__name__}.{name} is {value!r}; accepted: {fields[name].type}")
+        checked[name] = value
+    return cls(**checked)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if arguments:
+        return any(_fits(value, argument) for argument in arguments)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

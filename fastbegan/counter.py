@@ -1,0 +1,57 @@
+"""Counter-based random numbers: value i is a function of (seed, stream, i), so there is no state to save.
+
+The same numbers come out on any device, for any batch size and number of ranks. The mixing function is the finaliser
+of SplitMix64 (Steele, Lea, Flood 2014).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+# one stream a purpose; numbers are part of the checkpoint format: a run must see the same draws after an upgrade
+ORDER, FLIP, Z_D, Z_G, FACES, SHEET = range(6)
+
+
+def _mix(value: int) -> int:
+    for shift, factor in _ROUNDS:
+        value = ((value ^ (value >> shift)) * factor) & _MASK
+    return value ^ (value >> 31)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts are arithmetic
+
+
+def bits(seed: int, stream: int, index: Tensor) -> Tensor:
+    """64 random bits for each int64 counter in `index`, as int64 of the same shape."""
+    key = _mix((_mix((seed + _GOLDEN) & _MASK) + (stream + 1) * _GOLDEN) & _MASK)
+    x = index * _signed(_GOLDEN) + _signed(key)
+    for shift, factor in _ROUNDS:
+        x = (x ^ _shift(x, shift)) * _signed(factor)
+    return x ^ _shift(x, 31)
+
+
+def uniform(seed: int, stream: int, index: Tensor) -> Tensor:
+    """Uniform float32 in [0, 1), multiples of 2^-24, for each int64 counter in `index`."""
+    return _shift(bits(seed, stream, index), 40).float() * 2.0**-24
+
+
+def permutation(seed: int, stream: int, epoch: int, count: int) -> Tensor:
+    """A random order of range(count), int64 on the CPU, another one each epoch."""
+    counters = torch.arange(count, dtype=torch.int64) + (epoch << 40)
+    return torch.sort(bits(seed, stream, counters), stable=True).indices
+
+
+def latents(seed: int, stream: int, position: int, count: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """z of the images `position` to `position + count` of a run: uniform in [-1, 1), float32 [count, width]."""
+    counters = torch.arange(count * width, dtype=torch.int64, device=device) + position * width
+    return uniform(seed, stream, counters).mul_(2).sub_(1).view(count, width)

@@ -1,0 +1,216 @@
+"""Procedural portraits: the default data set. No download, any size, image i depends on (seed, i) only.
+
+A portrait is a stack of shapes. Each shape is a signed distance field (negative inside, in units of half the image),
+turned into coverage over one pixel, so that edges are smooth at every size. x grows to the right, y downwards, both
+from -1 to 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import counter
+
+DEFAULT_COUNT = 16_384
+_CHUNK = 128  # images drawn at once: bounds memory, and keeps the temporaries in the cache
+
+_SKIN = ("ffe3cb", "f6cfae", "eab98d", "d49e73", "b57c50", "8a5a3b", "643f2b", "f9d9c0")
+_HAIR = ("1f1713", "3d271b", "654026", "94602f", "c99a52", "e8cf92", "8e3318", "b9b7b3", "575a66", "b3502f")
+_CLOTHES = ("355a93", "a63a3f", "3f7d58", "e4e1da", "2e3038", "dba03e", "77549b", "4f969c", "c9707a")
+_WALL = ("c3dbee", "f1dcc6", "d5e6cd", "e6d5ea", "f7eab9", "b7c5d4", "ebebe8", "8090a6", "a8746c", "9cc1b8")
+_IRIS = ("4a301b", "6f4d2b", "3f6f97", "557f51", "5c6670", "2b211a")
+_LIPS = ("b9544f", "a14a46", "cc706a", "8c3f3c", "c43f5c")
+_FRAMES = ("1f1f23", "5a3421", "9c2a28", "46506e", "b58a3a")
+_WHITE, _DARK = (0.97, 0.97, 0.97), (0.22, 0.07, 0.07)
+
+
+def faces(index: Tensor, size: int, seed: int = 0) -> Tensor:
+    """Portraits number `index` [N] int64 of `seed`: uint8 [N, size, size, 3] on the device of `index`."""
+    chunks = [_portraits(part, size, seed) for part in index.split(_CHUNK)]
+    return torch.cat(chunks) if chunks else index.new_zeros((0, size, size, 3), dtype=torch.uint8)
+
+
+class _Traits:
+    """The random numbers of N portraits, drawn one after another; each is [N, 1, 1] so that it meets pixels."""
+
+    PER_IMAGE = 80  # counters reserved for each image
+
+    def __init__(self, index: Tensor, seed: int) -> None:
+        counters = index[:, None] * self.PER_IMAGE + torch.arange(self.PER_IMAGE, device=index.device)
+        self._draws = iter(counter.uniform(seed, counter.FACES, counters).T[..., None, None])
+
+    def between(self, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * next(self._draws)
+
+    def chance(self, probability: float) -> Tensor:
+        """1.0 with this probability, else 0.0."""
+        return (next(self._draws) < probability).float()
+
+    def colour(self, palette: tuple[str, ...]) -> Tensor:
+        """One colour of the palette [N, 1, 1, 3], a little lighter or darker than listed."""
+        draw = next(self._draws)
+        table = torch.tensor([[int(c[i : i + 2], 16) / 255 for i in (0, 2, 4)] for c in palette], device=draw.device)
+        scaled = draw.flatten() * len(palette)
+        chosen = scaled.long().clamp(max=len(palette) - 1)
+        jitter = 0.94 + 0.12 * (scaled - chosen)  # the fraction that is left is uniform again
+        return (table[chosen] * jitter[:, None]).clamp(0, 1)[:, None, None]
+
+
+class _Canvas:
+    """An image under construction, float [N, H, W, 3]."""
+
+    def __init__(self, count: int, size: int, device: torch.device) -> None:
+        axis = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
+        self.x, self.y = axis[None, None, :], axis[None, :, None]
+        self.pixel = 2.0 / size
+        self.image = torch.zeros(count, size, size, 3, device=device)
+
+    def cover(self, distance: Tensor) -> Tensor:
+        """Share of each pixel inside the shape, 0 to 1."""
+        return (0.5 - distance / self.pixel).clamp(0, 1)
+
+    def paint(self, mask: Tensor, colour: Tensor | tuple[float, float, float]) -> None:
+        """Lay `colour` over the image where `mask` [N, H, W] is 1."""
+        if isinstance(colour, tuple):
+            colour = torch.tensor(colour, device=self.image.device)
+        self.image.lerp_(colour.expand_as(self.image), mask.expand(self.image.shape[:3])[..., None])
+
+
+def _oval(x: Tensor, y: Tensor, rx: Tensor | float, ry: Tensor | float, power: Tensor | float = 2.0) -> Tensor:
+    """Super-ellipse |x/rx|^p + |y/ry|^p = 1, distance scaled by the smaller radius."""
+    norm = (x / rx).abs().pow(power) + (y / ry).abs().pow(power)
+    radius = torch.minimum(torch.as_tensor(rx), torch.as_tensor(ry))
+    return (norm.clamp(min=1e-12).pow(1 / power) - 1) * radius
+
+
+def _bar(x: Tensor, y: Tensor, half_length: Tensor, radius: Tensor | float) -> Tensor:
+    """A horizontal bar with round ends."""
+    return torch.hypot((x.abs() - half_length).clamp(min=0), y) - radius
+
+
+def _both(a: Tensor, b: Tensor) -> Tensor:
+    return torch.maximum(a, b)
+
+
+def _portraits(index: Tensor, size: int, seed: int) -> Tensor:
+    t = _Traits(index, seed)
+    canvas = _Canvas(len(index), size, index.device)
+    cover, paint = canvas.cover, canvas.paint
+
+    # wall: two colours, a slanted blend
+    wall, shade = t.colour(_WALL), t.colour(_WALL)
+    slope = ((canvas.x * t.between(-1.2, 1.2) + canvas.y) * 0.5 + 0.5).clamp(0, 1)
+    canvas.image.copy_(torch.lerp(wall.expand_as(canvas.image), shade * 0.8, slope[..., None]))
+
+    # where the head is and how it is turned; the features (fx) turn more than the skull does
+    centre_x, centre_y, zoom, tilt = t.between(-0.07, 0.07), t.between(-0.02, 0.1), t.between(0.9, 1.1), t.between(-0.1, 0.1)
+    turn = t.between(-0.13, 0.13)
+    u, v = (canvas.x - centre_x) / zoom, (canvas.y - centre_y) / zoom
+    x, y = u * tilt.cos() + v * tilt.sin(), v * tilt.cos() - u * tilt.sin()
+    fx = x - turn
+    wide, tall, jaw, square = t.between(0.41, 0.53), t.between(0.55, 0.67), t.between(-0.08, 0.2), t.between(2.0, 2.5)
+    skin, hair, shirt = t.colour(_SKIN), t.colour(_HAIR), t.colour(_CLOTHES)
+
+    # one hair style each: long, bald, round (curls), bun, else short
+    style, length = t.between(), t.between()
+    is_long, is_bald = (style < 0.36).float(), ((style >= 0.36) & (style < 0.44)).float()
+    is_round, is_bun = ((style >= 0.44) & (style < 0.56)).float(), ((style >= 0.56) & (style < 0.66)).float()
+    paint(cover(_oval(x, y - 0.06 - 0.14 * length, wide * 1.27, tall * (1.03 + 0.42 * length), 2.7)) * is_long, hair * 0.8)
+    paint(cover(_oval(x, y + 0.2, wide * 1.42, tall * 1.07, 2.2)) * is_round, hair * 0.88)
+    paint(cover(torch.hypot(x, y + tall * 1.13) - 0.19) * is_bun, hair * 0.9)
+
+    # shoulders, collar, neck
+    paint(cover(_oval(canvas.x - centre_x, canvas.y - 1.24, t.between(0.7, 0.92), 0.48, 2.8)), shirt)
+    neck = _bar(canvas.y - centre_y - 0.55 * zoom, canvas.x - centre_x, torch.full_like(wide, 0.26), wide * 0.42 * zoom)
+    paint(cover(neck - 0.035) * cover(0.86 - canvas.y) * t.chance(0.5), shirt * 0.75)
+    paint(cover(neck), skin * 0.84)
+
+    # ears, then the head under one soft light
+    for side in (-1, 1):
+        paint(cover(_oval(x - side * wide * 0.98 + turn * 0.3, y - 0.05, 0.08, 0.125)), skin * 0.88)
+    head = _oval(x / (1 - jaw * (y / tall).clamp(-0.2, 1)), y, wide, tall, square)
+    on_head = cover(head)
+    glow = 1.03 + 0.12 * (t.between(-0.9, 0.9) * x / wide - 0.4 * y / tall) - 0.15 * ((x / wide) ** 2 + (y / tall) ** 2)
+    paint(on_head, (skin * glow.clamp(0.6, 1.15)[..., None]).clamp(0, 1))
+    blush = t.chance(0.6) * t.between(0.1, 0.35)
+    for side in (-1, 1):
+        spot = torch.exp(-((fx - side * wide * 0.55) ** 2 + (y - 0.2) ** 2) / 0.02)
+        paint(spot * blush * on_head, skin * torch.tensor([1.0, 0.62, 0.58], device=skin.device))
+
+    eye_y, spread = _eyes(t, canvas, fx, y, hair)
+    _nose_and_mouth(t, canvas, fx, y, turn, skin, hair, head, may_have_beard=1 - is_long)
+    _front_hair(t, canvas, x, y, wide, tall, jaw, length, hair, (1 - is_bald))
+    _glasses(t, canvas, fx, y, eye_y, spread)
+
+    exposure = t.between(0.9, 1.06)[..., None]
+    return canvas.image.mul_(exposure).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def _eyes(t: _Traits, canvas: _Canvas, fx: Tensor, y: Tensor, hair: Tensor) -> tuple[Tensor, Tensor]:
+    """Eyes and brows; returns the height of the eyes and their distance from the middle."""
+    cover, paint = canvas.cover, canvas.paint
+    spread, eye_y, rx, ry = t.between(0.17, 0.23), t.between(-0.06, 0.04), t.between(0.075, 0.11), t.between(0.045, 0.085)
+    iris, look_x, look_y = t.colour(_IRIS), t.between(-0.3, 0.3), t.between(-0.2, 0.2)
+    brow_y, brow_tilt, brow_r = t.between(0.13, 0.19), t.between(-0.3, 0.3), t.between(0.016, 0.034)
+    for side in (-1, 1):
+        ex, ey = fx - side * spread, y - eye_y
+        lid = _oval(ex, ey, rx, ry)
+        white = cover(lid)
+        paint(white, _WHITE)
+        radius = ry * 0.82 + 0.012
+        disc = torch.hypot(ex - look_x * rx, ey - look_y * ry) - radius
+        paint(white * cover(disc), iris)
+        paint(white * cover(disc + radius * 0.5), iris * 0.15)
+        paint(white * cover(torch.hypot(ex - look_x * rx + 0.018, ey - look_y * ry + 0.018) - 0.014), _WHITE)
+        paint(cover(lid.abs() - 0.011) * (ey < 0).float(), hair * 0.35)
+        brow = _bar(ex, ey + brow_y + side * brow_tilt * ex + 1.6 * ex**2, rx * 0.95, brow_r)
+        paint(cover(brow), hair * 0.6)
+    return eye_y, spread
+
+
+def _nose_and_mouth(
+    t: _Traits, canvas: _Canvas, fx: Tensor, y: Tensor, turn: Tensor, skin: Tensor, hair: Tensor, head: Tensor,
+    may_have_beard: Tensor,
+) -> None:  # fmt: skip
+    cover, paint = canvas.cover, canvas.paint
+    nose_y, nose_w = t.between(0.16, 0.24), t.between(0.035, 0.07)
+    paint(cover(_oval(fx - turn * 0.4, y - nose_y, nose_w, 0.032)) * 0.55, skin * 0.74)
+    ridge = torch.exp(-((fx - turn * 0.4) ** 2 / 0.0016 + (y - nose_y * 0.55) ** 2 / 0.02))
+    paint(ridge * 0.25, (skin * 1.12).clamp(max=1))
+
+    mouth_y, half, smile = t.between(0.34, 0.42), t.between(0.1, 0.19), t.between(-0.9, 2.4)
+    opening = t.between(-0.12, 0.1).clamp(min=0)
+    beard, moustache = t.chance(0.16) * may_have_beard, t.chance(0.18) * may_have_beard
+    cheeks = _both(head, 0.22 - y - 0.9 * fx**2)
+    hole = _oval(fx, y - mouth_y, half * 1.15, 0.075)
+    paint(cover(_both(cheeks, -hole)) * beard * 0.92, hair * 0.8)
+    paint(cover(_bar(fx, y - mouth_y + 0.085 + 0.8 * fx**2, half * 0.7, 0.028)) * moustache, hair * 0.7)
+
+    line = y - mouth_y + smile * (fx**2 - half**2 * 0.5)
+    paint(cover(_bar(fx, line, half, 0.022 + opening * 0.5)), t.colour(_LIPS))
+    paint(cover(_bar(fx, line, half * 0.82, opening * 0.42 - 0.004)) * (opening > 0.012), _DARK)
+    teeth = _both(_bar(fx, line, half * 0.76, opening * 0.42 - 0.006), line + 0.004)
+    paint(cover(teeth) * (opening > 0.03), _WHITE)
+
+
+def _front_hair(
+    t: _Traits, canvas: _Canvas, x: Tensor, y: Tensor, wide: Tensor, tall: Tensor, jaw: Tensor, length: Tensor,
+    hair: Tensor, has_hair: Tensor,
+) -> None:  # fmt: skip
+    """The skull's outline above a curved hairline with a parting."""
+    parting, line, fringe = t.between(-0.35, 0.35), t.between(-0.42, -0.22), t.between(0, 0.9)
+    skull = _oval(x / (1 - jaw * (y / tall).clamp(-0.2, 1)), y + 0.05, wide * 1.1, tall * 1.1, 2.2)
+    from_parting = x - parting * wide
+    hairline = y - line - fringe * from_parting**2 * torch.where(from_parting > 0, 1.0, 0.5)
+    strands = 0.93 + 0.07 * torch.sin((x * 38 + 6 * torch.sin(y * 9 + parting * 9)) * (1 + length))
+    canvas.paint(canvas.cover(_both(skull, hairline)) * has_hair, hair * strands[..., None])
+
+
+def _glasses(t: _Traits, canvas: _Canvas, fx: Tensor, y: Tensor, eye_y: Tensor, spread: Tensor) -> None:
+    wears, radius, frame = t.chance(0.22), t.between(0.13, 0.16), t.colour(_FRAMES)
+    for side in (-1, 1):
+        rim = _oval(fx - side * spread, y - eye_y, radius, radius * 0.85, 2.6).abs() - 0.016
+        canvas.paint(canvas.cover(rim) * wears, frame)
+    bridge = _bar(fx, y - eye_y + 0.01, (spread - radius).clamp(min=0.01), 0.014)
+    canvas.paint(canvas.cover(bridge) * wears, frame)

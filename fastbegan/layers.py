@@ -1,0 +1,41 @@
+"""Drop-in layers over fastbegan_kernels; their state dict is that of nn.Conv2d."""
+
+from __future__ import annotations
+
+from fastbegan_kernels import conv2d_elu, upsample_conv2d_elu
+from torch import Tensor, nn
+
+
+class Conv2dELU(nn.Conv2d):
+    """3x3 convolution, bias and activation: [N, C, H, W] -> [N, K, H / stride, W / stride], channels_last.
+
+    `forward(x, carry)` blends the result with x (paper §3.5.1) where the layer is `residual`: stride 1, K = C.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, activation: str = "elu") -> None:
+        super().__init__(in_channels, out_channels, 3, stride, padding=1)
+        self.activation = activation
+        self.residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, input: Tensor, carry: Tensor | None = None) -> Tensor:
+        return conv2d_elu(
+            input,
+            self.weight,
+            self.bias,
+            stride=self.stride[0],
+            activation=self.activation,
+            carry=carry if self.residual else None,
+        )
+
+
+class UpsampleConv2dELU(Conv2dELU):
+    """Nearest upsampling by 2, 3x3 convolution, bias and activation: [N, C, H, W] -> [N, K, 2H, 2W]."""
+
+    def forward(self, input: Tensor, carry: Tensor | None = None) -> Tensor:
+        return upsample_conv2d_elu(
+            input,
+            self.weight,
+            self.bias,
+            activation=self.activation,
+            carry=carry if self.residual else None,
+        )
