@@ -74,6 +74,8 @@ class TrainConfig:
     """`faces` (procedural portraits; faces:COUNT for another number of them) or a folder of images."""
     crop: str = "center"
     """What to cut from each image before scaling: `center` (largest square), `none` (stretch), or pixels (128)."""
+    max_bad: float = 1.0
+    """Percentage of broken files above which a folder is refused; below, they are named and left out."""
     flip: bool = True
     """Mirror half of the images left-right."""
     images: int | None = None
@@ -125,6 +127,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.gamma <= 1, "gamma", self.gamma, "0 to 1")
+        _require(0 <= self.max_bad <= 100, "max_bad", self.max_bad, "0 to 100")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "whole numbers from 1")
         _require(self.lr > 0, "lr", self.lr, "numbers above 0")
         _require(self.lr_floor >= 0, "lr_floor", self.lr_floor, "numbers from 0")
@@ -139,15 +142,11 @@ class TrainConfig:
         for field in ("images", "steps", "minutes"):
             value = getattr(self, field)
             _require(value is None or value > 0, field, value, "numbers above 0")
-        _require(
-            any(value is not None for value in (self.images, self.steps, self.minutes)),
-            "the length of the run", None, "at least one of images, steps, minutes",
-        )  # fmt: skip
 
 
 # may differ between a run and its continuation: they change how long, where and how often, not what is learned
 FREE_ON_RESUME = frozenset(
-    ("images", "steps", "minutes", "device", "log_every", "sample_every", "checkpoint_every", "keep", "tensorboard")
+    ("images", "steps", "minutes", "device", "max_bad", "log_every", "sample_every", "checkpoint_every", "keep", "tensorboard")
 )
 
 

@@ -88,20 +88,13 @@ def decode(path: Path, size: int, crop: str) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise RejectedImageError(f"declares {image.width}x{image.height}, over {MAX_PIXELS // 10**6} megapixels")
             image.load()
-            square = _to_rgb(ImageOps.exif_transpose(image)).resize(
-                (size, size), Image.Resampling.BILINEAR, box=_crop_box(image_size(image), crop)
-            )
-            return np.asarray(square)
+            upright = _to_rgb(ImageOps.exif_transpose(image))
+            box = _crop_box(upright.size, crop)
+            return np.asarray(upright.resize((size, size), Image.Resampling.BILINEAR, box=box))
     except RejectedImageError:
         raise
     except Exception as error:  # PIL's plugins raise nearly anything on damaged files
         raise RejectedImageError(" ".join(str(error).split()) or type(error).__name__) from None
-
-
-def image_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height after EXIF rotation."""
-    turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the axes
-    return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def _crop_box(size: tuple[int, int], crop: str) -> tuple[float, float, float, float]:

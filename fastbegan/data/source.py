@@ -20,7 +20,6 @@ from . import faces
 from .folder import Listing, RejectedImageError, check_crop, decode, list_images
 from .pack import DamagedPackError, read_pack, write_pack
 
-MAX_REJECTED = 0.01  # share of broken files above which a folder is refused
 _CHUNK = 512
 
 Progress = Callable[[str, int, int], None]
@@ -43,10 +42,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbegan"
 
 
-def load_images(data: str, size: int, crop: str, progress: Progress, minimum: int = 1) -> ImageSet:
+def load_images(
+    data: str, size: int, crop: str, progress: Progress, *, minimum: int = 1, max_bad: float = 1.0
+) -> ImageSet:
     """The packed set for `data` (`faces`, `faces:COUNT` or a folder), packed now if it is not in the cache.
 
-    Raises UserError for a folder that is missing, has fewer than `minimum` images or more than 1 percent broken ones.
+    Raises UserError for a folder that is missing, has fewer than `minimum` images or more than `max_bad` percent
+    broken ones.
     """
     check_crop(crop)
     name, _, number = data.partition(":")
@@ -59,7 +61,7 @@ def load_images(data: str, size: int, crop: str, progress: Progress, minimum: in
     listing = list_images(folder)
     _require_enough(len(listing.images), minimum, data)
     key = {"folder": str(folder.resolve()), "crop": crop, "size": size, "files": _fingerprint(folder, listing)}
-    found = _cached(key, size, f"images of {folder}", lambda: _decode_all(folder, listing, size, crop, progress))
+    found = _cached(key, size, f"images of {folder}", lambda: _decode_all(folder, listing, size, crop, progress, max_bad))
     _require_enough(len(found.images), minimum, data)
     return found
 
@@ -111,7 +113,9 @@ def _draw(count: int, size: int, progress: Progress) -> Iterator[np.ndarray]:
         progress("drawing portraits", stop, count)
 
 
-def _decode_all(folder: Path, listing: Listing, size: int, crop: str, progress: Progress) -> Iterator[np.ndarray]:
+def _decode_all(
+    folder: Path, listing: Listing, size: int, crop: str, progress: Progress, max_bad: float
+) -> Iterator[np.ndarray]:
     """Decoded images in listing order; ends with an error if too many files are broken, naming them in a file."""
     rejected = list(listing.rejected)
 
@@ -134,10 +138,12 @@ def _decode_all(folder: Path, listing: Listing, size: int, crop: str, progress: 
             if good:
                 yield np.stack(good)
             progress("packing images", start + len(paths), total)
-    _report_rejected(folder, rejected, listing.others, total)
+    _report_rejected(folder, rejected, listing.others, total, max_bad)
 
 
-def _report_rejected(folder: Path, rejected: list[tuple[Path, str]], others: list[Path], total: int) -> None:
+def _report_rejected(
+    folder: Path, rejected: list[tuple[Path, str]], others: list[Path], total: int, max_bad: float
+) -> None:
     if not rejected and not others:
         return
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:20]
@@ -150,6 +156,6 @@ def _report_rejected(folder: Path, rejected: list[tuple[Path, str]], others: lis
         return
     first = "; ".join(f"{path}: {reason}" for path, reason in rejected[:3])
     message = f"{len(rejected)} of {total:,} images in {folder} are broken ({first}; all in {report})"
-    if len(rejected) > MAX_REJECTED * total:
-        raise UserError(f"{message}; at most {MAX_REJECTED:.0%} is accepted: repair or remove them")
+    if len(rejected) > max_bad / 100 * total:
+        raise UserError(f"{message}; max_bad accepts {max_bad:g} percent: repair them, remove them or raise it")
     warnings.warn(f"{message}; left out", stacklevel=2)

@@ -1,0 +1,92 @@
+"""Checkpoints that survive crashes: a folder each, complete as soon as it has its name.
+
+`checkpoints/000001000/` holds `state.pt` and `manifest.json` (size and SHA-256 of the state). It is written under a
+temporary name, flushed, and renamed; loading verifies the manifest and passes over a damaged one with a warning.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError
+from .files import read_json, sha256, sync_folder, write_json
+
+_STATE, _MANIFEST, _TEMPORARY = "state.pt", "manifest.json", ".writing-"
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
+    """Write `state` (tensors and plain values) as the checkpoint of `step` and drop all but the newest `keep`.
+
+    Returns the checkpoint's folder. Raises UserError where the disk is full or the folder cannot be written.
+    """
+    target = folder / f"{step:09d}"
+    temporary = folder / f"{_TEMPORARY}{target.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        path = temporary / _STATE
+        with path.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        manifest = {"step": step, "files": {_STATE: {"bytes": path.stat().st_size, "sha256": sha256(path)}}}
+        write_json(temporary / _MANIFEST, manifest)
+        if target.exists():  # a damaged one that was passed over, or the same step once more
+            shutil.rmtree(target)
+        temporary.rename(target)
+        sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"checkpoint {target} cannot be written ({error.strerror}); earlier ones are kept") from None
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first; verified only by `damage`."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every file is as its manifest says."""
+    try:
+        files = read_json(checkpoint / _MANIFEST)["files"]
+        for name, entry in files.items():
+            path = checkpoint / Path(name).name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+            if sha256(path) != entry["sha256"]:
+                return f"{name} does not match its checksum"
+    except UserError as error:
+        return str(error)
+    except (KeyError, TypeError, AttributeError):
+        return "its manifest is not one of ours"
+    return None
+
+
+def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """State of the newest undamaged checkpoint, or None if there is no checkpoint at all.
+
+    Never unpickles objects. Raises UserError if there are checkpoints and all are damaged.
+    """
+    found = list_checkpoints(folder)
+    for checkpoint in reversed(found):
+        if problem := damage(checkpoint):
+            warnings.warn(f"checkpoint {checkpoint} is damaged ({problem}); passed over", stacklevel=2)
+            continue
+        return torch.load(checkpoint / _STATE, map_location=device, weights_only=True)
+    if found:
+        raise UserError(f"every checkpoint in {folder} is damaged; start again with another --out")
+    return None

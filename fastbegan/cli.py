@@ -1,0 +1,154 @@
+"""The commands: `fastbegan train`, `sample`, `info`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, subcommand
+
+from .config import PRESETS, ModelConfig, TrainConfig
+from .errors import UserError
+from .run import RunConfig, RunFolder
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a BEGAN. Without options: the demo, on procedural portraits, into a new folder under runs/."""
+
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")]
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    preset: str = "demo"
+    """Where all other options start from: demo, paper-32, paper-64, paper-128, paper-256."""
+    out: Path | None = None
+    """The run folder. A folder that holds a run is continued, with that run's settings. Default: a new one in runs/."""
+    resume: Literal["auto", "off"] = "auto"
+    """off: refuse a folder that holds a run."""
+
+    def run(self) -> int:
+        from .train import train
+
+        out = self.out or _new_run_folder(self.preset)
+        return train(RunConfig(self.preset, self.model, self.train), out, resume=self.resume == "auto")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw images with a trained generator (its average over training)."""
+
+    run_folder: Positional[Path]
+    """The folder that `fastbegan train` made."""
+    out: Path | None = None
+    """Where the pictures go. Default: generated/ in the run folder."""
+    count: int = 64
+    """How many images; with --interpolate, how many rows of the strip."""
+    seed: int = 0
+    """Which latents."""
+    columns: int = 8
+    """Images in a row of the sheet."""
+    single: bool = False
+    """Write each image as a PNG of its own too."""
+    interpolate: int = 0
+    """Steps on the way from each image to the next: writes a strip instead of a sheet."""
+    gif: bool = False
+    """With --interpolate, write the way as an animation too."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def run(self) -> int:
+        from .generate import sample
+
+        return sample(
+            self.run_folder,
+            out=self.out,
+            count=self.count,
+            seed=self.seed,
+            columns=self.columns,
+            single=self.single,
+            interpolate=self.interpolate,
+            gif=self.gif,
+            device=self.device,
+        )
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a run is and how far it came; without a folder, the presets."""
+
+    run_folder: Positional[Path | None] = None
+    """The folder that `fastbegan train` made."""
+
+    def run(self) -> int:
+        from .info import show_presets, show_run
+
+        return show_presets() if self.run_folder is None else show_run(self.run_folder)
+
+
+def _new_run_folder(preset: str) -> Path:
+    stem = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
+    path, number = stem, 1
+    while path.exists():
+        number += 1
+        path = stem.with_name(f"{stem.name}-{number}")
+    return path
+
+
+def _train_defaults(arguments: list[str]) -> Train:
+    """What the options of `train` default to: the run in --out if it holds one, else the preset."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--preset")
+    scan.add_argument("--out", type=Path)
+    scan.add_argument("--size")
+    scan.add_argument("--widths", nargs="*")
+    known = scan.parse_known_args(arguments)[0]
+    if known.preset is not None and known.preset not in PRESETS:
+        raise UserError(f"preset is {known.preset!r}; accepted: {', '.join(PRESETS)}")
+    if known.out is not None and RunFolder(known.out).exists():
+        stored = RunFolder(known.out).read_config()
+        preset, model, train = stored.preset, stored.model, stored.train
+    else:
+        preset = known.preset or "demo"
+        model, train = PRESETS[preset].model, PRESETS[preset].train
+        with contextlib.suppress(ValueError):  # what is no number is for the real parser to name
+            if known.size is not None:  # another size has other standard widths than the preset's
+                widths = None if known.widths is None else tuple(int(width) for width in known.widths)
+                model = dataclasses.replace(model, size=int(known.size), widths=widths)
+    if any(argument.partition("=")[0] in ("--images", "--steps", "--minutes") for argument in arguments):
+        # a length that is asked for replaces the one of the preset or the stored run
+        train = dataclasses.replace(train, images=None, steps=None, minutes=None)
+    return Train(model, train, preset=preset)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for bad input, others as `train` says."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command: Train | Sample | Info = tyro.cli(
+                Annotated[Train, subcommand("train", default=_train_defaults(arguments))]
+                | Annotated[Sample, subcommand("sample")]
+                | Annotated[Info, subcommand("info")],  # pyright: ignore[reportArgumentType]
+                prog="fastbegan",
+                description="BEGAN: train it, draw with it.",
+                args=arguments,
+            )
+            return command.run()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)

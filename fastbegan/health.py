@@ -1,0 +1,34 @@
+"""Signs of trouble in a running training. A collapse is reported and never ends a run."""
+
+from __future__ import annotations
+
+_STUCK_ROWS = 5  # log rows with k at 1 in a row before it is said
+_FELL_TO = 0.5  # diversity under this share of its best counts as fallen
+_ALIVE = 0.02  # mean distance of samples that differ visibly; data sets of faces have 0.3 to 0.4
+_PATIENCE = 100_000  # images within which samples must have begun to differ
+
+
+class HealthMonitor:
+    """Watches k and the diversity of the samples; each kind of trouble is reported once until it has passed."""
+
+    def __init__(self) -> None:
+        self._stuck, self._best, self._collapsed = 0, 0.0, False
+
+    def after_log(self, k: float) -> str | None:
+        """Take k of a log row; returns a message when it has just become stuck at 1."""
+        self._stuck = self._stuck + 1 if k >= 1 else 0
+        if self._stuck != _STUCK_ROWS:
+            return None
+        return "k is stuck at 1: D cannot tell generated images apart any more; try a lower gamma or learning rate"
+
+    def after_sheet(self, diversity: float, images: int) -> str | None:
+        """Take the diversity of a sheet's generated images; returns a message when they have just collapsed."""
+        self._best = max(self._best, diversity)
+        fell = self._best > _ALIVE and diversity < _FELL_TO * self._best
+        collapsed = fell or (images >= _PATIENCE and self._best <= _ALIVE)
+        news = collapsed and not self._collapsed
+        self._collapsed = collapsed
+        if not news:
+            return None
+        detail = f"fell from {self._best:.3f}" if fell else f"never rose in {images:,} images"
+        return f"the samples look alike (diversity {diversity:.3f}, {detail}); try a higher gamma or another seed"

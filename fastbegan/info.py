@@ -1,0 +1,125 @@
+"""`fastbegan info`: what a run is and how far it came, and the table of presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fastbegan_kernels import l1_reconstruction_loss
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from .checkpoint import damage, list_checkpoints
+from .config import PRESETS, ModelConfig, TrainConfig
+from .models import Discriminator, Generator, count_parameters
+from .run import RunFolder
+from .step import TrainStep
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one training step needs, counted without running it; bytes are those of float32."""
+
+    parameters: int
+    flops: int
+    memory: int
+
+
+def step_cost(model: ModelConfig, train: TrainConfig) -> StepCost:
+    """Count one simultaneous step on fake tensors: no arithmetic is done and no memory is used.
+
+    `flops` counts a multiply-add as two, convolutions and matrix products only. `memory` is a model: weights,
+    gradients, Adam's two moments and the average, and all that the first backward keeps.
+    """
+    with FakeTensorMode():
+        generator, discriminator = Generator(model), Discriminator(model)
+        step = TrainStep(generator, discriminator, train)
+        real = torch.empty(train.batch_size, 3, model.size, model.size)
+        z = torch.empty(train.batch_size, model.latent)
+        kept = _kept_by_backward(step, z)
+        with FlopCounterMode(display=False) as counter:
+            step.shared_gradients(real, z)
+    # generator: weights, gradients, two moments, average; discriminator: all but the average
+    weights = 4 * (5 * count_parameters(generator) + 4 * count_parameters(discriminator))
+    return StepCost(count_parameters(generator, discriminator), counter.get_total_flops(), weights + kept)
+
+
+def _kept_by_backward(step: TrainStep, z: torch.Tensor) -> int:
+    """Bytes of activations that stay alive between forward and backward of L(G(z))."""
+    weights = {parameter.untyped_storage() for parameter in step.parameters()}
+    kept: dict[torch.UntypedStorage, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage not in weights:
+            kept[storage] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fake = step.generator(z)
+        l1_reconstruction_loss(step.discriminator(fake), fake).mean()
+    return sum(kept.values())
+
+
+def preset_table() -> list[tuple[str, ...]]:
+    """Rows of the table of presets, the header first."""
+    rows = [("preset", "image", "filters", "parameters (D + G)", "GFLOPs a step", "memory a step", "images to see")]
+    for name, preset in PRESETS.items():
+        cost = step_cost(preset.model, preset.train)
+        rows.append(
+            (
+                name,
+                f"{preset.model.size} px",
+                f"{preset.model.filters}",
+                f"{cost.parameters:,}",
+                f"{cost.flops / 1e9:,.0f}",
+                f"{cost.memory / 2**30:.2f} GiB",
+                f"{preset.train.images or 0:,}",
+            )
+        )
+    return rows
+
+
+def show_presets() -> int:
+    """Print the table of presets."""
+    header, *rows = preset_table()
+    table = Table(*header, title="presets (batch 16; FLOPs counted, memory modelled for float32)")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    return 0
+
+
+def show_run(path: Path) -> int:
+    """Print what the run in `path` is and how far it came. Raises UserError where there is none."""
+    folder = RunFolder(path)
+    config = folder.read_config()
+    rows = folder.read_metrics()
+    with torch.device("meta"):
+        parameters = count_parameters(Generator(config.model), Discriminator(config.model))
+    lines = [
+        ("run", str(path)),
+        ("preset", f"{config.preset}: {config.model.size} px, n = {config.model.filters}"),
+        ("parameters", f"{parameters:,} (D + G)"),
+        ("data", f"{config.train.data}, batch {config.train.batch_size}"),
+        ("objective", f"gamma {config.train.gamma:g}, {config.train.updates} updates, {config.train.latents} z"),
+    ]
+    if rows:
+        last = rows[-1]
+        lines += [
+            ("progress", f"step {last['step']:,}, {last['images']:,} images, {last['images_per_second']:,.0f} images/s"),
+            ("losses", f"L(x) {last['loss_real']:.4f}, L(G(z)) {last['loss_fake']:.4f}, gap {last['gap']:.4f}"),
+            ("balance", f"k {last['k']:.4f}, M {last['convergence']:.4f}, lr {last['lr']:g}"),
+        ]
+        if spread := [row["diversity"] for row in rows if "diversity" in row]:
+            lines.append(("diversity", f"{spread[-1]:.3f} (mean distance between samples)"))
+    for checkpoint in list_checkpoints(folder.checkpoints):
+        lines.append(("checkpoint", f"{checkpoint.name}: {damage(checkpoint) or 'whole'}"))
+    if folder.nonfinite_file.exists():
+        lines.append(("stopped", f"numbers were not finite: {folder.nonfinite_file}"))
+    for name, value in lines:
+        print(f"{name:<12}{value}")
+    return 0

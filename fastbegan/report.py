@@ -1,0 +1,68 @@
+"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+_PLAIN_SECONDS = 10.0  # between plain lines
+
+
+def duration(seconds: float) -> str:
+    """`75` -> `1:15`, `3700` -> `1:01:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Report:
+    """Messages and progress on standard output. Use as a context manager, so that the live line is closed."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._live: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._last = float("-inf")
+
+    def __enter__(self) -> Report:
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[note]}"))
+            self._live = Progress(*columns, console=self.console, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def say(self, message: str) -> None:
+        """One line that stays."""
+        self.console.print(message, markup=False)
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Progress of making a packed set; `data.source` calls it."""
+        self._show(what, done / total, f"{done:,} of {total:,}", last=done == total)
+
+    def training(self, fraction: float, row: dict[str, Any], seconds_left: float) -> None:
+        """Progress of training from a log row."""
+        self._show(
+            "training",
+            fraction,
+            f"{fraction:4.0%}  {row['images']:,} images  {row['images_per_second']:,.0f} img/s  "
+            f"{duration(seconds_left)} left  L(x) {row['loss_real']:.4f}  L(G(z)) {row['loss_fake']:.4f}  "
+            f"k {row['k']:.4f}  M {row['convergence']:.4f}",
+            last=fraction >= 1,
+        )
+
+    def _show(self, what: str, fraction: float, note: str, *, last: bool) -> None:
+        if self._live is not None:
+            if what not in self._tasks:
+                self._tasks[what] = self._live.add_task(what, total=1.0, note=note)
+            self._live.update(self._tasks[what], completed=fraction, note=note)
+        elif last or time.monotonic() - self._last >= _PLAIN_SECONDS:
+            self._last = time.monotonic()
+            self.say(f"{what}  {note}")

@@ -1,0 +1,128 @@
+"""The run folder: one place for what a run is (config.json), what it did and what it made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from . import __version__
+from .config import FREE_ON_RESUME, ModelConfig, TrainConfig, from_dict
+from .errors import UserError
+from .files import atomic, read_json, write_json
+from .models import Generator
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that was chosen, resolved; `config.json` is this."""
+
+    preset: str
+    model: ModelConfig
+    train: TrainConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"fastbegan": __version__, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """Raises UserError where a part is missing or wrong."""
+        if missing := [name for name in ("preset", "model", "train") if name not in values]:
+            raise UserError(f"no {missing[0]!r} in it")
+        return cls(
+            str(values["preset"]), from_dict(ModelConfig, values["model"]), from_dict(TrainConfig, values["train"])
+        )
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.generator_file = path / "generator.safetensors"
+        self.discriminator_file = path / "discriminator.safetensors"
+        self.curves_file = path / "curves.png"
+        self.animation_file = path / "progress.gif"
+        self.nonfinite_file = path / "nonfinite.json"
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.config_file.exists()
+
+    def read_config(self) -> RunConfig:
+        """Raises UserError where this is no run folder."""
+        if not self.exists():
+            raise UserError(f"{self.path} is no run folder (it has no config.json); give what `fastbegan train` printed")
+        try:
+            return RunConfig.from_dict(read_json(self.config_file))
+        except UserError as error:
+            raise UserError(f"{self.config_file} is not a config of this version: {error}") from None
+
+    def write_config(self, config: RunConfig) -> None:
+        write_json(self.config_file, config.to_dict())
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add one row to metrics.jsonl."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All whole rows of metrics.jsonl; a last line cut off by a crash is left out."""
+        rows = []
+        if self.metrics_file.exists():
+            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    continue
+        return rows
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop rows after `step`: a continued run writes them again."""
+        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        with atomic(self.metrics_file) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def sheet_file(self, step: int) -> Path:
+        return self.samples / f"{step:09d}.png"
+
+    def write_weights(self, generator: torch.nn.Module, discriminator: torch.nn.Module) -> None:
+        """The averaged generator and the discriminator as safetensors, float32, plain nn.Conv2d layout."""
+        for path, net in ((self.generator_file, generator), (self.discriminator_file, discriminator)):
+            state = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+            with atomic(path) as file:
+                file.write(save(state))
+
+    def load_generator(self, device: torch.device | str = "cpu") -> Generator:
+        """The averaged generator, ready to sample. Raises UserError where there is none or it does not fit."""
+        config = self.read_config()
+        if not self.generator_file.exists():
+            raise UserError(f"{self.generator_file} does not exist; train until the first checkpoint")
+        generator = Generator(config.model)
+        try:
+            generator.load_state_dict(load_file(self.generator_file))
+        except Exception as error:  # safetensors raises its own types, load_state_dict RuntimeError
+            raise UserError(f"{self.generator_file} does not fit {self.config_file}: {error}") from None
+        return generator.to(device=device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
+
+
+def check_resumable(stored: RunConfig, wanted: RunConfig, folder: Path) -> None:
+    """Raises UserError naming each setting that a continued run may not change."""
+    differences = []
+    if stored.preset != wanted.preset:
+        differences.append(("preset", stored.preset, wanted.preset))
+    for part in ("model", "train"):
+        old, new = dataclasses.asdict(getattr(stored, part)), dataclasses.asdict(getattr(wanted, part))
+        differences += [(name, old[name], new[name]) for name in old if old[name] != new[name]]
+    blocked = [f"{name} {old!r} -> {new!r}" for name, old, new in differences if name not in FREE_ON_RESUME]
+    if blocked:
+        raise UserError(f"{folder} holds a run with other settings ({', '.join(blocked)}); keep them or give another --out")
