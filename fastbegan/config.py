@@ -49,14 +49,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         levels = (self.size // 8).bit_length()
-        _require(self.size >= 8 and self.size == 8 << (levels - 1), "size", self.size, "8 * 2^k: 8, 16, 32, 64, ...")
+        _require(
+            self.size >= 8 and self.size == 8 << (levels - 1),
+            "size",
+            self.size,
+            "8 * 2^k: 8, 16, 32, 64, ...",
+        )
         for field in ("filters", "hidden", "latent", "repeats"):
             _require(getattr(self, field) >= 1, field, getattr(self, field), "whole numbers from 1")
         widths = STANDARD_WIDTHS.get(self.size) if self.widths is None else tuple(self.widths)
         if widths is None:
-            raise UserError(f"size {self.size} has no standard widths; give widths, one number for each of {levels} levels")
+            raise UserError(
+                f"size {self.size} has no standard widths; give widths, one number for each of {levels} levels"
+            )
         _require(
-            len(widths) == levels and all(w >= 1 for w in widths), "widths", widths, f"{levels} whole numbers from 1"
+            len(widths) == levels and all(w >= 1 for w in widths),
+            "widths",
+            widths,
+            f"{levels} whole numbers from 1",
         )
         object.__setattr__(self, "widths", widths)
 
@@ -146,7 +156,18 @@ class TrainConfig:
 
 # may differ between a run and its continuation: they change how long, where and how often, not what is learned
 FREE_ON_RESUME = frozenset(
-    ("images", "steps", "minutes", "device", "max_bad", "log_every", "sample_every", "checkpoint_every", "keep", "tensorboard")
+    (
+        "images",
+        "steps",
+        "minutes",
+        "device",
+        "max_bad",
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "keep",
+        "tensorboard",
+    )
 )
 
 
@@ -166,9 +187,7 @@ def _paper(size: int, gamma: float) -> Preset:
 PRESETS: dict[str, Preset] = {
     "demo": Preset(
         ModelConfig(size=32, filters=16),
-        TrainConfig(
-            gamma=0.7, lr=5e-4, images=48_000, ema_half_life=2_000, sample_every=250, checkpoint_every=500
-        ),
+        TrainConfig(gamma=0.7, lr=5e-4, images=48_000, ema_half_life=2_000, sample_every=250, checkpoint_every=500),
     ),
     "paper-32": _paper(32, 0.5),
     "paper-64": _paper(64, 0.5),

@@ -51,7 +51,9 @@ def permutation(seed: int, stream: int, epoch: int, count: int) -> Tensor:
     return torch.sort(bits(seed, stream, counters), stable=True).indices
 
 
-def latents(seed: int, stream: int, position: int, count: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def latents(
+    seed: int, stream: int, position: int, count: int, width: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """z of the images `position` to `position + count` of a run: uniform in [-1, 1), float32 [count, width]."""
     counters = torch.arange(count * width, dtype=torch.int64, device=device) + position * width
     return uniform(seed, stream, counters).mul_(2).sub_(1).view(count, width)

@@ -47,7 +47,11 @@ def sample(
         save_png(path := folder / f"interpolation-{seed}.png", grid(frames, interpolate))
         written.append(path)
         if gif:
-            save_gif(path := folder / f"interpolation-{seed}.gif", [grid(f[None], 1) for f in frames], _FRAME_MILLISECONDS)
+            save_gif(
+                path := folder / f"interpolation-{seed}.gif",
+                [grid(f[None], 1) for f in frames],
+                _FRAME_MILLISECONDS,
+            )
             written.append(path)
     else:
         images = generate(generator, z)

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastbegan_kernels import l1_reconstruction_loss
 from rich.console import Console
 from rich.table import Table
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import damage, list_checkpoints
 from .config import PRESETS, ModelConfig, TrainConfig
 from .models import Discriminator, Generator, count_parameters
+from .objective import Objective
 from .run import RunFolder
-from .step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -29,44 +27,54 @@ class StepCost:
 
 
 def step_cost(model: ModelConfig, train: TrainConfig) -> StepCost:
-    """Count one simultaneous step on fake tensors: no arithmetic is done and no memory is used.
+    """Count one simultaneous step on the meta device: no arithmetic is done and no memory is used.
 
     `flops` counts a multiply-add as two, convolutions and matrix products only. `memory` is a model: weights,
     gradients, Adam's two moments and the average, and all that the first backward keeps.
     """
-    with FakeTensorMode():
+    with torch.device("meta"):
         generator, discriminator = Generator(model), Discriminator(model)
-        step = TrainStep(generator, discriminator, train)
+        objective = Objective(generator, discriminator, eta=train.eta)
         real = torch.empty(train.batch_size, 3, model.size, model.size)
         z = torch.empty(train.batch_size, model.latent)
-        kept = _kept_by_backward(step, z)
+        kept = _kept_by_backward(objective, z)
         with FlopCounterMode(display=False) as counter:
-            step.shared_gradients(real, z)
+            objective.shared(real, z, torch.zeros(()))
     # generator: weights, gradients, two moments, average; discriminator: all but the average
     weights = 4 * (5 * count_parameters(generator) + 4 * count_parameters(discriminator))
     return StepCost(count_parameters(generator, discriminator), counter.get_total_flops(), weights + kept)
 
 
-def _kept_by_backward(step: TrainStep, z: torch.Tensor) -> int:
+def _kept_by_backward(objective: Objective, z: torch.Tensor) -> int:
     """Bytes of activations that stay alive between forward and backward of L(G(z))."""
-    weights = {parameter.untyped_storage() for parameter in step.parameters()}
-    kept: dict[torch.UntypedStorage, int] = {}
+    nets = (objective.generator, objective.discriminator)
+    weights = {parameter.untyped_storage()._cdata for net in nets for parameter in net.parameters()}
+    kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage not in weights:
-            kept[storage] = storage.nbytes()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        fake = step.generator(z)
-        l1_reconstruction_loss(step.discriminator(fake), fake).mean()
+        objective.loss(objective.generator(z))
     return sum(kept.values())
 
 
 def preset_table() -> list[tuple[str, ...]]:
     """Rows of the table of presets, the header first."""
-    rows = [("preset", "image", "filters", "parameters (D + G)", "GFLOPs a step", "memory a step", "images to see")]
+    rows = [
+        (
+            "preset",
+            "image",
+            "filters",
+            "parameters (D + G)",
+            "GFLOPs a step",
+            "memory a step",
+            "images to see",
+        )
+    ]
     for name, preset in PRESETS.items():
         cost = step_cost(preset.model, preset.train)
         rows.append(
@@ -105,13 +113,22 @@ def show_run(path: Path) -> int:
         ("preset", f"{config.preset}: {config.model.size} px, n = {config.model.filters}"),
         ("parameters", f"{parameters:,} (D + G)"),
         ("data", f"{config.train.data}, batch {config.train.batch_size}"),
-        ("objective", f"gamma {config.train.gamma:g}, {config.train.updates} updates, {config.train.latents} z"),
+        (
+            "objective",
+            f"gamma {config.train.gamma:g}, {config.train.updates} updates, {config.train.latents} z",
+        ),
     ]
     if rows:
         last = rows[-1]
         lines += [
-            ("progress", f"step {last['step']:,}, {last['images']:,} images, {last['images_per_second']:,.0f} images/s"),
-            ("losses", f"L(x) {last['loss_real']:.4f}, L(G(z)) {last['loss_fake']:.4f}, gap {last['gap']:.4f}"),
+            (
+                "progress",
+                f"step {last['step']:,}, {last['images']:,} images, {last['images_per_second']:,.0f} images/s",
+            ),
+            (
+                "losses",
+                f"L(x) {last['loss_real']:.4f}, L(G(z)) {last['loss_fake']:.4f}, gap {last['gap']:.4f}",
+            ),
             ("balance", f"k {last['k']:.4f}, M {last['convergence']:.4f}, lr {last['lr']:g}"),
         ]
         if spread := [row["diversity"] for row in rows if "diversity" in row]:

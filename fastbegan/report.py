@@ -29,7 +29,11 @@ class Report:
 
     def __enter__(self) -> Report:
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[note]}"),
+            )
             self._live = Progress(*columns, console=self.console, refresh_per_second=4)
             self._live.start()
         return self

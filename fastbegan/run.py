@@ -35,7 +35,9 @@ class RunConfig:
         if missing := [name for name in ("preset", "model", "train") if name not in values]:
             raise UserError(f"no {missing[0]!r} in it")
         return cls(
-            str(values["preset"]), from_dict(ModelConfig, values["model"]), from_dict(TrainConfig, values["train"])
+            str(values["preset"]),
+            from_dict(ModelConfig, values["model"]),
+            from_dict(TrainConfig, values["train"]),
         )
 
 
@@ -61,7 +63,9 @@ class RunFolder:
     def read_config(self) -> RunConfig:
         """Raises UserError where this is no run folder."""
         if not self.exists():
-            raise UserError(f"{self.path} is no run folder (it has no config.json); give what `fastbegan train` printed")
+            raise UserError(
+                f"{self.path} is no run folder (it has no config.json); give what `fastbegan train` printed"
+            )
         try:
             return RunConfig.from_dict(read_json(self.config_file))
         except UserError as error:
@@ -77,14 +81,10 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All whole rows of metrics.jsonl; a last line cut off by a crash is left out."""
-        rows = []
-        if self.metrics_file.exists():
-            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    continue
-        return rows
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     def rewind_metrics(self, step: int) -> None:
         """Drop rows after `step`: a continued run writes them again."""
@@ -125,4 +125,6 @@ def check_resumable(stored: RunConfig, wanted: RunConfig, folder: Path) -> None:
         differences += [(name, old[name], new[name]) for name in old if old[name] != new[name]]
     blocked = [f"{name} {old!r} -> {new!r}" for name, old, new in differences if name not in FREE_ON_RESUME]
     if blocked:
-        raise UserError(f"{folder} holds a run with other settings ({', '.join(blocked)}); keep them or give another --out")
+        raise UserError(
+            f"{folder} holds a run with other settings ({', '.join(blocked)}); keep them or give another --out"
+        )

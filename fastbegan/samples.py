@@ -79,7 +79,9 @@ def generated_band(sheet: Image.Image) -> Image.Image:
 
 
 @torch.no_grad()
-def training_sheet(generator: nn.Module, discriminator: nn.Module, real: Tensor, z: Tensor) -> tuple[Image.Image, Tensor]:
+def training_sheet(
+    generator: nn.Module, discriminator: nn.Module, real: Tensor, z: Tensor
+) -> tuple[Image.Image, Tensor]:
     """Sheet of real images, G(z) and both reconstructed by D; also returns G(z) in [-1, 1]."""
     fake = generator(z)
     bands = (real, discriminator(real), fake, discriminator(fake))

@@ -24,10 +24,22 @@ from .models import build, count_parameters
 from .plots import save_curves
 from .report import Report
 from .run import RunConfig, RunFolder, check_resumable
-from .samples import COLUMNS, ROWS, diversity, generated_band, save_gif, save_png, sheet_latents, training_sheet
+from .samples import (
+    COLUMNS,
+    ROWS,
+    diversity,
+    generated_band,
+    save_gif,
+    save_png,
+    sheet_latents,
+    training_sheet,
+)
 from .step import TrainStep
 
-STOPPED_BY_USER, NOT_FINITE = 130, 3  # exit codes; 0 is a run that ended by itself or was asked to by the system
+STOPPED_BY_USER, NOT_FINITE = (
+    130,
+    3,
+)  # exit codes; 0 is a run that ended by itself or was asked to by the system
 _ANIMATION_FRAMES = 60
 
 
@@ -71,7 +83,12 @@ class Training:
         self.device, device_line = pick_device(train.device)
         precision, dtype = pick_precision(train.precision, self.device)
         data = load_images(
-            train.data, config.model.size, train.crop, report.preparing, minimum=train.batch_size, max_bad=train.max_bad
+            train.data,
+            config.model.size,
+            train.crop,
+            report.preparing,
+            minimum=train.batch_size,
+            max_bad=train.max_bad,
         )
         make_folder(out)
         make_folder(self.folder.samples)

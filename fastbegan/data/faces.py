@@ -104,25 +104,43 @@ def _portraits(index: Tensor, size: int, seed: int) -> Tensor:
     canvas.image.copy_(torch.lerp(wall.expand_as(canvas.image), shade * 0.8, slope[..., None]))
 
     # where the head is and how it is turned; the features (fx) turn more than the skull does
-    centre_x, centre_y, zoom, tilt = t.between(-0.07, 0.07), t.between(-0.02, 0.1), t.between(0.9, 1.1), t.between(-0.1, 0.1)
+    centre_x, centre_y, zoom, tilt = (
+        t.between(-0.07, 0.07),
+        t.between(-0.02, 0.1),
+        t.between(0.9, 1.1),
+        t.between(-0.1, 0.1),
+    )
     turn = t.between(-0.13, 0.13)
     u, v = (canvas.x - centre_x) / zoom, (canvas.y - centre_y) / zoom
     x, y = u * tilt.cos() + v * tilt.sin(), v * tilt.cos() - u * tilt.sin()
     fx = x - turn
-    wide, tall, jaw, square = t.between(0.41, 0.53), t.between(0.55, 0.67), t.between(-0.08, 0.2), t.between(2.0, 2.5)
+    wide, tall, jaw, square = (
+        t.between(0.41, 0.53),
+        t.between(0.55, 0.67),
+        t.between(-0.08, 0.2),
+        t.between(2.0, 2.5),
+    )
     skin, hair, shirt = t.colour(_SKIN), t.colour(_HAIR), t.colour(_CLOTHES)
 
     # one hair style each: long, bald, round (curls), bun, else short
     style, length = t.between(), t.between()
     is_long, is_bald = (style < 0.36).float(), ((style >= 0.36) & (style < 0.44)).float()
     is_round, is_bun = ((style >= 0.44) & (style < 0.56)).float(), ((style >= 0.56) & (style < 0.66)).float()
-    paint(cover(_oval(x, y - 0.06 - 0.14 * length, wide * 1.27, tall * (1.03 + 0.42 * length), 2.7)) * is_long, hair * 0.8)
+    paint(
+        cover(_oval(x, y - 0.06 - 0.14 * length, wide * 1.27, tall * (1.03 + 0.42 * length), 2.7)) * is_long,
+        hair * 0.8,
+    )
     paint(cover(_oval(x, y + 0.2, wide * 1.42, tall * 1.07, 2.2)) * is_round, hair * 0.88)
     paint(cover(torch.hypot(x, y + tall * 1.13) - 0.19) * is_bun, hair * 0.9)
 
     # shoulders, collar, neck
     paint(cover(_oval(canvas.x - centre_x, canvas.y - 1.24, t.between(0.7, 0.92), 0.48, 2.8)), shirt)
-    neck = _bar(canvas.y - centre_y - 0.55 * zoom, canvas.x - centre_x, torch.full_like(wide, 0.26), wide * 0.42 * zoom)
+    neck = _bar(
+        canvas.y - centre_y - 0.55 * zoom,
+        canvas.x - centre_x,
+        torch.full_like(wide, 0.26),
+        wide * 0.42 * zoom,
+    )
     paint(cover(neck - 0.035) * cover(0.86 - canvas.y) * t.chance(0.5), shirt * 0.75)
     paint(cover(neck), skin * 0.84)
 
@@ -150,7 +168,12 @@ def _portraits(index: Tensor, size: int, seed: int) -> Tensor:
 def _eyes(t: _Traits, canvas: _Canvas, fx: Tensor, y: Tensor, hair: Tensor) -> tuple[Tensor, Tensor]:
     """Eyes and brows; returns the height of the eyes and their distance from the middle."""
     cover, paint = canvas.cover, canvas.paint
-    spread, eye_y, rx, ry = t.between(0.17, 0.23), t.between(-0.06, 0.04), t.between(0.075, 0.11), t.between(0.045, 0.085)
+    spread, eye_y, rx, ry = (
+        t.between(0.17, 0.23),
+        t.between(-0.06, 0.04),
+        t.between(0.075, 0.11),
+        t.between(0.045, 0.085),
+    )
     iris, look_x, look_y = t.colour(_IRIS), t.between(-0.3, 0.3), t.between(-0.2, 0.2)
     brow_y, brow_tilt, brow_r = t.between(0.13, 0.19), t.between(-0.3, 0.3), t.between(0.016, 0.034)
     for side in (-1, 1):

@@ -86,7 +86,9 @@ def decode(path: Path, size: int, crop: str) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise RejectedImageError(f"declares {image.width}x{image.height}, over {MAX_PIXELS // 10**6} megapixels")
+                raise RejectedImageError(
+                    f"declares {image.width}x{image.height}, over {MAX_PIXELS // 10**6} megapixels"
+                )
             image.load()
             upright = _to_rgb(ImageOps.exif_transpose(image))
             box = _crop_box(upright.size, crop)

@@ -18,10 +18,22 @@ class PackedLoader:
     """
 
     def __init__(
-        self, images: np.ndarray, *, batch_size: int, seed: int, flip: bool = True, device: torch.device | str = "cpu"
+        self,
+        images: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        flip: bool = True,
+        device: torch.device | str = "cpu",
     ) -> None:
         """`images` is uint8 [count, size, size, 3], memory-mapped or not."""
-        self.images, self.batch_size, self.seed, self.flip, self.device = images, batch_size, seed, flip, device
+        self.images, self.batch_size, self.seed, self.flip, self.device = (
+            images,
+            batch_size,
+            seed,
+            flip,
+            device,
+        )
         self._orders: dict[int, Tensor] = {}
 
     def ids(self, position: int) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +60,15 @@ def load_images(
     folder = Path(data)
     listing = list_images(folder)
     _require_enough(len(listing.images), minimum, data)
-    key = {"folder": str(folder.resolve()), "crop": crop, "size": size, "files": _fingerprint(folder, listing)}
-    found = _cached(key, size, f"images of {folder}", lambda: _decode_all(folder, listing, size, crop, progress, max_bad))
+    key = {
+        "folder": str(folder.resolve()),
+        "crop": crop,
+        "size": size,
+        "files": _fingerprint(folder, listing),
+    }
+    found = _cached(
+        key, size, f"images of {folder}", lambda: _decode_all(folder, listing, size, crop, progress, max_bad)
+    )
     _require_enough(len(found.images), minimum, data)
     return found
 
@@ -88,7 +95,7 @@ def _fingerprint(folder: Path, listing: Listing) -> str:
     return digest.hexdigest()
 
 
-def _cached(key: dict[str, object], size: int, what: str, make: Callable[[], Iterator[np.ndarray]]) -> ImageSet:
+def _cached(key: Mapping[str, object], size: int, what: str, make: Callable[[], Iterator[np.ndarray]]) -> ImageSet:
     text = json.dumps(key, sort_keys=True)
     path = cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.pack"
     if path.exists():

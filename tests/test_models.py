@@ -1,0 +1,144 @@
+"""Both networks: sizes, parameter counts, and the skip connections against the paper's literal wording."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastbegan import PRESETS, Decoder, Discriminator, Encoder, Generator, ModelConfig, UserError
+from fastbegan.models import build, count_parameters
+from torch import Tensor, nn
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (PRESETS["paper-128"].model, 17_334_214),
+        (PRESETS["paper-64"].model, 16_153_798),
+        (PRESETS["paper-32"].model, 9_582_150),
+        (PRESETS["paper-256"].model, 18_514_630),
+        (ModelConfig(size=64, filters=64), 4_832_902),
+    ],
+)
+def test_parameter_counts_of_the_paper(config: ModelConfig, parameters: int) -> None:
+    with torch.device("meta"):
+        assert count_parameters(Generator(config), Discriminator(config)) == parameters
+
+
+def test_parts_of_paper_128() -> None:
+    with torch.device("meta"):
+        config = PRESETS["paper-128"].model
+        assert count_parameters(Encoder(config)) == 12_131_008
+        assert count_parameters(Decoder(config)) == count_parameters(Generator(config)) == 2_601_603
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("vanishing", [True, False])
+@pytest.mark.parametrize(
+    ("size", "widths", "repeats"),
+    [(8, (2,), 2), (16, (1, 2), 1), (32, None, 2), (64, None, 3), (128, None, 2), (256, None, 2), (512, (1,) * 7, 1)],
+)
+def test_shapes(size: int, widths: tuple[int, ...] | None, repeats: int, skips: bool, vanishing: bool) -> None:
+    config = ModelConfig(
+        size=size, filters=2, hidden=5, latent=7, widths=widths, repeats=repeats, skips=skips, vanishing=vanishing
+    )
+    generator, discriminator = build(config, seed=0)
+    images = generator(torch.zeros(2, 7))
+    assert images.shape == (2, 3, size, size)
+    assert discriminator.encoder(images).shape == (2, 5)
+    assert discriminator(images).shape == images.shape
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def _literal_decoder(net: Decoder, code: Tensor) -> Tensor:
+    """The paper's words: upsample, concatenate h0 upsampled to the new size, convolve."""
+    h0 = F.linear(code, net.expand.weight, net.expand.bias).view(len(code), -1, 8, 8)
+    x = h0
+    for index, level in enumerate(net.levels):
+        if index:
+            x = F.interpolate(x, scale_factor=2)
+            if net.skips:
+                x = torch.cat((x, F.interpolate(h0, size=x.shape[2:])), 1)
+        assert isinstance(level, nn.ModuleList)
+        for conv in level:
+            assert isinstance(conv, nn.Conv2d)
+            x = F.elu(F.conv2d(x, conv.weight, conv.bias, padding=1))
+    return F.conv2d(x, net.image.weight, net.image.bias, padding=1)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_decoder_equals_the_papers_words(skips: bool) -> None:
+    config = ModelConfig(size=64, filters=3, hidden=6, skips=skips)
+    torch.manual_seed(0)
+    net = Decoder(config).double()
+    code = torch.randn(2, 6, dtype=torch.float64)
+    torch.testing.assert_close(net(code), _literal_decoder(net, code), rtol=0, atol=1e-12)
+
+
+def test_encoder_halves_by_stride_two_on_all_but_the_last_level() -> None:
+    encoder = Encoder(ModelConfig(size=64, filters=2, widths=(2, 3, 4, 4)))
+    convs = [m for m in encoder.modules() if isinstance(m, nn.Conv2d)]
+    assert [c.stride[0] for c in convs] == [1, 1, 2, 1, 2, 1, 2, 1, 1]
+    assert [c.out_channels // 2 for c in convs] == [1, 1, 2, 2, 3, 3, 4, 4, 4]
+
+
+def test_vanishing_residuals_apply_where_width_and_size_stay() -> None:
+    config = ModelConfig(size=32, filters=2, vanishing=True)
+    encoder, decoder = Encoder(config), Decoder(config)
+    flags = lambda net: [m.residual for level in net.levels for m in level]  # noqa: E731
+    assert flags(encoder) == [True, False, True, False, True, True]
+    assert flags(decoder) == [True, True, False, True, False, True]
+    assert flags(Decoder(ModelConfig(size=32, filters=2, vanishing=True, skips=False))) == [True] * 6
+
+
+def test_carry_at_zero_is_the_plain_net_and_at_one_passes_through() -> None:
+    torch.manual_seed(0)
+    plain, fading = (Discriminator(ModelConfig(size=32, filters=2, vanishing=v)) for v in (False, True))
+    missing = fading.load_state_dict(plain.state_dict(), strict=False)
+    assert missing.missing_keys == ["encoder.carry", "decoder.carry"] and not missing.unexpected_keys
+    images = torch.rand(2, 3, 32, 32)
+    full = fading(images)
+    for net in (fading.encoder, fading.decoder):
+        assert net.carry is not None
+        net.carry.zero_()
+    torch.testing.assert_close(fading(images), plain(images))
+    assert not torch.allclose(full, plain(images))
+
+
+def test_weights_follow_from_the_seed_and_leave_the_global_state_alone() -> None:
+    config = ModelConfig(size=32, filters=2)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    a, b, other = (build(config, seed=s)[0].state_dict() for s in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["expand.weight"], other["expand.weight"])
+
+
+def test_layers_load_into_plain_convolutions() -> None:
+    net = Decoder(ModelConfig(size=32, filters=2))
+    plain = nn.Conv2d(4, 2, 3)
+    first = net.levels[1]
+    assert isinstance(first, nn.ModuleList)
+    plain.load_state_dict(first[0].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": 48}, r"size is 48; accepted: 8 \* 2\^k"),
+        ({"size": 4}, "size is 4"),
+        ({"size": 512}, "size 512 has no standard widths; give widths, one number for each of 7 levels"),
+        ({"size": 64, "widths": (1, 2)}, r"widths is \(1, 2\); accepted: 4 whole numbers"),
+        ({"filters": 0}, "filters is 0; accepted: whole numbers from 1"),
+    ],
+)
+def test_impossible_configs_are_named(values: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ModelConfig(**values)  # pyright: ignore[reportArgumentType]
+
+
+def test_resolved_widths_are_in_the_config() -> None:
+    assert ModelConfig(size=64).widths == (2, 3, 4, 4)
+    assert all(preset.model.widths for preset in PRESETS.values())
+    assert [PRESETS[name].model.filters for name in PRESETS if name != "demo"] == [128] * 4

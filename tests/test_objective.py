@@ -1,0 +1,92 @@
+"""Gradients of both players against the paper's formulas, literally, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastbegan import Discriminator, Generator, ModelConfig
+from fastbegan.objective import Objective
+from torch import Tensor, nn
+
+K = torch.tensor(0.37)
+
+
+def _nets() -> tuple[Generator, Discriminator, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    config = ModelConfig(size=32, filters=3, hidden=6, latent=5)
+    generator, discriminator = Generator(config).double(), Discriminator(config).double()
+    real = torch.rand(3, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    z_d, z_g = (torch.rand(3, 5, dtype=torch.float64) * 2 - 1 for _ in range(2))
+    return generator, discriminator, real, z_d, z_g
+
+
+def _gradients(net: nn.Module) -> list[Tensor]:
+    gradients = [p.grad for p in net.parameters()]
+    assert all(g is not None for g in gradients)
+    return [g.clone() for g in gradients if g is not None]
+
+
+def _textbook(
+    generator: Generator, discriminator: Discriminator, real: Tensor, z_d: Tensor, z_g: Tensor, eta: int
+) -> tuple[list[Tensor], list[Tensor], float, float]:
+    """L_D = L(x) - k L(G(z_D)) on D, L_G = L(G(z_G)) on G, L(v) = mean |v - D(v)|^eta, each on its own."""
+
+    def loss(v: Tensor) -> Tensor:
+        return (v - discriminator(v)).abs().pow(eta).mean()
+
+    loss_d = loss(real) - K.double() * loss(generator(z_d).detach())
+    loss_g = loss(generator(z_g))
+    on_d = torch.autograd.grad(loss_d, list(discriminator.parameters()))
+    on_g = torch.autograd.grad(loss_g, list(generator.parameters()))
+    return list(on_d), list(on_g), loss(real).item(), loss_g.item()
+
+
+def _check(got: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("eta", [1, 2])
+def test_one_pass_gives_both_players_gradients(eta: int) -> None:
+    generator, discriminator, real, z, _ = _nets()
+    on_d, on_g, real_loss, fake_loss = _textbook(generator, discriminator, real, z, z, eta)
+    losses = Objective(generator, discriminator, eta=eta).shared(real, z, K)
+    assert [v.item() for v in losses] == [pytest.approx(real_loss, rel=1e-12), pytest.approx(fake_loss, rel=1e-12)]
+    _check(_gradients(discriminator), on_d)
+    _check(_gradients(generator), on_g)
+
+
+def test_one_pass_at_k_zero() -> None:
+    generator, discriminator, real, z, _ = _nets()
+    Objective(generator, discriminator).shared(real, z, torch.zeros(()))
+    expected = torch.autograd.grad((real - discriminator(real)).abs().mean(), list(discriminator.parameters()))
+    _check(_gradients(discriminator), list(expected))
+
+
+@pytest.mark.parametrize("eta", [1, 2])
+def test_independent_draws(eta: int) -> None:
+    generator, discriminator, real, z_d, z_g = _nets()
+    on_d, on_g, *_ = _textbook(generator, discriminator, real, z_d, z_g, eta)
+    objective = Objective(generator, discriminator, eta=eta)
+    objective.for_generator(z_g)
+    assert all(p.grad is None for p in discriminator.parameters())  # G's pass asks nothing of D's weights
+    objective.for_discriminator(real, z_d, K.double())
+    _check(_gradients(discriminator), on_d)
+    _check(_gradients(generator), on_g)
+
+
+def test_generator_gradient_flows_through_both_sides() -> None:
+    generator, discriminator, _, _, z = _nets()
+    Objective(generator, discriminator).for_generator(z)
+    fake = generator(z)
+    one_sided = torch.autograd.grad((fake.detach() - discriminator(fake)).abs().mean(), list(generator.parameters()))
+    assert not torch.allclose(_gradients(generator)[0], one_sided[0])
+
+
+def test_loss_scale_scales_both() -> None:
+    generator, discriminator, real, z, _ = _nets()
+    on_d, on_g, *_ = _textbook(generator, discriminator, real, z, z, 1)
+    scale = torch.tensor(1024.0, dtype=torch.float64)
+    Objective(generator, discriminator, loss_scale=scale).shared(real, z, K)
+    _check(_gradients(discriminator), [1024 * g for g in on_d])
+    _check(_gradients(generator), [1024 * g for g in on_g])

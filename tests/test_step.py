@@ -1,0 +1,197 @@
+"""One step: what it changes, what it must not change, and that it learns."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from fastbegan import ModelConfig, TrainConfig, TrainStep
+from fastbegan.data.faces import faces
+from fastbegan.models import build
+from fastbegan_kernels import normalize_images
+from torch import Tensor
+
+MODEL = ModelConfig(size=32, filters=4, hidden=8, latent=8)
+TRAIN = TrainConfig(batch_size=4, lr=1e-3)
+
+
+def _step(train: TrainConfig = TRAIN, model: ModelConfig = MODEL, dtype: torch.dtype | None = None) -> TrainStep:
+    return TrainStep(*build(model, seed=0), train, dtype)
+
+
+def _batch(count: int = 4, latent: int = 8) -> tuple[Tensor, Tensor]:
+    return normalize_images(faces(torch.arange(count), 32)), torch.rand(count, latent) * 2 - 1
+
+
+def _weights(step: TrainStep) -> list[Tensor]:
+    nets = (step.generator, step.discriminator, step.average)
+    return [p.detach().clone() for net in nets for p in net.parameters()]
+
+
+def test_overfits_sixteen_images() -> None:
+    model = ModelConfig(size=32, filters=8)
+    step = _step(replace(TRAIN, batch_size=16), model)
+    real, z = _batch(16, 64)
+    step(real, z, z, 1)
+    first = step.equilibrium.read()["loss_real"]
+    for number in range(2, 201):
+        step(real, z, z, number)
+        if number == 190:
+            step.equilibrium.read()
+    assert step.equilibrium.read()["loss_real"] < 0.5 * first
+
+
+@pytest.mark.parametrize("updates", ["simultaneous", "alternating"])
+@pytest.mark.parametrize("latents", ["shared", "independent"])
+def test_every_mode_moves_everything(updates: str, latents: str) -> None:
+    step = _step(replace(TRAIN, updates=updates, latents=latents))
+    before = _weights(step)
+    real, z = _batch()
+    step(real, z, z if latents == "shared" else -z, 1)
+    assert all(not torch.equal(a, b) for a, b in zip(before, _weights(step), strict=True))
+    assert step.equilibrium.k.item() != 0 and step.found_bad.item() == 0
+
+
+def test_alternating_generator_sees_the_updated_discriminator() -> None:
+    real, z = _batch()
+    steps = {mode: _step(replace(TRAIN, updates=mode)) for mode in ("simultaneous", "alternating")}
+    for step in steps.values():
+        step(real, z, z, 1)
+    both = list(steps.values())
+    for name, value in both[0].discriminator.state_dict().items():  # the first update of D is the same
+        torch.testing.assert_close(value, both[1].discriminator.state_dict()[name])
+    reference = _step()
+    reference.discriminator.load_state_dict(both[1].discriminator.state_dict())
+    expected = reference.objective.for_generator(z)
+    row = both[1].equilibrium.read()
+    assert row["loss_fake"] == pytest.approx(expected.item(), rel=1e-6)
+    assert row["loss_fake"] != both[0].equilibrium.read()["loss_fake"]
+
+
+@pytest.mark.parametrize("updates", ["simultaneous", "alternating"])
+@pytest.mark.parametrize("where", ["image", "latent", "k", "generator gradient", "discriminator gradient"])
+def test_nan_stops_before_the_weights_change(where: str, updates: str) -> None:
+    step = _step(replace(TRAIN, updates=updates))
+    real, z = _batch()
+    step(real, z, z, 1)
+    if where == "image":
+        real = real.clone()
+        real[0, 0, 0, 0] = float("nan")
+    elif where == "latent":
+        z = z.clone()
+        z[0, 0] = float("inf")
+    elif where == "k":
+        step.equilibrium.k.fill_(float("nan"))
+    else:
+        net = step.generator if where == "generator gradient" else step.discriminator
+        next(net.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    if updates == "alternating" and where == "generator gradient":
+        net = step.generator  # D's own update is sound and comes first
+        before = [p.detach().clone() for p in net.parameters()]
+        step(real, z, z, 2)
+        after = [p.detach() for p in net.parameters()]
+    else:
+        before = _weights(step)
+        moments = copy.deepcopy(step.optimizer_d.state_dict()["state"])
+        step(real, z, z, 2)
+        after = _weights(step)
+        for number, state in step.optimizer_d.state_dict()["state"].items():
+            assert all(torch.equal(state[name], moments[number][name]) for name in state)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert step.found_bad.item() == 1 and step.bad_step.item() == 2
+    step(*_batch(), z, 3)  # nothing moves afterwards either, and the first bad step is remembered
+    assert step.bad_step.item() == 2
+
+
+def test_sound_steps_are_not_held_back_by_the_check() -> None:
+    plain, checked = _step(), _step()
+    real, z = _batch()
+    checked(real, z, z, 1)
+    plain.objective.shared(real, z, plain.equilibrium.k)
+    for net in (plain.discriminator, plain.generator):
+        torch.optim.Adam(net.parameters(), lr=TRAIN.lr).step()
+    for a, b in ((plain.generator, checked.generator), (plain.discriminator, checked.discriminator)):
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_average_follows_by_half_life() -> None:
+    step = _step(replace(TRAIN, ema_half_life=8.0))
+    real, z = _batch()
+    step.average.load_state_dict({name: torch.zeros_like(v) for name, v in step.average.state_dict().items()})
+    images = 10_000  # long after the ramp
+    step(real, z, z, images // 4)
+    for average, weight in zip(step.average.parameters(), step.generator.parameters(), strict=True):
+        torch.testing.assert_close(average, (1 - 0.5 ** (4 / 8)) * weight.detach())
+
+
+def test_no_average_follows_at_once() -> None:
+    step = _step(replace(TRAIN, ema_half_life=0.0))
+    real, z = _batch()
+    step(real, z, z, 1)
+    for average, weight in zip(step.average.parameters(), step.generator.parameters(), strict=True):
+        torch.testing.assert_close(average, weight.detach())
+
+
+def test_learning_rate_takes_effect() -> None:
+    step = _step()
+    step.set_lr(0.0)
+    before = _weights(step)
+    real, z = _batch()
+    step(real, z, z, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, _weights(step), strict=True))
+
+
+def test_carry_fades() -> None:
+    step = _step(replace(TRAIN, carry_steps=10), replace(MODEL, vanishing=True))
+    real, z = _batch()
+    seen = []
+    for number in (1, 6, 11, 20):
+        step(real, z, z, number)
+        assert step.generator.carry is not None and step.average.carry is not None
+        assert step.generator.carry.item() == step.average.carry.item()
+        seen.append(round(step.generator.carry.item(), 6))
+    assert seen == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_bf16_step_stays_near_float32() -> None:
+    real, z = _batch()
+    rows = []
+    for dtype in (None, torch.bfloat16):
+        step = _step(dtype=dtype)
+        for number in range(1, 21):
+            step(real, z, z, number)
+        assert step.found_bad.item() == 0
+        assert all(p.dtype == torch.float32 for p in step.parameters())
+        rows.append(step.equilibrium.read())
+    assert rows[1]["loss_real"] == pytest.approx(rows[0]["loss_real"], rel=0.03)
+
+
+def test_fp16_overflow_is_skipped_and_scaled_down() -> None:
+    step = _step()
+    step.dtype = torch.float16  # the bookkeeping alone: CPUs have no fp16 convolutions worth using
+    scale = step.loss_scale.item()
+    handle = next(step.generator.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    before = [p.detach().clone() for p in step.generator.parameters()]
+    real, z = _batch()
+    step(real, z, z, 1)
+    assert step.found_bad.item() == 0 and step.loss_scale.item() == scale / 2
+    assert all(torch.equal(a, b) for a, b in zip(before, step.generator.parameters(), strict=True))
+    handle.remove()
+    step(real, z, z, 2)
+    assert not torch.equal(before[0], next(step.generator.parameters()))
+
+
+def test_state_comes_back_bit_for_bit() -> None:
+    real, z = _batch()
+    first = _step()
+    for number in (1, 2):
+        first(real, z, z, number)
+    second = _step(replace(TRAIN, lr=5e-4))
+    second.load_training_state(copy.deepcopy(first.training_state()))
+    for step in (first, second):
+        step(real, z, z, 3)
+    assert all(torch.equal(a, b) for a, b in zip(_weights(first), _weights(second), strict=True))
+    assert torch.equal(first.equilibrium.k, second.equilibrium.k)
