@@ -47,9 +47,10 @@ def save_png(path: Path, picture: np.ndarray | Image.Image) -> None:
 
 def save_gif(path: Path, frames: Sequence[np.ndarray | Image.Image], milliseconds: int) -> None:
     """Write a looping GIF atomically; the last frame stays a second longer."""
-    # one palette for all frames (of the last, the richest): no flicker between them
     images = [Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame for frame in frames]
-    palette = images[-1].quantize(colors=255, method=Image.Quantize.MEDIANCUT)
+    # one palette, taken from all frames: no flicker between them
+    every = np.concatenate([np.asarray(image)[::2, ::2] for image in images])
+    palette = Image.fromarray(every).quantize(colors=255, method=Image.Quantize.MEDIANCUT)
     indexed = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     durations = [milliseconds] * (len(indexed) - 1) + [milliseconds + 1000]
     buffer = io.BytesIO()

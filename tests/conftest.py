@@ -59,7 +59,13 @@ def fastbegan() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "fastbegan", *map(str, arguments)]
         return subprocess.run(
-            command, env=environment(), capture_output=True, text=True, timeout=300, check=False, stdin=subprocess.DEVNULL
+            command,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            stdin=subprocess.DEVNULL,
         )
 
     return run

@@ -38,7 +38,8 @@ def list_images(folder: Path) -> Listing:
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"data {str(folder)!r} {kind}; accepted: 'faces', 'faces:COUNT' or a folder of images")
-    listing, seen = Listing(), set[tuple[int, int]]()
+    listing, root = Listing(), folder.stat()
+    seen = {(root.st_dev, root.st_ino)}
     waiting = [folder]
     while waiting:
         current = waiting.pop()
@@ -91,15 +92,15 @@ def decode(path: Path, size: int, crop: str) -> np.ndarray:
                 )
             image.load()
             upright = _to_rgb(ImageOps.exif_transpose(image))
-            box = _crop_box(upright.size, crop)
-            return np.asarray(upright.resize((size, size), Image.Resampling.BILINEAR, box=box))
+            square = upright.crop(_crop_box(upright.size, crop))  # resize's own box lets pixels outside it in
+            return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
     except RejectedImageError:
         raise
     except Exception as error:  # PIL's plugins raise nearly anything on damaged files
         raise RejectedImageError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def _crop_box(size: tuple[int, int], crop: str) -> tuple[float, float, float, float]:
+def _crop_box(size: tuple[int, int], crop: str) -> tuple[int, int, int, int]:
     width, height = size
     if crop == "none":
         return 0, 0, width, height

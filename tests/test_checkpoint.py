@@ -1,0 +1,127 @@
+"""Checkpoints: whole or absent, verified, and never unpickled."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fastbegan import UserError, checkpoint
+from fastbegan.checkpoint import damage, list_checkpoints, load_latest, save_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def _state(step: int) -> dict[str, object]:
+    return {"step": step, "weights": {"a": torch.full((100,), float(step))}, "lr": 0.5}
+
+
+def _save(folder: Path, *steps: int, keep: int = 2) -> None:
+    for step in steps:
+        save_checkpoint(folder, step, _state(step), keep)
+
+
+def test_round_trip_and_how_many_are_kept(tmp_path: Path) -> None:
+    assert load_latest(tmp_path / "none", CPU) is None
+    _save(tmp_path, 1, 2, 30, 100)
+    assert [c.name for c in list_checkpoints(tmp_path)] == ["000000030", "000000100"]
+    state = load_latest(tmp_path, CPU)
+    assert state is not None and state["step"] == 100 and state["lr"] == 0.5
+    assert torch.equal(state["weights"]["a"], torch.full((100,), 100.0))
+    _save(tmp_path, 200, keep=3)
+    assert len(list_checkpoints(tmp_path)) == 3
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "state.pt"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _flip(folder: Path) -> None:
+    path = folder / "state.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (_truncate, "bytes instead of"),
+        (_flip, "does not match its checksum"),
+        (lambda f: (f / "state.pt").unlink(), "state.pt is missing"),
+        (lambda f: (f / "manifest.json").unlink(), "does not exist"),
+        (lambda f: (f / "manifest.json").write_text("{"), "cannot be read as JSON"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "not one of ours"),
+    ],
+)
+def test_a_damaged_newest_one_is_passed_over(tmp_path: Path, harm: Callable[[Path], object], reason: str) -> None:
+    _save(tmp_path, 1, 2)
+    newest = list_checkpoints(tmp_path)[-1]
+    harm(newest)
+    assert reason in (damage(newest) or "")
+    with pytest.warns(UserWarning, match=reason):
+        state = load_latest(tmp_path, CPU)
+    assert state is not None and state["step"] == 1
+    _save(tmp_path, 2)  # the same step again replaces it
+    assert damage(newest) is None
+
+
+def test_all_damaged_is_an_error(tmp_path: Path) -> None:
+    _save(tmp_path, 1, 2)
+    for folder in list_checkpoints(tmp_path):
+        _truncate(folder)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+        load_latest(tmp_path, CPU)
+
+
+@pytest.mark.parametrize("name", ["save", "fsync", "write_json", "rename", "rmtree"])
+def test_a_crash_anywhere_in_the_writer_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    class PowerCutError(BaseException):
+        pass
+
+    def crash(*_: object, **__: object) -> None:
+        raise PowerCutError
+
+    _save(tmp_path, 1, 2)
+    owner = {"save": torch, "fsync": os, "write_json": checkpoint, "rename": Path, "rmtree": checkpoint.shutil}[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, crash)
+        with pytest.raises(PowerCutError):
+            _save(tmp_path, 3)
+    state = load_latest(tmp_path, CPU)
+    assert state is not None and state["step"] in (2, 3)
+    _save(tmp_path, 4)  # what was left behind is in nobody's way
+    state = load_latest(tmp_path, CPU)
+    assert state is not None and state["step"] == 4
+    assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_a_full_disk_is_an_error_and_keeps_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="cannot be written .No space left on device.; earlier ones are kept"):
+            _save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["000000001"]
+
+
+def test_objects_are_not_unpickled(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+            return (Path.write_text, (tmp_path / "owned", "yes"))
+
+    save_checkpoint(tmp_path, 1, {"step": Evil()})
+    assert damage(list_checkpoints(tmp_path)[0]) is None
+    with pytest.raises(pickle.UnpicklingError):
+        load_latest(tmp_path, CPU)
+    assert not (tmp_path / "owned").exists()
