@@ -85,11 +85,13 @@ class Info:
 
     run_folder: Positional[Path | None] = None
     """The folder that `fastbegan train` made."""
+    markdown: bool = False
+    """Print the table of presets as Markdown."""
 
     def run(self) -> int:
         from .info import show_presets, show_run
 
-        return show_presets() if self.run_folder is None else show_run(self.run_folder)
+        return show_presets(markdown=self.markdown) if self.run_folder is None else show_run(self.run_folder)
 
 
 def _new_run_folder(preset: str) -> Path:

@@ -64,17 +64,7 @@ def _kept_by_backward(objective: Objective, z: torch.Tensor) -> int:
 
 def preset_table() -> list[tuple[str, ...]]:
     """Rows of the table of presets, the header first."""
-    rows = [
-        (
-            "preset",
-            "image",
-            "filters",
-            "parameters (D + G)",
-            "GFLOPs a step",
-            "memory a step",
-            "images to see",
-        )
-    ]
+    rows = [("preset", "image", "n", "D + G", "GFLOPs/step", "memory", "images seen")]
     for name, preset in PRESETS.items():
         cost = step_cost(preset.model, preset.train)
         rows.append(
@@ -83,18 +73,28 @@ def preset_table() -> list[tuple[str, ...]]:
                 f"{preset.model.size} px",
                 f"{preset.model.filters}",
                 f"{cost.parameters:,}",
-                f"{cost.flops / 1e9:,.0f}",
-                f"{cost.memory / 2**30:.2f} GiB",
+                f"{cost.flops / 1e9:,.1f}",
+                f"{cost.memory / 2**20:,.0f} MiB",
                 f"{preset.train.images or 0:,}",
             )
         )
     return rows
 
 
-def show_presets() -> int:
-    """Print the table of presets."""
+def preset_markdown() -> str:
+    """The table of presets as Markdown, for the README."""
     header, *rows = preset_table()
-    table = Table(*header, title="presets (batch 16; FLOPs counted, memory modelled for float32)")
+    lines = [header, ("---",) + ("---:",) * (len(header) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def show_presets(*, markdown: bool) -> int:
+    """Print the table of presets."""
+    if markdown:
+        print(preset_markdown(), end="")
+        return 0
+    header, *rows = preset_table()
+    table = Table(*header, title="presets; a step of batch 16, FLOPs counted, memory modelled for float32")
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fastbegan_kernels import conv2d_elu, upsample_conv2d_elu
 from torch import Tensor, nn
+
+from fastbegan_kernels import conv2d_elu, upsample_conv2d_elu
 
 
 class Conv2dELU(nn.Conv2d):

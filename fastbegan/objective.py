@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from fastbegan_kernels import l1_reconstruction_loss
 from torch import Tensor, nn
+
+from fastbegan_kernels import l1_reconstruction_loss
 
 from .models import Discriminator, Generator
 

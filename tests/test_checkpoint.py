@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastbegan import UserError, checkpoint
 from fastbegan.checkpoint import damage, list_checkpoints, load_latest, save_checkpoint
 
@@ -75,7 +76,7 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     _save(tmp_path, 1, 2)
     for folder in list_checkpoints(tmp_path):
         _truncate(folder)
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
         load_latest(tmp_path, CPU)
 
 
@@ -110,7 +111,7 @@ def test_a_full_disk_is_an_error_and_keeps_the_last_one(tmp_path: Path, monkeypa
     _save(tmp_path, 1)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match="cannot be written .No space left on device.; earlier ones are kept"):
+        with pytest.raises(UserError, match=r"cannot be written .No space left on device.; earlier ones are kept"):
             _save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["000000001"]
 

@@ -10,15 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fastbegan.cli import main
 from PIL import Image
+
+from fastbegan.cli import main
 
 from .conftest import environment
 
 TRAIN_OPTIONS = (
-    "batch-size carry-steps checkpoint-every crop data deterministic device ema-half-life eta filters flip gamma hidden "
-    "images keep lambda-k latent latents log-every lr lr-floor lr-window max-bad minutes out precision preset repeats "
-    "resume sample-every seed size skips steps tensorboard updates vanishing widths"
+    "batch-size carry-steps checkpoint-every crop data deterministic device ema-half-life eta filters flip gamma "
+    "hidden images keep lambda-k latent latents log-every lr lr-floor lr-window max-bad minutes out precision preset "
+    "repeats resume sample-every seed size skips steps tensorboard updates vanishing widths"
 )
 SAMPLE_OPTIONS = "columns count device gif interpolate out seed single"
 
@@ -35,7 +36,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setenv("COLUMNS", "200")
     assert _options(capsys, "train") == TRAIN_OPTIONS.split()
     assert _options(capsys, "sample") == SAMPLE_OPTIONS.split()
-    assert _options(capsys, "info") == []
+    assert _options(capsys, "info") == ["markdown"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastbegan import UserError, device
 from fastbegan.device import pick_device, pick_precision
 

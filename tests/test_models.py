@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from fastbegan import PRESETS, Decoder, Discriminator, Encoder, Generator, ModelConfig, UserError
 from fastbegan.models import build, count_parameters
-from torch import Tensor, nn
 
 
 @pytest.mark.parametrize(

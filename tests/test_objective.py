@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from fastbegan import Discriminator, Generator, ModelConfig
 from fastbegan.objective import Objective
-from torch import Tensor, nn
 
 K = torch.tensor(0.37)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+
 from fastbegan.plots import save_curves
 from fastbegan.samples import (
     banded_sheet,
@@ -18,7 +20,6 @@ from fastbegan.samples import (
     sheet_latents,
     to_uint8,
 )
-from PIL import Image
 
 
 def test_values_are_clipped_and_rounded() -> None:

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastbegan import ModelConfig, TrainConfig, TrainStep
 from fastbegan.data.faces import faces
 from fastbegan.models import build
 from fastbegan_kernels import normalize_images
-from torch import Tensor
 
 MODEL = ModelConfig(size=32, filters=4, hidden=8, latent=8)
 TRAIN = TrainConfig(batch_size=4, lr=1e-3)

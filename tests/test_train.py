@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+
 from fastbegan import PRESETS, ModelConfig, TrainConfig
 from fastbegan.checkpoint import list_checkpoints
 from fastbegan.counter import Z_D
 from fastbegan.report import Report
 from fastbegan.run import RunConfig, RunFolder
 from fastbegan.train import NOT_FINITE, Training, train
-from PIL import Image
-from safetensors.torch import load_file
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., "subprocess.Popen[str]"]

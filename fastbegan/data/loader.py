@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from fastbegan_kernels import normalize_images
 from torch import Tensor
+
+from fastbegan_kernels import normalize_images
 
 from .. import counter
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fastbegan import UserError
 from fastbegan.data import source
 from fastbegan.data.pack import DamagedPackError, read_pack, write_pack

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastbegan_kernels import l1_reconstruction_loss
 
 

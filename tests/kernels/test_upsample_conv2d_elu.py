@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastbegan_kernels import reference, upsample_conv2d_elu
 
 

@@ -1,0 +1,52 @@
+"""The table of presets, and that the README shows it as it is."""
+
+from __future__ import annotations
+
+import torch
+from fastbegan import PRESETS, ModelConfig, TrainConfig
+from fastbegan.cli import main
+from fastbegan.info import preset_markdown, step_cost
+from fastbegan.models import build
+
+from .conftest import ROOT
+
+
+def test_cost_of_a_step_that_can_be_worked_out() -> None:
+    # 8x8, n = 1, one conv a level: counted by hand, multiply-adds in a forward of one image
+    config = ModelConfig(size=8, filters=1, hidden=2, latent=3, widths=(1,), repeats=1)
+    generator = 3 * 64 + 9 * 64 + 9 * 3 * 64
+    encoder = 9 * 3 * 64 + 9 * 64 + 64 * 2
+    decoder = 2 * 64 + 9 * 64 + 9 * 3 * 64
+    auto_encoder = encoder + decoder
+    # G forward, weight and input gradients (but of z); D of G(z): three of each; D of x: no gradient for x
+    expected = generator * 3 - 3 * 64 + auto_encoder * 3 + auto_encoder * 3 - 9 * 3 * 64
+    cost = step_cost(config, TrainConfig(batch_size=4))
+    assert cost.flops == 2 * 4 * expected
+    assert cost.parameters == sum(p.numel() for net in build(config, seed=0) for p in net.parameters())
+
+
+def test_one_pass_and_four_phases_save_what_they_should() -> None:
+    preset = PRESETS["paper-64"]
+    with torch.device("meta"):
+        flops = step_cost(preset.model, preset.train).flops / 16
+    assert flops < 0.64 * 93e9  # the textbook step needs 93 G an image pair
+
+
+def test_memory_grows_with_the_batch() -> None:
+    model = PRESETS["demo"].model
+    one, two = (step_cost(model, TrainConfig(batch_size=b)).memory for b in (16, 32))
+    assert one < two < 2 * one
+
+
+def test_readme_shows_the_presets_as_they_are(capsys) -> None:
+    text = (ROOT / "README.md").read_text()
+    shown = text.partition("<!-- presets: made by `fastbegan info --markdown` -->\n")[2].partition("<!-- end")[0]
+    assert shown == preset_markdown()
+    assert main(["info", "--markdown"]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_readme_shows_the_two_commands_and_the_picture() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.index("make train") < text.index("make test") < 1500
+    assert (ROOT / "docs" / "demo.png").stat().st_size > 20_000
