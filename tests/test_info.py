@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from fastbegan import PRESETS, ModelConfig, TrainConfig
 from fastbegan.cli import main
 from fastbegan.info import preset_markdown, step_cost
