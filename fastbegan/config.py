@@ -185,17 +185,17 @@ def _paper(size: int, gamma: float) -> Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    # small enough for a CPU; a controller and a learning rate ten times the paper's, since it runs 1/90 as long
+    # small enough for a CPU; a controller and a learning rate ten times the paper's, since it runs 1/70 as long
     "demo": Preset(
         ModelConfig(size=32, filters=16, repeats=1),
         TrainConfig(
             gamma=0.7,
             lambda_k=1e-2,
             lr=1e-3,
-            images=76_800,
+            images=96_000,
             ema_half_life=1000,
             sample_every=200,
-            checkpoint_every=600,
+            checkpoint_every=1000,
         ),
     ),
     "paper-32": _paper(32, 0.5),
