@@ -21,15 +21,17 @@ _STATE, _MANIFEST, _TEMPORARY = "state.pt", "manifest.json", ".writing-"
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Write `state` (tensors and plain values) as the checkpoint of `step` and drop all but the newest `keep`.
+    """Write `state` (tensors and plain values) as the checkpoint of `step`; keep it and the newest before it.
 
-    Returns the checkpoint's folder. Raises UserError where the disk is full or the folder cannot be written.
+    Later ones are of a future that was given up (they were damaged, or the run went on from an earlier one). Returns
+    the checkpoint's folder. Raises UserError where the disk is full or the folder cannot be written.
     """
     target = folder / f"{step:09d}"
     temporary = folder / f"{_TEMPORARY}{target.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for stale in folder.glob(f"{_TEMPORARY}*"):  # of a writer that was killed
+            shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
         path = temporary / _STATE
         with path.open("wb") as file:
@@ -45,8 +47,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"checkpoint {target} cannot be written ({error.strerror}); earlier ones are kept") from None
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    found = list_checkpoints(folder)
+    current = found.index(target) + 1
+    for surplus in (*found[current:], *found[: max(0, current - keep)]):
+        shutil.rmtree(surplus, ignore_errors=True)
     return target
 
 

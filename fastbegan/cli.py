@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, subcommand
 
+from fastbegan_kernels import dispatch
+
 from .config import PRESETS, ModelConfig, TrainConfig
 from .errors import UserError
 from .run import RunConfig, RunFolder
@@ -105,6 +107,8 @@ def _new_run_folder(preset: str) -> Path:
 
 def _train_defaults(arguments: list[str]) -> Train:
     """What the options of `train` default to: the run in --out if it holds one, else the preset."""
+    if arguments[:1] != ["train"]:
+        return Train(PRESETS["demo"].model, PRESETS["demo"].train)
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument("--preset")
     scan.add_argument("--out", type=Path)
@@ -119,14 +123,21 @@ def _train_defaults(arguments: list[str]) -> Train:
     else:
         preset = known.preset or "demo"
         model, train = PRESETS[preset].model, PRESETS[preset].train
-        with contextlib.suppress(ValueError):  # what is no number is for the real parser to name
-            if known.size is not None:  # another size has other standard widths than the preset's
-                widths = None if known.widths is None else tuple(int(width) for width in known.widths)
-                model = dataclasses.replace(model, size=int(known.size), widths=widths)
+    with contextlib.suppress(ValueError):  # what is no number is for the real parser to name
+        if known.size is not None and int(known.size) != model.size:  # another size has other standard widths
+            widths = None if known.widths is None else tuple(int(width) for width in known.widths)
+            model = dataclasses.replace(model, size=int(known.size), widths=widths)
     if any(argument.partition("=")[0] in ("--images", "--steps", "--minutes") for argument in arguments):
         # a length that is asked for replaces the one of the preset or the stored run
         train = dataclasses.replace(train, images=None, steps=None, minutes=None)
     return Train(model, train, preset=preset)
+
+
+def _check_environment() -> None:
+    try:
+        dispatch.choose(None)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,6 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            _check_environment()
             command: Train | Sample | Info = tyro.cli(
                 Annotated[Train, subcommand("train", default=_train_defaults(arguments))]
                 | Annotated[Sample, subcommand("sample")]

@@ -155,19 +155,9 @@ class TrainConfig:
 
 
 # may differ between a run and its continuation: they change how long, where and how often, not what is learned
+# `data` because the images' checksum says whether they are the same elsewhere, `lr` because a lower one cures NaN
 FREE_ON_RESUME = frozenset(
-    (
-        "images",
-        "steps",
-        "minutes",
-        "device",
-        "max_bad",
-        "log_every",
-        "sample_every",
-        "checkpoint_every",
-        "keep",
-        "tensorboard",
-    )
+    "images steps minutes data max_bad lr device log_every sample_every checkpoint_every keep tensorboard".split()
 )
 
 
@@ -207,6 +197,8 @@ PRESETS: dict[str, Preset] = {
 
 def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
     """Rebuild a config dataclass from parsed JSON. Raises UserError for unknown or ill-typed fields."""
+    if not isinstance(values, dict):
+        raise UserError(f"{cls.__name__} is {values!r}; accepted: an object with its fields")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
         raise UserError(f"{cls.__name__} has no field {unknown[0]!r}; accepted: {', '.join(fields)}")

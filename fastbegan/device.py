@@ -43,6 +43,8 @@ def gpu_problem(name: str) -> str | None:
             warnings.simplefilter("error")  # torch only warns about a card it has no code for, then fails later
             if not torch.cuda.is_available():
                 raise RuntimeError("torch cannot use it")
+            if (torch.device(name).index or 0) >= torch.cuda.device_count():
+                return f"there is no GPU of that number, {torch.cuda.device_count()} in all"
             values = torch.arange(8, device=torch.device(name), dtype=torch.float32)
             if values.mul(2).sum().item() != 56:
                 raise RuntimeError("a tiny kernel gave a wrong result")

@@ -26,12 +26,13 @@ class Report:
         self._live: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last = float("-inf")
+        self._numbers = ""
 
     def __enter__(self) -> Report:
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=10),
                 TextColumn("{task.fields[note]}"),
             )
             self._live = Progress(*columns, console=self.console, refresh_per_second=4)
@@ -51,22 +52,31 @@ class Report:
         """Progress of making a packed set; `data.source` calls it."""
         self._show(what, done / total, f"{done:,} of {total:,}", last=done == total)
 
+    def step(self, fraction: float, step: int, seconds_left: float) -> None:
+        """Progress between log rows: what is known without reading from the device."""
+        if self._live is None and not self._due():
+            return
+        note = f"{fraction:4.0%}  step {step:,}  {duration(seconds_left)} left"
+        self._show("training", fraction, note + (self._numbers if self._live else ""))
+
     def training(self, fraction: float, row: dict[str, Any], seconds_left: float) -> None:
         """Progress of training from a log row."""
-        self._show(
-            "training",
-            fraction,
-            f"{fraction:4.0%}  {row['images']:,} images  {row['images_per_second']:,.0f} img/s  "
-            f"{duration(seconds_left)} left  L(x) {row['loss_real']:.4f}  L(G(z)) {row['loss_fake']:.4f}  "
-            f"k {row['k']:.4f}  M {row['convergence']:.4f}",
-            last=fraction >= 1,
+        numbers = (
+            f"L(x) {row['loss_real']:.4f}  L(G(z)) {row['loss_fake']:.4f}  k {row['k']:.4f}  M {row['convergence']:.4f}"
         )
+        self._numbers = f"\n{numbers}"  # on a terminal a second line: one of 80 columns is too short for all
+        speed = f"{row['images']:,} images  {row['images_per_second']:,.0f} img/s  {duration(seconds_left)} left"
+        note = f"{fraction:4.0%}  {speed}" + (self._numbers if self._live else f"  {numbers}")
+        self._show("training", fraction, note, last=fraction >= 1)
 
-    def _show(self, what: str, fraction: float, note: str, *, last: bool) -> None:
+    def _due(self) -> bool:
+        return time.monotonic() - self._last >= _PLAIN_SECONDS
+
+    def _show(self, what: str, fraction: float, note: str, *, last: bool = False) -> None:
         if self._live is not None:
             if what not in self._tasks:
                 self._tasks[what] = self._live.add_task(what, total=1.0, note=note)
             self._live.update(self._tasks[what], completed=fraction, note=note)
-        elif last or time.monotonic() - self._last >= _PLAIN_SECONDS:
+        elif last or self._due():
             self._last = time.monotonic()
             self.say(f"{what}  {note}")

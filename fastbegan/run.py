@@ -60,6 +60,13 @@ class RunFolder:
         """Whether a run was started here."""
         return self.config_file.exists()
 
+    def require_free(self) -> None:
+        """Raises UserError where something lies here that is no run: it would be mixed up or overwritten."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file and cannot be written to as a folder; give another --out")
+        if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty and holds no run (no config.json); give another --out")
+
     def read_config(self) -> RunConfig:
         """Raises UserError where this is no run folder."""
         if not self.exists():
@@ -86,8 +93,13 @@ class RunFolder:
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("}\n")]
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop rows after `step`: a continued run writes them again."""
+    def rewind(self, step: int) -> None:
+        """Drop rows and sheets after `step`: a continued run makes them again."""
+        for sheet in self.samples.glob("*.png"):
+            if sheet.stem.isdecimal() and int(sheet.stem) > step:
+                sheet.unlink()
+        if not self.metrics_file.exists():
+            return
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         with atomic(self.metrics_file) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -67,9 +67,9 @@ class TrainStep(nn.Module):
         k = self.equilibrium.k
         if self.config.updates == "alternating":
             loss_real = self.objective.for_discriminator(real, z_d, k)
-            self._update(loss_real, step, self.optimizer_d)
+            held_back = self._update(loss_real, step, self.optimizer_d)
             loss_fake = self.objective.for_generator(z_g)
-            skip = self._update(loss_fake, step, self.optimizer_g)
+            skip = self._update(loss_fake, step, self.optimizer_g) | held_back
         else:
             if self.config.latents == "independent":
                 loss_fake = self.objective.for_generator(z_g)
@@ -79,7 +79,7 @@ class TrainStep(nn.Module):
             skip = self._update(loss_real + loss_fake, step, self.optimizer_d, self.optimizer_g)
         self.equilibrium.update(loss_real, loss_fake, skip)
         self._move_average(step * real.shape[0], real.shape[0], skip)
-        self._rescale(skip)
+        self._rescale(skip, step)
 
     def _update(self, loss: Tensor, step: int, *optimizers: torch.optim.Adam) -> Tensor:
         """Apply the gradients unless one of them, or anything before, was not finite; returns whether held back."""
@@ -91,14 +91,17 @@ class TrainStep(nn.Module):
         norm_is_finite = torch.isfinite(nn.utils.get_total_norm(gradients))
         # fp16 gradients overflow now and then, which the loss scale answers; anything else ends the run
         bad = ~finite if self.dtype == torch.float16 else ~(finite & norm_is_finite)
-        self.bad_step.copy_(torch.where(bad & (self.found_bad == 0), step, self.bad_step))
-        self.found_bad.copy_(torch.maximum(self.found_bad, bad.to(self.found_bad.dtype)))
+        self._mark(bad, step)
         skip = (self.found_bad > 0) | ~norm_is_finite
         for optimizer in optimizers:
             # the contract of torch.amp with fused optimizers: found_inf = 1 leaves weights and moments alone
             optimizer.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]
             optimizer.step()
         return skip
+
+    def _mark(self, bad: Tensor, step: int) -> None:
+        self.bad_step.copy_(torch.where(bad & (self.found_bad == 0), step, self.bad_step))
+        self.found_bad.copy_(torch.maximum(self.found_bad, bad.to(self.found_bad.dtype)))
 
     @torch.no_grad()
     def _move_average(self, images: int, batch: int, skip: Tensor) -> None:
@@ -111,13 +114,14 @@ class TrainStep(nn.Module):
         torch._foreach_mul_(change, torch.where(skip, 0.0, weight).to(change[0].dtype))
         torch._foreach_add_(averages, change)
 
-    def _rescale(self, skip: Tensor) -> None:
+    def _rescale(self, skip: Tensor, step: int) -> None:
         if self.dtype != torch.float16:
             return
         self.good_steps.copy_(torch.where(skip, 0.0, self.good_steps + 1))
         grow = self.good_steps >= _GROW_AFTER
         self.loss_scale.mul_(torch.where(skip, 0.5, torch.where(grow, 2.0, 1.0)))
         self.good_steps.masked_fill_(grow, 0.0)
+        self._mark(self.loss_scale < 1, step)  # what overflows at every scale is not finite
 
     def set_carry(self, carry: float) -> None:
         """Weight of the input in vanishing residuals, for both nets and the average; nothing without them."""

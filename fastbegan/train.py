@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import time
 import types
@@ -14,7 +15,7 @@ import torch
 from .checkpoint import load_latest, save_checkpoint
 from .counter import Z_D, Z_G, latents
 from .data.loader import PackedLoader
-from .data.source import load_images
+from .data.source import is_folder, load_images
 from .device import make_deterministic, pick_device, pick_precision
 from .equilibrium import StallHalving
 from .errors import UserError
@@ -44,10 +45,14 @@ _ANIMATION_FRAMES = 60
 
 
 class StopRequest:
-    """SIGINT, SIGTERM and SIGUSR1 ask for an end at the next step boundary; a second signal ends at once."""
+    """SIGINT, SIGTERM and SIGUSR1 ask for an end at the next step boundary; a second signal ends at once.
+
+    While `patient` is False (nothing is there to be saved yet), the first one ends at once too, by KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.patient = False
 
     def __enter__(self) -> StopRequest:
         names = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last does not exist on Windows
@@ -59,7 +64,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self.signal is not None:
+        if not self.patient or self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
 
@@ -69,87 +74,77 @@ class Training:
 
     def __init__(self, config: RunConfig, out: Path, *, resume: bool, report: Report) -> None:
         """Open or create the run folder, load data, nets and the newest checkpoint. Raises UserError."""
-        self.config, self.report = config, report
         train = config.train
         if train.images is train.steps is train.minutes is None:
             raise UserError("no length was given; accepted: at least one of images, steps, minutes")
-        self.folder = RunFolder(out)
-        if self.folder.exists():
-            if not resume:
-                raise UserError(f"{out} holds a run already; use --resume auto to continue it, or another --out")
-            check_resumable(self.folder.read_config(), config, out)
+        summary_writer = _summary_writer() if train.tensorboard else None
         if train.deterministic:
             make_deterministic()
         self.device, device_line = pick_device(train.device)
         precision, dtype = pick_precision(train.precision, self.device)
+        where = str(Path(train.data).resolve()) if is_folder(train.data) else train.data
+        train = dataclasses.replace(train, precision=precision, data=where)  # what the run continues with elsewhere
+        self.config = config = dataclasses.replace(config, train=train)
+        self.report, self.folder = report, RunFolder(out)
+        stored = self._stored(resume)
         data = load_images(
-            train.data,
-            config.model.size,
-            train.crop,
-            report.preparing,
-            minimum=train.batch_size,
-            max_bad=train.max_bad,
+            train.data, config.model.size, train.crop, report.preparing, minimum=train.batch_size, max_bad=train.max_bad
         )
         make_folder(out)
+        self.folder.write_config(config)
         make_folder(self.folder.samples)
+        self.folder.nonfinite_file.unlink(missing_ok=True)  # of an earlier sitting
         self.loader = PackedLoader(
             data.images, batch_size=train.batch_size, seed=train.seed, flip=train.flip, device=self.device
         )
+        self.data_crc32 = data.crc32
         generator, discriminator = build(config.model, seed=train.seed, device=self.device)
         self.step = TrainStep(generator, discriminator, train, dtype)
         self.schedule = StallHalving(train.lr, train.lr_floor)
         self.health = HealthMonitor()
         self.done, self.images, self.seconds = 0, 0, 0.0  # totals over all sittings
-        self.resumed = self._resume()
-        self.folder.write_config(config)
-        self.folder.nonfinite_file.unlink(missing_ok=True)  # of an earlier sitting
-        self._saved_step = self.done if self.resumed else -1
+        self._saved_step = -1
+        if stored is not None:
+            self._resume(stored)
         self._fixed = self._sheet_inputs()
+        self._tensorboard: Any = None
+        if summary_writer is not None:
+            self._tensorboard = summary_writer(str(out / "tensorboard"), purge_step=self.done + 1)
         parameters = count_parameters(generator, discriminator)
-        updates = f"{train.updates}, {train.latents} z"
+        size = f"{config.model.size} px, {parameters:,} parameters (D + G)"
         report.say(f"device     {device_line}; {precision}")
-        report.say(f"networks   {config.preset}: {config.model.size} px, {parameters:,} parameters (D + G); {updates}")
+        report.say(f"networks   {config.preset}: {size}; {train.updates} updates, {train.latents} z")
         report.say(f"data       {data.description}")
-        report.say(f"run        {out}" + (f", continued at step {self.done:,}" if self.resumed else ""))
+        report.say(f"run        {out}" + (f", continued at step {self.done:,}" if self.done else ""))
 
-    def run(self) -> int:
+    def run(self, stop: StopRequest) -> int:
         """Train until a total is reached or someone asks to stop; returns the exit code."""
         train, equilibrium = self.config.train, self.step.equilibrium
-        tensorboard = _tensorboard(self.folder.path, self.done) if train.tensorboard else None
-        clock = self._row_clock = time.monotonic()
-        self._row_images = self.images
-        row: dict[str, Any] | None = None
-        with StopRequest() as stop:
-            while self.fraction() < 1 and stop.signal is None:
-                real = self.loader.batch(self.images)
-                z_d, z_g = self._latents()
-                self.step(real, z_d, z_g, self.done + 1)
-                self.done, self.images = self.done + 1, self.images + train.batch_size
-                self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
-                if train.lr_window and self.done % train.lr_window == 0:
-                    self.step.set_lr(self.schedule.update(equilibrium.read_window()))
-                last = self.fraction() >= 1 or stop.signal is not None
-                if last or self.done % train.log_every == 0:
-                    row = self._row()
-                    if self.step.found_bad.item():
-                        return self._stop_not_finite()
-                    self._warn(self.health.after_log(row["k"]))
-                    if last or self.done % train.sample_every == 0 or self.done == train.log_every:
-                        row["diversity"] = self._sheet()
-                    self.folder.append_metrics(row)
-                    if tensorboard is not None:
-                        for name, value in row.items():
-                            tensorboard.add_scalar(name, value, self.done)
-                    elapsed = self.seconds / max(self.fraction(), 1e-9) - self.seconds
-                    self.report.training(self.fraction(), row, max(elapsed, 0.0))
-                elif self.done % train.sample_every == 0:
-                    self._sheet()
-                if last or self.done % train.checkpoint_every == 0:
-                    if self.step.found_bad.item():
-                        return self._stop_not_finite()
-                    self._checkpoint()
-        if tensorboard is not None:
-            tensorboard.close()
+        self._row_clock, self._row_images = time.monotonic(), self.images
+        clock = time.monotonic()
+        stop.patient = True
+        last = self.fraction() >= 1
+        while not last:
+            self.step(self.loader.batch(self.images), *self._latents(), self.done + 1)
+            self.done, self.images = self.done + 1, self.images + train.batch_size
+            self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
+            last = self.fraction() >= 1 or stop.signal is not None  # decided once: a signal may come at any line below
+            if train.lr_window and self.done % train.lr_window == 0:
+                self.step.set_lr(self.schedule.update(equilibrium.read_window()))
+            sheet_due = last or self.done % train.sample_every == 0 or self.done == train.log_every
+            checkpoint_due = last or self.done % train.checkpoint_every == 0
+            log_due = last or self.done % train.log_every == 0
+            if (log_due or sheet_due or checkpoint_due) and self.step.found_bad.item():
+                return self._stop_not_finite()
+            spread = self._sheet() if sheet_due else None
+            if log_due:
+                self._log(spread)
+            else:
+                self.report.step(self.fraction(), self.done, self._seconds_left())
+            if checkpoint_due:
+                self._checkpoint()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         self._finish()
         return STOPPED_BY_USER if stop.signal == signal.SIGINT else 0
 
@@ -166,13 +161,25 @@ class Training:
             return z_d, z_d
         return z_d, latents(train.seed, Z_G, self.images, train.batch_size, width, self.device)
 
-    def _row(self) -> dict[str, Any]:
+    def _seconds_left(self) -> float:
+        return max(0.0, self.seconds / max(self.fraction(), 1e-9) - self.seconds)
+
+    def _log(self, spread: float | None) -> None:
+        """One row of metrics, wherever rows go; `spread` is the diversity of a sheet made at this step."""
         means = self.step.equilibrium.read()
         now = time.monotonic()
         rate = (self.images - self._row_images) / max(now - self._row_clock, 1e-9)
         self._row_clock, self._row_images = now, self.images
         row = {"step": self.done, "images": self.images, **means}
-        return {**row, "lr": self.schedule.lr, "images_per_second": round(rate, 2)}
+        row.update(lr=self.schedule.lr, images_per_second=round(rate, 2))
+        if spread is not None:
+            row["diversity"] = spread
+        self._warn(self.health.after_log(row["k"]))
+        self.folder.append_metrics(row)
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                self._tensorboard.add_scalar(name, value, self.done)
+        self.report.training(self.fraction(), row, self._seconds_left())
 
     def _sheet_inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         train, count = self.config.train, COLUMNS * ROWS
@@ -196,28 +203,49 @@ class Training:
             "step": self.done,
             "images": self.images,
             "seconds": self.seconds,
+            "data_crc32": self.data_crc32,
             "schedule": self.schedule.state_dict(),
             **self.step.training_state(),
         }
-        save_checkpoint(self.folder.checkpoints, self.done, state, self.config.train.keep)
         self.folder.write_weights(self.step.average, self.step.discriminator)
+        save_checkpoint(self.folder.checkpoints, self.done, state, self.config.train.keep)
         self._saved_step = self.done
 
-    def _resume(self) -> bool:
+    def _stored(self, resume: bool) -> RunConfig | None:
+        """The config of the run that this one continues, None for a new one. Raises UserError."""
+        if not self.folder.exists():
+            self.folder.require_free()
+            return None
+        if not resume:
+            raise UserError(
+                f"{self.folder.path} holds a run already; --resume auto continues it, or give another --out"
+            )
+        stored = self.folder.read_config()
+        check_resumable(stored, self.config, self.folder.path)
+        return stored
+
+    def _resume(self, stored: RunConfig) -> None:
         state = load_latest(self.folder.checkpoints, self.device)
         if state is None:
-            self.folder.rewind_metrics(0)
-            return False
+            self.folder.rewind(0)
+            return
+        if state["data_crc32"] != self.data_crc32:
+            raise UserError(
+                f"data {self.config.train.data!r} is not what {self.folder.path} was trained on so far (other pixels); "
+                "restore it, or give another --out"
+            )
         self.step.load_training_state(state)
         self.schedule.load_state_dict(state["schedule"])
+        if stored.train.lr != self.config.train.lr:
+            self.schedule.lr = self.config.train.lr
         self.step.set_lr(self.schedule.lr)
         self.done, self.images, self.seconds = state["step"], state["images"], state["seconds"]
-        self.folder.rewind_metrics(self.done)
+        self._saved_step = self.done
+        self.folder.rewind(self.done)
         for row in self.folder.read_metrics():
             self.health.after_log(row["k"])
             if "diversity" in row:
                 self.health.after_sheet(row["diversity"], row["images"])
-        return True
 
     def _warn(self, message: str | None) -> None:
         if message:
@@ -233,12 +261,15 @@ class Training:
         self.report.say(
             f"error: step {step:,} gave a loss, gradient or k that is not finite; the weights were not changed by it. "
             f"Its image ids and config are in {self.folder.nonfinite_file}; "
-            "continue from the last checkpoint with the same command, or try a lower --lr"
+            f"go on from the last checkpoint, for instance with: "
+            f"fastbegan train --out {self.folder.path} --lr {self.schedule.lr / 2:g}"
         )
         return NOT_FINITE
 
     def _finish(self) -> None:
         """Curves and animation, and where everything is."""
+        if not self.folder.generator_file.exists():
+            self.folder.write_weights(self.step.average, self.step.discriminator)
         rows = self.folder.read_metrics()
         model = self.config.model
         title = f"{self.config.preset}: {model.size} px, n = {model.filters}, gamma {self.config.train.gamma:g}"
@@ -272,17 +303,17 @@ def _save_animation(folder: RunFolder) -> None:
         save_gif(folder.animation_file, frames, milliseconds=250)
 
 
-def _tensorboard(path: Path, step: int) -> Any:
+def _summary_writer() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its protobuf warns about itself
             from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the package tensorboard: pip install 'fastbegan[tensorboard]'") from None
-    return SummaryWriter(str(path / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = True) -> int:
     """Train by `config` in the run folder `out`; returns the exit code. Raises UserError for bad input."""
-    with Report() as report:
-        return Training(config, out, resume=resume, report=report).run()
+    with StopRequest() as stop, Report() as report:
+        return Training(config, out, resume=resume, report=report).run(stop)

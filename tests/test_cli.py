@@ -68,6 +68,14 @@ def test_bad_input_is_one_clear_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_wrong_tier_in_the_environment_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTBEGAN_IMPL", "quick")
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err.startswith("error: FASTBEGAN_IMPL is 'quick'; accepted: reference, algebraic")
+
+
 def test_an_unknown_flag_and_a_wrong_type_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["train", "--gama", "0.5"], ["train", "--steps", "many"], ["paint"], []):
         with pytest.raises(SystemExit) as stop:
@@ -139,6 +147,7 @@ def test_info(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_foreign_config_is_refused(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((run_folder / "config.json").read_text())
     for change, message in (
+        ({"model": 5}, "ModelConfig is 5"),
         ({"model": {**config["model"], "depth": 3}}, "ModelConfig has no field 'depth'"),
         ({"train": {**config["train"], "gamma": "high"}}, "TrainConfig.gamma is 'high'"),
         ({"train": {**config["train"], "gamma": 7}}, "gamma is 7; accepted: 0 to 1"),

@@ -17,6 +17,7 @@ def old_card(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch, "arange", no_kernel)
     monkeypatch.setattr(device, "_nvidia_smi", lambda: ("Tesla P100-SXM2-16GB", "535.104.05"))
 
@@ -32,6 +33,8 @@ def test_auto_goes_on_with_the_cpu_and_says_why(old_card: None) -> None:
 def test_a_card_asked_for_by_name_is_an_error(old_card: None) -> None:
     with pytest.raises(UserError, match="device 'cuda:0' does not work: Tesla P100"):
         pick_device("cuda:0")
+    with pytest.raises(UserError, match="there is no GPU of that number, 1 in all"):
+        pick_device("cuda:9")
 
 
 def test_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:

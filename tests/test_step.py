@@ -173,7 +173,7 @@ def test_bf16_step_stays_near_float32() -> None:
 def test_fp16_overflow_is_skipped_and_scaled_down() -> None:
     step = _step()
     step.dtype = torch.float16  # the bookkeeping alone: CPUs have no fp16 convolutions worth using
-    scale = step.loss_scale.item()
+    step.loss_scale.fill_(scale := 1024.0)
     handle = next(step.generator.parameters()).register_hook(lambda gradient: gradient * float("inf"))
     before = [p.detach().clone() for p in step.generator.parameters()]
     real, z = _batch()
@@ -183,6 +183,29 @@ def test_fp16_overflow_is_skipped_and_scaled_down() -> None:
     handle.remove()
     step(real, z, z, 2)
     assert not torch.equal(before[0], next(step.generator.parameters()))
+
+
+def test_fp16_that_overflows_at_every_scale_is_bad() -> None:
+    step = _step()
+    step.dtype = torch.float16
+    step.loss_scale.fill_(4.0)
+    next(step.discriminator.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    real, z = _batch()
+    before = _weights(step)
+    for number in range(1, 6):
+        step(real, z, z, number)
+    assert step.found_bad.item() == 1 and step.bad_step.item() == 3
+    assert all(torch.equal(a, b) for a, b in zip(before, _weights(step), strict=True))
+
+
+def test_fp16_overflow_in_either_player_scales_down() -> None:
+    step = _step(replace(TRAIN, updates="alternating"))
+    step.dtype = torch.float16
+    step.loss_scale.fill_(8.0)
+    next(step.discriminator.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    real, z = _batch()
+    step(real, z, z, 1)
+    assert step.loss_scale.item() == 4 and step.equilibrium.k.item() == 0
 
 
 def test_state_comes_back_bit_for_bit() -> None:

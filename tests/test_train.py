@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastbegan import PRESETS, ModelConfig, TrainConfig
+from fastbegan import PRESETS, ModelConfig, TrainConfig, UserError
 from fastbegan.checkpoint import list_checkpoints
 from fastbegan.counter import Z_D
 from fastbegan.report import Report
 from fastbegan.run import RunConfig, RunFolder
-from fastbegan.train import NOT_FINITE, Training, train
+from fastbegan.train import NOT_FINITE, StopRequest, Training, train
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -180,6 +180,7 @@ def test_a_second_run_in_the_same_folder_is_refused_with_resume_off(forty: Path,
     [
         (["--gamma", "0.3"], "gamma 0.7 -> 0.3"),
         (["--filters", "8"], "filters 4 -> 8"),
+        (["--size", "64"], "size 32 -> 64, widths (2, 3, 3) -> (2, 3, 4, 4)"),
         (["--preset", "paper-64"], "preset 'demo' -> 'paper-64'"),
         (["--batch-size", "4", "--seed", "1"], "batch_size 8 -> 4, seed 0 -> 1"),
     ],
@@ -210,16 +211,96 @@ def test_nan_ends_the_run_with_a_dump(tmp_path: Path, monkeypatch: pytest.Monkey
         sound = training.loader.batch
         poisoned = lambda position: sound(position) * (float("nan") if position == 8 * 22 else 1)  # noqa: E731
         monkeypatch.setattr(training.loader, "batch", poisoned)
-        assert training.run() == NOT_FINITE
+        assert training.run(StopRequest()) == NOT_FINITE
     dump = json.loads((out / "nonfinite.json").read_text())
     assert dump["step"] == 23 and dump["image_ids"] == training.loader.ids(8 * 22).tolist()
     assert dump["config"]["train"]["lr"] == 1e-3
     printed = capsys.readouterr().out
     assert "step 23 gave a loss, gradient or k that is not finite" in printed and "Traceback" not in printed
+    assert f"fastbegan train --out {out} --lr 0.0005" in printed
     assert _last_state(out)["step"] == 20  # no checkpoint of the broken state
     assert all(bool(p.isfinite().all()) for p in training.step.parameters())
-    assert _train(out) == 0  # without the poison it goes on
+    assert _train(out, lr=5e-4) == 0  # without the poison it goes on, at the rate that was advised
+    assert RunFolder(out).read_metrics()[-1]["lr"] <= 5e-4
     assert not (out / "nonfinite.json").exists()
+
+
+@pytest.mark.parametrize("where", ["_sheet", "_log", "_checkpoint"])
+def test_a_signal_at_any_moment_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    out = tmp_path / "run"
+    with Report() as report, StopRequest() as stop:
+        config = RunConfig("demo", SMALL, replace(SHORT, steps=1000, log_every=4, sample_every=6, checkpoint_every=10))
+        training = Training(config, out, resume=True, report=report)
+        sound, calls = getattr(training, where), list[int]()
+
+        def interrupted(*arguments: object) -> object:
+            calls.append(training.done)
+            if len(calls) == 2:
+                signal.raise_signal(signal.SIGINT)
+            return sound(*arguments)
+
+        monkeypatch.setattr(training, where, interrupted)
+        assert training.run(stop) == 130
+    assert _last_state(out)["step"] == training.done == calls[1] + 1  # noticed after the next step
+    assert (out / "samples" / f"{training.done:09d}.png").exists()
+    assert RunFolder(out).read_metrics()[-1]["step"] == training.done
+
+
+def test_a_signal_before_the_first_step_ends_at_once() -> None:
+    with StopRequest(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with StopRequest() as stop:
+        stop.patient = True
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "generator.safetensors", "thesis.tex"])
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        _train(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
+def test_images_may_move_but_not_change(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    _train(out, data=str(pictures), steps=2)
+    moved = pictures.rename(tmp_path / "elsewhere")
+    _train(out, data=str(moved), steps=4)
+    assert _last_state(out)["step"] == 4
+    (moved / "01.png").unlink()
+    with pytest.raises(UserError, match=r"is not what .* was trained on so far"):
+        _train(out, data=str(moved), steps=6)
+
+
+def test_the_config_says_what_was_really_used(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _train(tmp_path / "run", steps=1, data="pictures", precision="auto")
+    stored = RunFolder(tmp_path / "run").read_config().train
+    assert stored.data == str(pictures) and stored.precision in ("float32", "bf16")
+
+
+def test_lost_weights_are_written_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    _train(out, steps=2)
+    before = (out / "generator.safetensors").read_bytes()
+    (out / "generator.safetensors").unlink()
+    _train(out, steps=2)
+    assert (out / "generator.safetensors").read_bytes() == before
+
+
+def test_sheets_of_a_given_up_future_go(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    _train(out, steps=20)
+    (out / "samples" / "000000090.png").write_bytes(b"of a future that was killed")
+    _train(out, steps=30)
+    assert not (out / "samples" / "000000090.png").exists()
 
 
 def test_totals_by_images_and_minutes(tmp_path: Path) -> None:

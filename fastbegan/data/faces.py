@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import counter
 
 DEFAULT_COUNT = 16_384
+VERSION = 1  # counts up when the same numbers give other portraits
 _CHUNK = 128  # images drawn at once: bounds memory, and keeps the temporaries in the cache
 
 _SKIN = ("ffe3cb", "f6cfae", "eab98d", "d49e73", "b57c50", "8a5a3b", "643f2b", "f9d9c0")

@@ -112,7 +112,8 @@ def _crop_box(size: tuple[int, int], crop: str) -> tuple[int, int, int, int]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if values.max(initial=0) > 255 else 1.0  # PIL's own conversion clips 16-bit grey to white
+        # PIL's own conversion clips 16-bit grey to white; 32-bit modes do not say what their white is
+        scale = 257.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1.0
         image = Image.fromarray(np.clip(values / scale, 0, 255).round().astype(np.uint8))
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")

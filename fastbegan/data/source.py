@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,10 @@ from . import faces
 from .folder import Listing, RejectedImageError, check_crop, decode, list_images
 from .pack import DamagedPackError, read_pack, write_pack
 
+DECODE_VERSION = 1  # counts up when the same files give other pixels
 _CHUNK = 512
+_STALE_SECONDS = 86_400
+_BROKEN = "\tbroken: "
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being made, how many are done and how many there are."""
@@ -28,10 +32,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A packed set: uint8 [count, size, size, 3] (a memory map), where it lies, and one line about it."""
+    """A packed set: uint8 [count, size, size, 3] (a memory map), the checksum of its pixels, and one line about it."""
 
     images: np.ndarray
-    path: Path
+    crc32: int
     description: str
 
 
@@ -51,30 +55,37 @@ def load_images(
     broken ones.
     """
     check_crop(crop)
-    name, _, number = data.partition(":")
-    if name == "faces" and not (number == "" and Path(data).is_dir()):
-        count = _count(data, number)
+    if not is_folder(data):
+        count = _count(data)
         _require_enough(count, minimum, data)
-        key = {"faces": count, "size": size}
-        return _cached(key, size, f"{count:,} procedural portraits", lambda: _draw(count, size, progress))
-    folder = Path(data)
-    listing = list_images(folder)
-    _require_enough(len(listing.images), minimum, data)
-    key = {
-        "folder": str(folder.resolve()),
-        "crop": crop,
-        "size": size,
-        "files": _fingerprint(folder, listing),
-    }
-    found = _cached(
-        key, size, f"images of {folder}", lambda: _decode_all(folder, listing, size, crop, progress, max_bad)
-    )
+        key = {"faces": count, "size": size, "version": faces.VERSION}
+        found = _cached(_path(key), f"{count:,} procedural portraits", size, lambda: _draw(count, size, progress))
+    else:
+        folder = Path(data).resolve()
+        listing = list_images(folder)
+        _require_enough(len(listing.images), minimum, data)
+        key = {"folder": _fingerprint(folder, listing), "crop": crop, "size": size, "version": DECODE_VERSION}
+        path = _path(key)
+        report = path.with_suffix(".rejected.txt")
+        found = _cached(
+            path,
+            f"images of {folder}",
+            size,
+            lambda: _decode_all(folder, listing, size, crop, progress, report, max_bad),
+        )
+        _judge_rejected(report, len(listing.images), max_bad)
     _require_enough(len(found.images), minimum, data)
     return found
 
 
-def _count(data: str, number: str) -> int:
-    if number == "" and data == "faces":
+def is_folder(data: str) -> bool:
+    """Whether `data` names a folder and not the procedural portraits; a folder called faces is ./faces."""
+    return data.partition(":")[0] != "faces"
+
+
+def _count(data: str) -> int:
+    number = data.removeprefix("faces").removeprefix(":")
+    if data == "faces":
         return faces.DEFAULT_COUNT
     if not number.isdecimal() or int(number) < 1:
         raise UserError(f"data is {data!r}; accepted: 'faces', 'faces:COUNT' with COUNT from 1, or a folder of images")
@@ -88,29 +99,37 @@ def _require_enough(count: int, minimum: int, data: str) -> None:
 
 
 def _fingerprint(folder: Path, listing: Listing) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(os.fsencode(folder))
     for path in listing.images:
         status = (folder / path).stat()
-        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        digest.update(os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    for path, reason in listing.rejected:
+        digest.update(os.fsencode(path) + f"\0{reason}\n".encode())
     return digest.hexdigest()
 
 
-def _cached(key: Mapping[str, object], size: int, what: str, make: Callable[[], Iterator[np.ndarray]]) -> ImageSet:
+def _path(key: Mapping[str, object]) -> Path:
     text = json.dumps(key, sort_keys=True)
-    path = cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.pack"
+    return cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.pack"
+
+
+def _cached(path: Path, what: str, size: int, make: Callable[[], Iterator[np.ndarray]]) -> ImageSet:
     if path.exists():
         try:
             images, header = read_pack(path)
-            return ImageSet(images, path, f"{header.source}, {header.count:,} at {size} px")
+            return ImageSet(images, header.crc32, f"{header.source}, {header.count:,} at {size} px")
         except DamagedPackError as error:
             warnings.warn(f"{error}; packing again", stacklevel=2)
     make_folder(path.parent)
+    for stale in path.parent.glob(f".{path.name}.*"):  # of a process that was killed while packing
+        if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
+            stale.unlink(missing_ok=True)
     try:
         write_pack(path, make(), size, what)
     except OSError as error:
         raise UserError(f"the packed set {path} cannot be written ({error.strerror})") from None
     images, header = read_pack(path)
-    return ImageSet(images, path, f"{header.source}, {header.count:,} at {size} px, packed now")
+    return ImageSet(images, header.crc32, f"{header.source}, {header.count:,} at {size} px, packed now")
 
 
 def _draw(count: int, size: int, progress: Progress) -> Iterator[np.ndarray]:
@@ -121,9 +140,9 @@ def _draw(count: int, size: int, progress: Progress) -> Iterator[np.ndarray]:
 
 
 def _decode_all(
-    folder: Path, listing: Listing, size: int, crop: str, progress: Progress, max_bad: float
+    folder: Path, listing: Listing, size: int, crop: str, progress: Progress, report: Path, max_bad: float
 ) -> Iterator[np.ndarray]:
-    """Decoded images in listing order; ends with an error if too many files are broken, naming them in a file."""
+    """Decoded images in listing order; names the broken ones in `report`. Raises UserError if there are too many."""
     rejected = list(listing.rejected)
 
     def attempt(path: Path) -> np.ndarray | RejectedImageError:
@@ -145,24 +164,21 @@ def _decode_all(
             if good:
                 yield np.stack(good)
             progress("packing images", start + len(paths), total)
-    _report_rejected(folder, rejected, listing.others, total, max_bad)
-
-
-def _report_rejected(
-    folder: Path, rejected: list[tuple[Path, str]], others: list[Path], total: int, max_bad: float
-) -> None:
-    if not rejected and not others:
-        return
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:20]
-    report = cache_folder() / f"{name}.rejected.txt"
-    lines = [f"{folder / path}\t{reason}" for path, reason in rejected]
-    lines += [f"{folder / path}\tnot an image file by its name" for path in others]
+    lines = [f"{folder / path}{_BROKEN}{reason}" for path, reason in rejected]
+    lines += [f"{folder / path}\tleft out: not an image file by its name" for path in listing.others]
     with atomic(report) as file:
-        file.write(("\n".join(lines) + "\n").encode(errors="surrogateescape"))
-    if not rejected:
+        file.write("".join(line + "\n" for line in lines).encode(errors="surrogateescape"))
+    _judge_rejected(report, total, max_bad, warn=False)
+
+
+def _judge_rejected(report: Path, total: int, max_bad: float, *, warn: bool = True) -> None:
+    """Raises UserError if `report` names too many broken files, warns if it names some."""
+    lines = report.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if report.exists() else []
+    broken = [line.replace(_BROKEN, ": ") for line in lines if _BROKEN in line]
+    if not broken:
         return
-    first = "; ".join(f"{path}: {reason}" for path, reason in rejected[:3])
-    message = f"{len(rejected)} of {total:,} images in {folder} are broken ({first}; all in {report})"
-    if len(rejected) > max_bad / 100 * total:
+    message = f"{len(broken)} of {total:,} images are broken ({'; '.join(broken[:3])}; all of them in {report})"
+    if len(broken) > max_bad / 100 * total:
         raise UserError(f"{message}; max_bad accepts {max_bad:g} percent: repair them, remove them or raise it")
-    warnings.warn(f"{message}; left out", stacklevel=2)
+    if warn:
+        warnings.warn(f"{message}; left out", stacklevel=2)

@@ -92,6 +92,8 @@ def test_colours(tmp_path: Path) -> None:
     assert _constant(saved("grey.png", Image.new("L", (8, 8), 77))) == [77, 77, 77]
     deep = Image.fromarray(np.full((8, 8), 257 * 100, np.uint16))
     assert _constant(saved("deep.png", deep)) == [100, 100, 100]
+    dark = Image.fromarray(np.full((8, 8), 200, np.uint16))
+    assert _constant(saved("dark.png", dark)) == [1, 1, 1]
     assert _constant(saved("palette.png", Image.new("RGB", (8, 8), (10, 20, 30)).quantize(4))) == [10, 20, 30]
     cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     assert _constant(saved("cmyk.tif", cmyk)) == [255, 0, 0]

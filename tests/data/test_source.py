@@ -58,13 +58,26 @@ def test_a_damaged_pack_is_packed_again(pictures: Path, made: list[str], tmp_pat
 
 def test_few_broken_files_are_left_out_by_name_and_many_refuse_the_folder(pictures: Path, made: list[str]) -> None:
     (pictures / "broken.jpg").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"1 of 13 images .*broken\.jpg: cannot identify.*max_bad accepts 1 percent"):
+    with pytest.raises(
+        UserError, match=r"1 of 13 images are broken .*broken\.jpg: cannot identify.*max_bad accepts 1 percent"
+    ):
         _load(pictures, made)
     assert not list(source.cache_folder().glob("*.pack"))
     with pytest.warns(UserWarning, match=r"broken\.jpg: cannot identify.*left out"):
         assert len(_load(pictures, made, max_bad=10.0)) == 12
     (report,) = source.cache_folder().glob("*.rejected.txt")
-    assert "broken.jpg\tcannot identify" in report.read_text()
+    assert "broken.jpg\tbroken: cannot identify" in report.read_text()
+    with pytest.raises(UserError, match="1 of 13"):  # packed by now, and still too many for this caller
+        _load(pictures, made)
+
+
+def test_a_folder_called_faces_is_named_with_its_path(
+    pictures: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures.rename(pictures.with_name("faces"))
+    monkeypatch.chdir(pictures.parent)
+    assert len(_load("./faces", made)) == 12
+    assert len(_load("faces:20", made)) == 20
 
 
 @pytest.mark.parametrize("data", ["faces:0", "faces:many", "faces:-3"])
