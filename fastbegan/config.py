@@ -175,14 +175,14 @@ def _paper(size: int, gamma: float) -> Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    # small enough for a CPU; a controller and a learning rate ten times the paper's, since it runs 1/70 as long
+    # small enough for a CPU; a controller and a learning rate ten times the paper's, since it runs 1/90 as long
     "demo": Preset(
         ModelConfig(size=32, filters=16, repeats=1),
         TrainConfig(
             gamma=0.7,
             lambda_k=1e-2,
             lr=1e-3,
-            images=96_000,
+            images=76_800,
             ema_half_life=1000,
             sample_every=200,
             checkpoint_every=1000,
