@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-
-def next_k(k: Tensor, loss_real: Tensor, loss_fake: Tensor, gamma: float, lambda_k: float) -> Tensor:
-    """k_{t+1} = clamp(k_t + lambda_k (gamma L(x) - L(G(z))), 0, 1) (§3.4)."""
-    return (k + lambda_k * (gamma * loss_real - loss_fake)).clamp(0, 1)
-
-
-def convergence_measure(loss_real: Tensor, loss_fake: Tensor, gamma: float) -> Tensor:
-    """M = L(x) + |gamma L(x) - L(G(z))| (§3.4.1)."""
-    return loss_real + (gamma * loss_real - loss_fake).abs()
+from fastbegan_kernels import equilibrium_update
 
 
 class Equilibrium(nn.Module):
@@ -39,16 +31,10 @@ class Equilibrium(nn.Module):
 
     @torch.no_grad()
     def update(self, loss_real: Tensor, loss_fake: Tensor, skip: Tensor | None = None) -> None:
-        """Advance by one step from scalar losses; where `skip` (a bool scalar) holds, change nothing."""
-        real, fake = loss_real.to(self.k.dtype), loss_fake.to(self.k.dtype)
-        measure = convergence_measure(real, fake, self.gamma)
-        row = torch.stack((real, fake, self.k, measure, (real - fake).abs(), torch.ones_like(real)))
-        k = next_k(self.k, real, fake, self.gamma, self.lambda_k)
-        if skip is not None:
-            row, k = torch.where(skip, 0.0, row), torch.where(skip, self.k, k)
-        self.sums += row
-        self.window += row[[3, 5]]
-        self.k.copy_(k)
+        """Advance by one step from losses, scalar or one a sample; where the bool `skip` holds, change nothing."""
+        equilibrium_update(
+            loss_real, loss_fake, self.k, self.sums, self.window, skip, gamma=self.gamma, lambda_k=self.lambda_k
+        )
 
     def read(self) -> dict[str, float]:
         """Means since the last call (k itself as it is now), then start over. Waits for the device."""

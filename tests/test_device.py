@@ -16,6 +16,7 @@ def old_card(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_kernel(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
 
+    monkeypatch.setattr(torch, "__version__", "2.15.0+cu130")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch, "arange", no_kernel)
@@ -38,6 +39,7 @@ def test_a_card_asked_for_by_name_is_an_error(old_card: None) -> None:
 
 
 def test_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.15.0+cu130")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(device, "_nvidia_smi", lambda: ("NVIDIA A100", "470.82.01"))
     _, line = pick_device("auto")

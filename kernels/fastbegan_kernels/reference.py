@@ -9,15 +9,17 @@ from torch import Tensor
 ACTIVATIONS = ("elu", "relu", "leaky_relu", "silu", "none")
 
 
-def activate(x: Tensor, activation: str = "elu", alpha: float = 1.0) -> Tensor:
-    """Apply one of ACTIVATIONS. `alpha` is ELU's scale or leaky_relu's negative slope, both >= 0.
-
-    Raises ValueError for an unknown name or a negative alpha (the derivative could not be told from the output).
-    """
+def check_activation(activation: str, alpha: float) -> None:
+    """Raises ValueError for an unknown name or a negative alpha (the derivative could not be told from the output)."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
     if alpha < 0:
         raise ValueError(f"alpha is {alpha}; accepted: numbers >= 0")
+
+
+def activate(x: Tensor, activation: str = "elu", alpha: float = 1.0) -> Tensor:
+    """Apply one of ACTIVATIONS. `alpha` is ELU's scale or leaky_relu's negative slope, both >= 0; else ValueError."""
+    check_activation(activation, alpha)
     if activation == "elu":
         return F.elu(x, alpha)
     if activation == "relu":
@@ -57,16 +59,64 @@ def upsample_conv2d_elu(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    skip: Tensor | None = None,
     activation: str = "elu",
     alpha: float = 1.0,
     carry: Tensor | None = None,
 ) -> Tensor:
     """Nearest-neighbour upsampling by 2, then conv2d_elu with a 3x3 kernel.
 
-    x [N, C, H, W] -> [N, K, 2H, 2W]; weight [K, C, 3, 3]. `carry` blends with the upsampled x.
+    x [N, C, H, W] -> [N, K, 2H, 2W]; weight [K, C, 3, 3]. `skip` is a phase table [N, 3, 3, S, S, K] as
+    `skip_phase_table` makes it, expanded and added before the activation. `carry` blends with the upsampled x.
     """
     x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    return conv2d_elu(x, weight, bias, activation=activation, alpha=alpha, carry=carry)
+    y = F.conv2d(x, weight, bias, padding=1)
+    if skip is not None:
+        y = y + expand_phase_table(skip, y.shape[2], y.shape[3])
+    return blend(x, activate(y, activation, alpha), carry)
+
+
+def skip_phase_table(h: Tensor, weight: Tensor) -> Tensor:
+    """What conv3x3 over h [N, C, S, S] upsampled by any k >= 2 can give: [N, 3, 3, S, S, K] for weight [K, C, 3, 3].
+
+    The two phases are the first / inner / last row and column of the k x k cell that an output pixel lies in: an
+    output in the first row sees the cell above with tap 0 and its own with taps 1 and 2, and so on.
+    """
+    first, middle, last = torch.eye(3, dtype=weight.dtype, device=weight.device)
+    none = torch.zeros_like(first)
+    # [phase, neighbour above / own / below, tap]
+    rows = torch.stack(
+        [
+            torch.stack((first, middle + last, none)),
+            torch.stack((none, first + middle + last, none)),
+            torch.stack((none, first + middle, last)),
+        ]
+    )
+    kernels = torch.einsum("pda,qeb,kcab->pqkcde", rows, rows, weight)
+    out, channels = weight.shape[:2]
+    table = F.conv2d(h, kernels.reshape(9 * out, channels, 3, 3), padding=1)
+    return table.unflatten(1, (3, 3, out)).permute(0, 1, 2, 4, 5, 3)
+
+
+def expand_phase_table(table: Tensor, height: int, width: int) -> Tensor:
+    """The map [N, K, height, width] whose cells a phase table [N, 3, 3, S, S, K] describes."""
+    phases_h, phases_w = (_phases(size // table.shape[3], table.device) for size in (height, width))
+    cells = table[:, phases_h][:, :, phases_w]  # [N, cell, cell, S, S, K]
+    return cells.permute(0, 5, 3, 1, 4, 2).flatten(4, 5).flatten(2, 3)
+
+
+def _phases(cell: int, device: torch.device) -> Tensor:
+    phases = torch.ones(cell, dtype=torch.int64, device=device)
+    phases[0], phases[-1] = 0, 2
+    return phases
+
+
+def check_loss(prediction: Tensor, target: Tensor, eta: int) -> None:
+    """Raises ValueError for another exponent than 1 and 2, and for shapes that differ."""
+    if eta not in (1, 2):
+        raise ValueError(f"eta is {eta!r}; accepted: 1, 2")
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction is {list(prediction.shape)} but target is {list(target.shape)}; they must match")
 
 
 def l1_reconstruction_loss(prediction: Tensor, target: Tensor, *, eta: int = 1, detach_target: bool = False) -> Tensor:
@@ -75,14 +125,40 @@ def l1_reconstruction_loss(prediction: Tensor, target: Tensor, *, eta: int = 1, 
     eta is 1 or 2. Accumulated and returned in float32 (float64 for float64 input). The gradient reaches both
     arguments unless `detach_target`.
     """
-    if eta not in (1, 2):
-        raise ValueError(f"eta is {eta!r}; accepted: 1, 2")
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction is {list(prediction.shape)} but target is {list(target.shape)}; they must match")
+    check_loss(prediction, target, eta)
     wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     difference = prediction.to(wide) - (target.detach() if detach_target else target).to(wide)
     error = difference.abs() if eta == 1 else difference.square()
     return error.flatten(1).mean(1)
+
+
+def equilibrium_update(
+    loss_real: Tensor,
+    loss_fake: Tensor,
+    k: Tensor,
+    sums: Tensor,
+    window: Tensor,
+    skip: Tensor | None = None,
+    *,
+    gamma: float,
+    lambda_k: float,
+) -> None:
+    """One step of BEGAN's controller (paper §3.4), in place, from per-sample losses [N] or scalars.
+
+    k [] float32 becomes clamp(k + lambda_k (gamma L(x) - L(G(z))), 0, 1); sums [6] float32 gains L(x), L(G(z)), the
+    old k, M = L(x) + |gamma L(x) - L(G(z))|, |L(x) - L(G(z))| and 1; window [2] float64 gains M and 1. Where the bool
+    scalar `skip` holds nothing changes.
+    """
+    real, fake = loss_real.mean().to(k.dtype), loss_fake.mean().to(k.dtype)
+    balance = gamma * real - fake
+    measure = real + balance.abs()
+    row = torch.stack((real, fake, k, measure, (real - fake).abs(), torch.ones_like(real)))
+    new_k = (k + lambda_k * balance).clamp(0, 1)
+    if skip is not None:
+        row, new_k = torch.where(skip, 0.0, row), torch.where(skip, k, new_k)
+    sums += row
+    window += row[[3, 5]]
+    k.copy_(new_k)
 
 
 def normalize_images(
