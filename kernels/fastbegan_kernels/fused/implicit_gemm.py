@@ -7,7 +7,7 @@ input gradient (the same loop over turned weights), and the input gradient of an
 `_upconv_kernel` computes the four phases of nearest x2 + conv3x3 on the low-resolution input, 2x2 taps each.
 
 All tensors are NHWC in memory. Rows of the product are output pixels, columns output channels, and the sum runs over
-taps and input channels in blocks of BLOCK_C.
+taps and `c_blocks` blocks of BLOCK_C input channels (a run-time number: loops of known length get unrolled and spill).
 """
 
 from __future__ import annotations
@@ -45,9 +45,29 @@ def derivative(y, ACTIVATION: tl.constexpr, alpha):
 
 
 @triton.jit
+def _load_pair(x_base, w_base, inside, shift, tap, c_start, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Pixels [BLOCK_M, BLOCK_C] moved by `shift` pixels, zero where not `inside`, and weights [BLOCK_C, BLOCK_K].
+
+    Pixels outside are not only masked: their address stays where it started, on a valid pixel, since masked
+    asynchronous copies have been seen to touch the address they were given.
+    """
+    x_at = x_base + tl.where(inside, shift, 0)[:, None] * C + c_start
+    w_at = w_base + tap * C + c_start
+    if C % BLOCK_C == 0:
+        x = tl.load(x_at, mask=inside[:, None], other=0.0)
+        w = tl.load(w_at)
+    else:  # the last block is partly empty: step back to channels that exist
+        c_ok = c_start + c < C
+        back = tl.where(c_ok, 0, c_start + c)
+        x = tl.load(x_at - back[None, :], mask=inside[:, None] & c_ok[None, :], other=0.0)
+        w = tl.load(w_at - back[:, None], mask=c_ok[:, None], other=0.0)
+    return x, w
+
+
+@triton.jit
 def _conv_kernel(
     x_ptr, w_ptr, b_ptr, y_prev_ptr, out_ptr, db_ptr,
-    pixels, in_h, in_w, out_h, out_w, alpha,
+    pixels, in_h, in_w, out_h, out_w, c_blocks, alpha,
     C: tl.constexpr, K: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
@@ -57,29 +77,28 @@ def _conv_kernel(
     Forward epilogue: bias and activation. BACKWARD: times the previous layer's activation derivative from its saved
     output (y_prev), and the sum over this program's pixels into db[program, k] (partial bias gradients).
     """
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_ok = m < pixels
     k_ok = k < K
     ow = m % out_w
     oh = (m // out_w) % out_h
-    n = m // (out_w * out_h)
-    c_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    start = tl.where(m_ok, (m // (out_w * out_h) * in_h + oh * STRIDE) * in_w + ow * STRIDE, 0)
+    c = tl.arange(0, BLOCK_C)
+    x_base = x_ptr + start.to(tl.int64)[:, None] * C + c[None, :]
+    w_base = w_ptr + tl.where(k_ok, k, 0)[None, :] * (KH * KW * C) + c[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for step in tl.range(0, KH * KW * c_blocks, num_stages=STAGES):
         tap = step // c_blocks
-        c = (step % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-        ih = oh * STRIDE + tap // KW - PAD
-        iw = ow * STRIDE + tap % KW - PAD
+        c_start = (step % c_blocks) * BLOCK_C
+        dh = tap // KW - PAD
+        dw = tap % KW - PAD
+        ih = oh * STRIDE + dh
+        iw = ow * STRIDE + dw
         inside = m_ok & (ih >= 0) & (ih < in_h) & (iw >= 0) & (iw < in_w)
-        # masked cp.async addresses have been dereferenced by a ptxas lowering: point them at a valid element
-        pixel = tl.where(inside, (n * in_h + ih) * in_w + iw, 0)
-        c_ok = c < C
-        c_safe = tl.where(c_ok, c, 0)
-        x = tl.load(x_ptr + pixel[:, None] * C + c_safe[None, :], mask=inside[:, None] & c_ok[None, :], other=0.0)
-        row = tl.where(k_ok, k, 0) * (KH * KW) + tap
-        w = tl.load(w_ptr + row[None, :] * C + c_safe[:, None], mask=k_ok[None, :] & c_ok[:, None], other=0.0)
+        x, w = _load_pair(x_base, w_base, inside, dh * in_w + dw, tap, c_start, c, C, BLOCK_C)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    m = m.to(tl.int64)
     offset = m[:, None] * K + k[None, :]
     ok = m_ok[:, None] & k_ok[None, :]
     if BACKWARD:
@@ -96,7 +115,7 @@ def _conv_kernel(
 @triton.jit
 def _upconv_kernel(
     x_ptr, w_ptr, b_ptr, skip_ptr, out_ptr,
-    pixels, height, width, alpha,
+    pixels, height, width, c_blocks, alpha,
     C: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, SKIP_SIZE: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +124,7 @@ def _upconv_kernel(
     w is [4, K, 4, C]: phase, output channel, tap (a, b), input channel. With SKIP_SIZE = S the table [N, 3, 3, S, S, K]
     is added before the activation: its first / inner / last row and column of the cell each output pixel falls in.
     """
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     phase = tl.program_id(2)
     py = phase // 2
@@ -114,22 +133,19 @@ def _upconv_kernel(
     k_ok = k < K
     j = m % width
     i = (m // width) % height
-    n = m // (width * height)
-    c_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    c = tl.arange(0, BLOCK_C)
+    x_base = x_ptr + tl.where(m_ok, m, 0).to(tl.int64)[:, None] * C + c[None, :]
+    w_base = w_ptr + (phase * K + tl.where(k_ok, k, 0))[None, :] * (4 * C) + c[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for step in tl.range(0, 4 * c_blocks, num_stages=STAGES):
         tap = step // c_blocks
-        c = (step % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-        ih = i + py - 1 + tap // 2
-        iw = j + px - 1 + tap % 2
-        inside = m_ok & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
-        pixel = tl.where(inside, (n * height + ih) * width + iw, 0)
-        c_ok = c < C
-        c_safe = tl.where(c_ok, c, 0)
-        x = tl.load(x_ptr + pixel[:, None] * C + c_safe[None, :], mask=inside[:, None] & c_ok[None, :], other=0.0)
-        row = (phase * K + tl.where(k_ok, k, 0)) * 4 + tap
-        w = tl.load(w_ptr + row[None, :] * C + c_safe[:, None], mask=k_ok[None, :] & c_ok[:, None], other=0.0)
+        c_start = (step % c_blocks) * BLOCK_C
+        dh = py - 1 + tap // 2
+        dw = px - 1 + tap % 2
+        inside = m_ok & (i + dh >= 0) & (i + dh < height) & (j + dw >= 0) & (j + dw < width)
+        x, w = _load_pair(x_base, w_base, inside, dh * width + dw, tap, c_start, c, C, BLOCK_C)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    n = (m // (width * height)).to(tl.int64)
     ok = m_ok[:, None] & k_ok[None, :]
     oh = 2 * i + py
     ow = 2 * j + px

@@ -53,7 +53,8 @@ def _conv(
         partial = torch.empty((rows, out_channels), dtype=torch.float32, device=x.device)
     if pixels:
         implicit_gemm._conv_kernel[(rows, triton.cdiv(out_channels, tile.block_k))](
-            x, packed, bias, y_prev, out, partial, pixels, in_h, in_w, out_h, out_w, alpha,
+            x, packed, bias, y_prev, out, partial,
+            pixels, in_h, in_w, out_h, out_w, triton.cdiv(channels, tile.block_c), alpha,
             C=channels, K=out_channels, KH=kernel_h, KW=kernel_w, STRIDE=stride, PAD=padding,
             HAS_BIAS=bias is not None, ACTIVATION=activation, BACKWARD=y_prev is not None, PRECISION=_precision(x),
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_C=tile.block_c, STAGES=tile.stages,
@@ -111,7 +112,7 @@ def upsample_conv2d_elu(
     if pixels:
         grid = (triton.cdiv(pixels, tile.block_m), triton.cdiv(out_channels, tile.block_k), 4)
         implicit_gemm._upconv_kernel[grid](
-            x, phases, bias, skip, out, pixels, height, width, alpha,
+            x, phases, bias, skip, out, pixels, height, width, triton.cdiv(channels, tile.block_c), alpha,
             C=channels, K=out_channels, HAS_BIAS=bias is not None, SKIP_SIZE=0 if skip is None else skip.shape[3],
             ACTIVATION=activation, PRECISION=_precision(x),
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_C=tile.block_c, STAGES=tile.stages,

@@ -1,0 +1,71 @@
+"""The cross-compile gate: every shipped configuration, for GPUs that are not here, without spilling a register.
+
+`cross_compiled.json` beside this holds what was recorded, by Triton version; `python tests/kernels/test_cross_compile.py`
+records it anew. Register use moves between Triton versions, so only the recorded version is held to the record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+RECORD = HERE / "cross_compiled.json"
+SHARED = {60: 49_152, 80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one block may have
+MATRIX = {80: ("HMMA", "LDGSTS"), 90: ("HGMMA", "LDGSTS")}  # matrix units, fed by asynchronous copies
+
+
+def _compiled(capability: int, site: Path | None = None) -> list[dict[str, Any]]:
+    paths = [str(ROOT / "kernels"), *([str(site)] if site else [])]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # interpreted code has no binary
+    environment |= {"PYTHONPATH": os.pathsep.join(reversed(paths)), "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, str(HERE / "cross_compile.py"), str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def _check(rows: list[dict[str, Any]], capability: int) -> None:
+    assert len(rows) >= (7 if capability < 80 else 50)
+    for row in rows:
+        assert row["stack"] == row["LDL"] == row["STL"] == 0, row
+        assert row["registers"] <= 255 and row["shared"] <= SHARED[capability], row
+        if "conv" in row["kernel"] and "bf16" in row["kernel"]:
+            assert all(row[word] for word in MATRIX.get(capability, ())), row
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_configuration_compiles_without_spilling(capability: int) -> None:
+    rows = _compiled(capability)
+    _check(rows, capability)
+    record = json.loads(RECORD.read_text())
+    if record["triton"] == version("triton"):
+        recorded = {row["kernel"]: row for row in record["rows"] if row["sm"] == capability}
+        assert recorded.keys() == {row["kernel"] for row in rows}
+        for row in rows:
+            for figure in ("registers", "shared"):
+                assert row[figure] <= recorded[row["kernel"]][figure], (figure, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_also_with_the_triton_of_common_images(capability: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "triton==3.6.0"]
+    subprocess.run(command, check=True, timeout=300)
+    _check(_compiled(capability, tmp_path), capability)
+
+
+if __name__ == "__main__":
+    found = [row for capability in SHARED for row in _compiled(capability)]
+    rows = ",\n".join(json.dumps(row) for row in found)
+    RECORD.write_text(f'{{"triton": "{version("triton")}", "rows": [\n{rows}\n]}}\n')
+    for row in found:
+        print(f"{row['kernel']:48s} sm_{row['sm']:<4} {row['registers']:4d} registers {row['shared']:7d} bytes shared")
