@@ -6,7 +6,6 @@ instructions that tell whether the matrix units and asynchronous copies are used
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import subprocess
@@ -16,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastbegan_kernels.fused import elementwise, implicit_gemm
-from fastbegan_kernels.fused.tiles import FULL, HALF, Tile
+from fastbegan_kernels.fused.tiles import Tile, shipped_tiles
 
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _INSTRUCTIONS = ("HMMA", "HGMMA", "FFMA", "LDGSTS", "LDL", "STL")
@@ -102,7 +102,8 @@ def cases(capability: int) -> Iterator[Case]:
     for dtype in ("fp32",) if capability < 80 else ("fp32", "bf16"):
         yield from _elementwise_cases(dtype)
     if capability >= 80:
-        yield from itertools.chain(_matrix_cases("bf16", HALF), _matrix_cases("fp32", FULL))
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            yield from _matrix_cases(name, shipped_tiles(dtype, capability))
 
 
 def measure(case: Case, capability: int) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def _upconv_kernel(
     m_ok = m < pixels
     k_ok = k < K
     j = m % width
-    i = (m // width) % height
+    i = tl.where(m_ok, (m // width) % height, -2)  # rows past the end are outside for every tap
     c = tl.arange(0, BLOCK_C)
     x_base = x_ptr + tl.where(m_ok, m, 0).to(tl.int64)[:, None] * C + c[None, :]
     w_base = w_ptr + (phase * K + tl.where(k_ok, k, 0))[None, :] * (4 * C) + c[:, None]
@@ -142,13 +142,15 @@ def _upconv_kernel(
         c_start = (step % c_blocks) * BLOCK_C
         dh = py - 1 + tap // 2
         dw = px - 1 + tap % 2
-        inside = m_ok & (i + dh >= 0) & (i + dh < height) & (j + dw >= 0) & (j + dw < width)
+        inside = (i + dh >= 0) & (i + dh < height) & (j + dw >= 0) & (j + dw < width)
         x, w = _load_pair(x_base, w_base, inside, dh * width + dw, tap, c_start, c, C, BLOCK_C)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    # found again instead of kept: registers are short inside the loop
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (m // (width * height)).to(tl.int64)
-    ok = m_ok[:, None] & k_ok[None, :]
-    oh = 2 * i + py
-    ow = 2 * j + px
+    ok = (m < pixels)[:, None] & k_ok[None, :]
+    oh = 2 * ((m // width) % height) + py
+    ow = 2 * (m % width) + px
     if HAS_BIAS:
         acc += tl.load(b_ptr + k, mask=k_ok, other=0.0).to(tl.float32)[None, :]
     if SKIP_SIZE > 0:
@@ -159,7 +161,7 @@ def _upconv_kernel(
         part_h = tl.where(row_h == 0, 0, tl.where(row_h == cell_h - 1, 2, 1))
         part_w = tl.where(row_w == 0, 0, tl.where(row_w == cell_w - 1, 2, 1))
         cell = (((n * 3 + part_h) * 3 + part_w) * SKIP_SIZE + oh // cell_h) * SKIP_SIZE + ow // cell_w
-        cell = tl.where(m_ok, cell, 0)
+        cell = tl.where(m < pixels, cell, 0)
         acc += tl.load(skip_ptr + cell[:, None] * K + k[None, :], mask=ok, other=0.0).to(tl.float32)
     acc = activate(acc, ACTIVATION, alpha)
     offset = ((n * 2 * height + oh) * 2 * width + ow)[:, None] * K + k[None, :]

@@ -33,6 +33,14 @@ def _precision(x: Tensor) -> str:
     return "tf32" if x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee"
 
 
+def _capability(x: Tensor) -> int:
+    """80 for sm_80 and so on; the interpreter stands for sm_80."""
+    if not x.is_cuda:
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
 def _conv(
     x: Tensor, packed: Tensor, bias: Tensor | None, y_prev: Tensor | None, *, stride: int, padding: int,
     activation: str, alpha: float, tile: Tile | None,
@@ -45,7 +53,7 @@ def _conv(
     out_w = (in_w + 2 * padding - kernel_w) // stride + 1
     out = _empty(x, out_channels, out_h, out_w)
     pixels = batch * out_h * out_w
-    tile = tile or pick_tile(x.dtype, pixels, channels, out_channels)
+    tile = tile or pick_tile(x.dtype, pixels, channels, out_channels, _capability(x))
     rows = triton.cdiv(pixels, tile.block_m)
     partial = None
     if y_prev is not None:
@@ -108,7 +116,7 @@ def upsample_conv2d_elu(
     out_channels = phases.shape[1]
     out = _empty(x, out_channels, 2 * height, 2 * width)
     pixels = batch * height * width
-    tile = tile or pick_tile(x.dtype, pixels, channels, out_channels)
+    tile = tile or pick_tile(x.dtype, pixels, channels, out_channels, _capability(x))
     if pixels:
         grid = (triton.cdiv(pixels, tile.block_m), triton.cdiv(out_channels, tile.block_k), 4)
         implicit_gemm._upconv_kernel[grid](
