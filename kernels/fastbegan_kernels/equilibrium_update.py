@@ -25,6 +25,8 @@ def equilibrium_update(
     if choose(impl) != "fused":
         reference.equilibrium_update(loss_real, loss_fake, k, sums, window, skip, gamma=gamma, lambda_k=lambda_k)
         return
+    if loss_real.shape != loss_fake.shape:
+        raise ValueError(f"loss_real is {list(loss_real.shape)} but loss_fake {list(loss_fake.shape)}; they must match")
     require_fused(loss_real, loss_fake, k)
     _equilibrium_update(loss_real, loss_fake, k, sums, window, skip, gamma, lambda_k)
 

@@ -32,6 +32,11 @@ EXACT = [torch.float32, torch.float16, torch.bfloat16]  # kernels without a matr
 
 
 @pytest.fixture(autouse=True)
+def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a kernel should have written, and did not, is NaN."""
 
@@ -256,6 +261,16 @@ def test_equilibrium_update(samples: int, skip: bool | None) -> None:
     assert (states[1][0].item() == pytest.approx(0.2)) == bool(skip)
 
 
+def test_equilibrium_update_takes_scalars_and_refuses_unlike_shapes() -> None:
+    k, sums = torch.zeros((), device=DEVICE), torch.zeros(6, device=DEVICE)
+    window = torch.zeros(2, dtype=torch.float64, device=DEVICE)
+    real, fake = torch.tensor(0.4, device=DEVICE), torch.tensor(0.1, device=DEVICE)
+    equilibrium_update(real, fake, k, sums, window, gamma=0.5, lambda_k=0.001, impl="fused")
+    assert k.item() == pytest.approx(0.0001, rel=1e-5)
+    with pytest.raises(ValueError, match=r"loss_real is \[\] but loss_fake \[3\]"):
+        equilibrium_update(real, fake.expand(3), k, sums, window, gamma=0.5, lambda_k=0.001, impl="fused")
+
+
 def test_k_is_clamped() -> None:
     k, sums, window = torch.tensor(0.999, device=DEVICE), torch.zeros(6, device=DEVICE), torch.zeros(2, device=DEVICE)
     losses = torch.tensor([1.0], device=DEVICE), torch.tensor([0.0], device=DEVICE)
@@ -317,6 +332,27 @@ def test_strided_inputs_and_gradients(op: Callable[..., Tensor]) -> None:
     (expanded,) = torch.autograd.grad(output.sum(), x, retain_graph=True)  # an expanded scalar as gradient
     (whole,) = torch.autograd.grad(output, x, torch.ones_like(output))
     torch.testing.assert_close(expanded, whole)
+
+
+def test_small_arguments_may_be_strided() -> None:
+    x, weight = _random(2, 6, 4, 4, seed=1, dtype=torch.float32), _random(5, 6, 3, 3, seed=2, dtype=torch.float32)
+    bias = _random(10, seed=3, dtype=torch.float32)[::2]
+    for op in (conv2d_elu, upsample_conv2d_elu):
+        got, expected = op(x, weight, bias, impl="fused"), op(x, weight, bias.contiguous(), impl="reference")
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    images = torch.randint(0, 256, (6, 4, 4, 3), dtype=torch.uint8, device=DEVICE)
+    index = torch.tensor([5, 9, 0, 9, 3, 9], device=DEVICE)[::2]
+    flip = torch.tensor([True, False, False, True, True, False], device=DEVICE)[::2]
+    got = normalize_images(images, index, flip, impl="fused")
+    torch.testing.assert_close(got, reference.normalize_images(images, index, flip))
+
+
+def test_without_a_previous_output_there_is_no_derivative() -> None:
+    from fastbegan_kernels.fused import launch
+
+    dz, weight = _random(1, 4, 4, 4, seed=1, dtype=torch.float32), _random(4, 3, 3, 3, seed=2, dtype=torch.float32)
+    plain, none = launch.conv2d_elu_input_gradient(dz, weight, activation="relu")
+    assert none is None and torch.equal(plain, launch.conv2d_elu_input_gradient(dz, weight)[0]) and plain.min() < 0
 
 
 @pytest.mark.parametrize("op", [conv2d_elu, upsample_conv2d_elu])

@@ -28,14 +28,14 @@ def _activation_backward_kernel(
 @triton.jit
 def _l1_forward_kernel(prediction_ptr, target_ptr, partial_ptr, values, ETA: tl.constexpr, BLOCK: tl.constexpr):
     """partial[sample, block] = sum of |target - prediction|^ETA over one block of one sample's `values`."""
-    sample = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sample = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = i < values
     prediction = tl.load(prediction_ptr + sample * values + i, mask=ok, other=0.0).to(tl.float32)
     target = tl.load(target_ptr + sample * values + i, mask=ok, other=0.0).to(tl.float32)
     difference = prediction - target
     error = tl.abs(difference) if ETA == 1 else difference * difference
-    tl.store(partial_ptr + sample * tl.num_programs(0) + tl.program_id(0), tl.sum(error, 0))
+    tl.store(partial_ptr + sample * tl.num_programs(1) + tl.program_id(1), tl.sum(error, 0))
 
 
 @triton.jit
@@ -44,8 +44,8 @@ def _l1_backward_kernel(
     ETA: tl.constexpr, TO_TARGET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the per-sample means: grad[sample] / values times sign (ETA 1) or twice the difference (ETA 2)."""
-    sample = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sample = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = i < values
     offset = sample * values + i
     prediction = tl.load(prediction_ptr + offset, mask=ok, other=0.0).to(tl.float32)
@@ -66,8 +66,8 @@ def _normalize_images_kernel(
     C: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_FLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[n] = images[index[n]], mirrored where flip[n], from 0..255 to -1..1; both NHWC in memory."""
-    n = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values = height * width * C
     ok = i < values
     source = tl.load(index_ptr + n) if HAS_INDEX else n

@@ -9,12 +9,18 @@ in a fixed order, so results do not vary between runs.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import triton
 from torch import Tensor
 
 from . import elementwise, implicit_gemm
 from .tiles import Tile, pick_tile
+
+Result = TypeVar("Result")
 
 _BLOCK = 1024  # values a program of the elementwise kernels takes
 
@@ -28,9 +34,35 @@ def _empty(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _flags(x: Tensor | None) -> Tensor | None:
+    """Booleans as bytes, without a copy."""
+    return None if x is None else x.contiguous().view(torch.uint8)
+
+
 def _precision(x: Tensor) -> str:
-    # exact float32 unless the caller allowed TF32 for convolutions
-    return "tf32" if x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee"
+    """Exact float32 unless the caller allowed TF32 for convolutions."""
+    if not x.is_cuda:
+        return "ieee"
+    try:
+        allowed = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set through torch's newer fp32_precision
+        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
+    return "tf32" if allowed else "ieee"
+
+
+def _on_device(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Triton launches on the current device: make it that of the first argument."""
+
+    @functools.wraps(function)
+    def launched(x: Tensor, *arguments: object, **options: object) -> Result:
+        with torch.cuda.device_of(x):
+            return function(x, *arguments, **options)
+
+    return launched
 
 
 def _capability(x: Tensor) -> int:
@@ -61,7 +93,7 @@ def _conv(
         partial = torch.empty((rows, out_channels), dtype=torch.float32, device=x.device)
     if pixels:
         implicit_gemm._conv_kernel[(rows, triton.cdiv(out_channels, tile.block_k))](
-            x, packed, bias, y_prev, out, partial,
+            x, packed, _dense(bias), y_prev, out, partial,
             pixels, in_h, in_w, out_h, out_w, triton.cdiv(channels, tile.block_c), alpha,
             C=channels, K=out_channels, KH=kernel_h, KW=kernel_w, STRIDE=stride, PAD=padding,
             HAS_BIAS=bias is not None, ACTIVATION=activation, BACKWARD=y_prev is not None, PRECISION=_precision(x),
@@ -71,6 +103,7 @@ def _conv(
     return out, None if partial is None else partial.sum(0)
 
 
+@_on_device
 def conv2d_elu(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, activation: str, alpha: float,
     tile: Tile | None = None,
@@ -90,6 +123,7 @@ def conv2d_elu(
     )[0]
 
 
+@_on_device
 def conv2d_elu_input_gradient(
     dz: Tensor, weight: Tensor, y_prev: Tensor | None = None, *, activation: str = "none", alpha: float = 1.0,
     tile: Tile | None = None,
@@ -100,9 +134,11 @@ def conv2d_elu_input_gradient(
     """
     packed = weight.to(dz.dtype).flip(2, 3).permute(1, 2, 3, 0).contiguous()  # [C, kh, kw, K]
     padding = weight.shape[2] // 2
+    activation = "none" if y_prev is None else activation
     return _conv(dz, packed, None, y_prev, stride=1, padding=padding, activation=activation, alpha=alpha, tile=tile)
 
 
+@_on_device
 def upsample_conv2d_elu(
     x: Tensor, phases: Tensor, bias: Tensor | None, skip: Tensor | None, *, activation: str, alpha: float,
     tile: Tile | None = None,
@@ -120,7 +156,8 @@ def upsample_conv2d_elu(
     if pixels:
         grid = (triton.cdiv(pixels, tile.block_m), triton.cdiv(out_channels, tile.block_k), 4)
         implicit_gemm._upconv_kernel[grid](
-            x, phases, bias, skip, out, pixels, height, width, triton.cdiv(channels, tile.block_c), alpha,
+            x, phases, _dense(bias), _dense(skip), out,
+            pixels, height, width, triton.cdiv(channels, tile.block_c), alpha,
             C=channels, K=out_channels, HAS_BIAS=bias is not None, SKIP_SIZE=0 if skip is None else skip.shape[3],
             ACTIVATION=activation, PRECISION=_precision(x),
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_C=tile.block_c, STAGES=tile.stages,
@@ -129,6 +166,7 @@ def upsample_conv2d_elu(
     return out
 
 
+@_on_device
 def upsample_conv2d_elu_input_gradient(
     dz: Tensor, folded: Tensor, y_prev: Tensor | None = None, *, activation: str = "none", alpha: float = 1.0,
     tile: Tile | None = None,
@@ -138,9 +176,11 @@ def upsample_conv2d_elu_input_gradient(
     `folded` [C, K, 4, 4] are its transposed-convolution weights; the gradient is their 4x4 convolution of stride 2.
     """
     packed = folded.to(dz.dtype).permute(0, 2, 3, 1).contiguous()  # [C, 4, 4, K]
+    activation = "none" if y_prev is None else activation
     return _conv(dz, packed, None, y_prev, stride=2, padding=1, activation=activation, alpha=alpha, tile=tile)
 
 
+@_on_device
 def activation_backward(grad: Tensor, y: Tensor, *, activation: str, alpha: float) -> tuple[Tensor, Tensor]:
     """grad * act'(y), both [N, K, H, W], in y's dtype, and its sum over pixels [K] in float32."""
     grad, y = _nhwc(grad), _nhwc(y)
@@ -164,6 +204,7 @@ def _same_layout(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return prediction.contiguous(memory_format=layout), target.contiguous(memory_format=layout)
 
 
+@_on_device
 def l1_reconstruction_loss(prediction: Tensor, target: Tensor, *, eta: int) -> Tensor:
     """Per-sample means of |target - prediction|^eta: [N, ...] -> float32 [N], in one pass."""
     prediction, target = _same_layout(prediction, target)
@@ -171,10 +212,11 @@ def l1_reconstruction_loss(prediction: Tensor, target: Tensor, *, eta: int) -> T
     blocks = triton.cdiv(values, _BLOCK)
     partial = torch.empty((samples, blocks), dtype=torch.float32, device=prediction.device)
     if samples and values:
-        elementwise._l1_forward_kernel[(blocks, samples)](prediction, target, partial, values, ETA=eta, BLOCK=_BLOCK)
+        elementwise._l1_forward_kernel[(samples, blocks)](prediction, target, partial, values, ETA=eta, BLOCK=_BLOCK)
     return partial.sum(1) / values
 
 
+@_on_device
 def l1_reconstruction_loss_gradient(
     grad: Tensor, prediction: Tensor, target: Tensor, *, eta: int, to_target: bool
 ) -> tuple[Tensor, Tensor]:
@@ -184,13 +226,14 @@ def l1_reconstruction_loss_gradient(
     d_prediction = torch.empty_like(prediction)
     d_target = torch.empty_like(target) if to_target else target.new_empty(0)
     if samples and values:
-        elementwise._l1_backward_kernel[(triton.cdiv(values, _BLOCK), samples)](
+        elementwise._l1_backward_kernel[(samples, triton.cdiv(values, _BLOCK))](
             prediction, target, grad.contiguous(), d_prediction, d_target, values,
             ETA=eta, TO_TARGET=to_target, BLOCK=_BLOCK,
         )  # fmt: skip
     return d_prediction, d_target
 
 
+@_on_device
 def normalize_images(images: Tensor, index: Tensor | None, flip: Tensor | None, dtype: torch.dtype) -> Tensor:
     """uint8 [M, H, W, C] -> [N, C, H, W] in [-1, 1], channels_last; indices must be in range."""
     images = images.contiguous()
@@ -200,19 +243,20 @@ def normalize_images(images: Tensor, index: Tensor | None, flip: Tensor | None, 
     out = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
     values = height * width * channels
     if count and values:
-        elementwise._normalize_images_kernel[(triton.cdiv(values, _BLOCK), count)](
-            images, index, None if flip is None else flip.to(torch.uint8), out, height, width,
+        elementwise._normalize_images_kernel[(count, triton.cdiv(values, _BLOCK))](
+            images, _dense(index), _flags(flip), out, height, width,
             C=channels, HAS_INDEX=index is not None, HAS_FLIP=flip is not None, BLOCK=_BLOCK,
         )  # fmt: skip
     return out
 
 
+@_on_device
 def equilibrium_update(
     loss_real: Tensor, loss_fake: Tensor, k: Tensor, sums: Tensor, window: Tensor, skip: Tensor | None, *,
     gamma: float, lambda_k: float,
 ) -> None:  # fmt: skip
     """Advance k [], sums [6] and window [2] in place from per-sample losses [N]; one launch of one program."""
     elementwise._equilibrium_update_kernel[(1,)](
-        loss_real.contiguous(), loss_fake.contiguous(), None if skip is None else skip.to(torch.uint8), k, sums, window,
-        len(loss_real), gamma, lambda_k, HAS_SKIP=skip is not None, BLOCK=256,
+        loss_real.contiguous(), loss_fake.contiguous(), _flags(skip), k, sums, window,
+        loss_real.numel(), gamma, lambda_k, HAS_SKIP=skip is not None, BLOCK=256,
     )  # fmt: skip
