@@ -91,9 +91,6 @@ class Training:
             train.data, config.model.size, train.crop, report.preparing, minimum=train.batch_size, max_bad=train.max_bad
         )
         make_folder(out)
-        self.folder.write_config(config)
-        make_folder(self.folder.samples)
-        self.folder.nonfinite_file.unlink(missing_ok=True)  # of an earlier sitting
         self.loader = PackedLoader(
             data.images, batch_size=train.batch_size, seed=train.seed, flip=train.flip, device=self.device
         )
@@ -106,6 +103,9 @@ class Training:
         self._saved_step = -1
         if stored is not None:
             self._resume(stored)
+        self.folder.write_config(config)  # not before all that could refuse to continue has agreed
+        make_folder(self.folder.samples)
+        self.folder.nonfinite_file.unlink(missing_ok=True)  # of an earlier sitting
         self._fixed = self._sheet_inputs()
         self._tensorboard: Any = None
         if summary_writer is not None:

@@ -275,8 +275,10 @@ def test_images_may_move_but_not_change(pictures: Path, tmp_path: Path) -> None:
     _train(out, data=str(moved), steps=4)
     assert _last_state(out)["step"] == 4
     (moved / "01.png").unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"is not what .* was trained on so far"):
         _train(out, data=str(moved), steps=6)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_the_config_says_what_was_really_used(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
