@@ -27,7 +27,7 @@ check: $(VENV)/.dev
 	$(BIN)/pyright
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest bench/ --quick
+	$(BIN)/python -m pytest bench/ --quick -q -s
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
