@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _STUCK_ROWS = 5  # log rows with k at 1 in a row before it is said
 _FELL_TO = 0.5  # diversity under this share of its best counts as fallen
-_ALIVE = 0.02  # mean distance of samples that differ visibly; data sets of faces have 0.3 to 0.4
+_ALIVE = 0.02  # chosen, not measured: far under the 0.386 that 256 of the portraits are apart
 _PATIENCE = 100_000  # images within which samples must have begun to differ
 
 

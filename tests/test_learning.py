@@ -23,6 +23,6 @@ def test_the_demo_learns_to_draw_different_faces(tmp_path: Path) -> None:
     rows = RunFolder(tmp_path / "run").read_metrics()
     convergence = [row["convergence"] for row in rows]
     assert convergence[-1] < 0.3 * convergence[0]
-    assert convergence[-1] < 0.11  # measured with other seeds: 0.08 to 0.09
-    assert rows[-1]["diversity"] > 0.08  # samples that are all alike have under 0.02, data images 0.4
+    assert convergence[-1] < 0.11  # 0.080 when the preset was chosen: one run, seed 0
+    assert rows[-1]["diversity"] > 0.08  # 0.133 in that run; the portraits themselves are 0.386 apart
     assert 0.02 < rows[-1]["k"] < 0.5

@@ -145,7 +145,7 @@ def _upconv_kernel(
         inside = (i + dh >= 0) & (i + dh < height) & (j + dw >= 0) & (j + dw < width)
         x, w = _load_pair(x_base, w_base, inside, dh * width + dw, tap, c_start, c, C, BLOCK_C)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    # found again instead of kept: registers are short inside the loop
+    # computed again, so that only i and j have to live through the loop
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (m // (width * height)).to(tl.int64)
     ok = (m < pixels)[:, None] & k_ok[None, :]
