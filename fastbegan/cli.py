@@ -135,7 +135,7 @@ def _train_defaults(arguments: list[str]) -> Train:
 
 def _check_environment() -> None:
     try:
-        dispatch.choose(None)
+        dispatch.asked_for(None)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -6,16 +6,23 @@ specification; `impl=` (or the environment variable FASTBEGAN_IMPL) chooses betw
 
 from . import reference
 from .conv2d_elu import conv2d_elu
+from .conv_stage import conv_stage
 from .equilibrium_update import equilibrium_update
-from .l1_reconstruction_loss import l1_reconstruction_loss
+from .fold import fold
+from .l1_reconstruction_loss import l1_reconstruction_loss, l1_reconstruction_loss_with_gradients
 from .normalize_images import normalize_images
+from .skip_phase_table import skip_phase_table
 from .upsample_conv2d_elu import upsample_conv2d_elu
 
 __all__ = [
     "conv2d_elu",
+    "conv_stage",
     "equilibrium_update",
+    "fold",
     "l1_reconstruction_loss",
+    "l1_reconstruction_loss_with_gradients",
     "normalize_images",
     "reference",
+    "skip_phase_table",
     "upsample_conv2d_elu",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
-from .dispatch import choose, require_fused
+from . import reference, tuning
+from .dispatch import op_impl
 
 
 def equilibrium_update(
@@ -22,20 +22,32 @@ def equilibrium_update(
     impl: str | None = None,
 ) -> None:
     """As `reference.equilibrium_update`, in place; the fused tier is one launch fed by per-sample losses [N]."""
-    if choose(impl) != "fused":
-        reference.equilibrium_update(loss_real, loss_fake, k, sums, window, skip, gamma=gamma, lambda_k=lambda_k)
-        return
-    if loss_real.shape != loss_fake.shape:
+    if loss_real.shape != loss_fake.shape and loss_real.numel() != loss_fake.numel():
         raise ValueError(f"loss_real is {list(loss_real.shape)} but loss_fake {list(loss_fake.shape)}; they must match")
-    require_fused(loss_real, loss_fake, k)
-    _equilibrium_update(loss_real, loss_fake, k, sums, window, skip, gamma, lambda_k)
+    mode = op_impl(impl, (loss_real, loss_fake, k), (torch.float32,))
+    if mode is None:
+        reference.equilibrium_update(loss_real, loss_fake, k, sums, window, skip, gamma=gamma, lambda_k=lambda_k)
+    else:
+        _equilibrium_update(loss_real, loss_fake, k, sums, window, skip, gamma, lambda_k, mode)
+
+
+def update(
+    loss_real: Tensor, loss_fake: Tensor, k: Tensor, sums: Tensor, window: Tensor, skip: Tensor | None, gamma: float,
+    lambda_k: float, fused: bool,
+) -> None:  # fmt: skip
+    """`equilibrium_update` in the form that is named."""
+    if fused:
+        from .fused import launch
+
+        launch.equilibrium_update(loss_real, loss_fake, k, sums, window, skip, gamma=gamma, lambda_k=lambda_k)
+    else:
+        reference.equilibrium_update(loss_real, loss_fake, k, sums, window, skip, gamma=gamma, lambda_k=lambda_k)
 
 
 @torch.library.custom_op("fastbegan::equilibrium_update", mutates_args=("k", "sums", "window"))
 def _equilibrium_update(
     loss_real: Tensor, loss_fake: Tensor, k: Tensor, sums: Tensor, window: Tensor, skip: Tensor | None, gamma: float,
-    lambda_k: float,
+    lambda_k: float, impl: str,
 ) -> None:  # fmt: skip
-    from .fused import launch
-
-    launch.equilibrium_update(loss_real, loss_fake, k, sums, window, skip, gamma=gamma, lambda_k=lambda_k)
+    fused = tuning.pointwise("equilibrium_update", torch.float32, k.device, impl)
+    update(loss_real, loss_fake, k, sums, window, skip, gamma, lambda_k, fused)

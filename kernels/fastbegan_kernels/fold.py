@@ -1,39 +1,151 @@
-"""Weight folding: nearest x2 followed by conv3x3 is one 4x4 transposed convolution of stride 2, or four of 2x2."""
+"""Weights as the layers compute with them: cast, laid out channels_last, and folded, all of a net in one launch.
+
+Kinds of packed weights, for nn.Conv2d's [K, C, k, k]:
+- "conv": the same [K, C, k, k];
+- "up": nearest x2 followed by conv3x3 is one 4x4 transposed convolution of stride 2, [C, K, 4, 4];
+- "skip": conv3x3 over a map upsampled by k >= 2 needs 25 sums of taps a pixel of the map, [25 K, C, 1, 1].
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from . import tuning
+from .dispatch import op_impl
+
+KINDS = ("conv", "up", "skip")
+# the taps in each of the five sums a direction: above; own pixel from the first, an inner, the last row; below
+SKIP_SUMS = ((1, 0, 0), (0, 1, 1), (1, 1, 1), (1, 1, 0), (0, 0, 1))
+
+
+def fold(
+    weights: Sequence[Tensor], kinds: Sequence[str], *, dtype: torch.dtype | None = None, impl: str | None = None
+) -> list[Tensor]:
+    """Packed forms, channels_last, of weights [K, C, k, k]; gradients flow back to the weights in their own dtype.
+
+    Sums are taken in the weights' dtype, then cast to `dtype` (None: kept): fold float32 masters. The fused tier packs
+    all weights in one launch, and their gradients in another; it takes dense float32 weights on a GPU. Raises
+    ValueError for an unknown kind, and for a kernel that is not 3x3 where it must be.
+    """
+    if len(weights) != len(kinds):
+        raise ValueError(f"kinds has {len(kinds)} entries for {len(weights)} weights; accepted: one each")
+    for number, (weight, kind) in enumerate(zip(weights, kinds, strict=True)):
+        if kind not in KINDS:
+            raise ValueError(f"kinds[{number}] is {kind!r}; accepted: {', '.join(KINDS)}")
+        if weight.dim() != 4 or (kind != "conv" and weight.shape[2:] != (3, 3)):
+            accepted = "[out, in, k, k]" if kind == "conv" else "[out, in, 3, 3]"
+            raise ValueError(f"weights[{number}] is {list(weight.shape)}; accepted: {accepted}")
+    if not weights:
+        return []
+    dtype = weights[0].dtype if dtype is None else dtype
+    mode = op_impl(impl, weights, (torch.float32,))
+    if mode is None or mode == "algebraic":
+        plain = (_PLAIN[kind](weight).to(dtype) for weight, kind in zip(weights, kinds, strict=True))
+        return [weight.contiguous(memory_format=torch.channels_last) for weight in plain]
+    dense = [w if w.is_contiguous(memory_format=torch.channels_last) else w.contiguous() for w in weights]
+    flat = _fold(dense, " ".join(kinds), dtype, mode)
+    shapes = [packed_shape(w.shape, kind) for w, kind in zip(weights, kinds, strict=True)]
+    parts = flat.split([a * h * w * b for a, b, h, w in shapes])
+    return [part.view(a, h, w, b).permute(0, 3, 1, 2) for part, (a, b, h, w) in zip(parts, shapes, strict=True)]
+
+
+def packed_shape(shape: Sequence[int], kind: str) -> tuple[int, int, int, int]:
+    """Shape of the packed form of a weight [K, C, k, k]."""
+    out, channels, height, width = shape
+    if kind == "up":
+        return channels, out, 4, 4
+    return (25 * out, channels, 1, 1) if kind == "skip" else (out, channels, height, width)
 
 
 def fold_upsample(weight: Tensor) -> Tensor:
     """3x3 weights [K, C, 3, 3] of a conv after nearest x2 -> conv_transpose2d weights [C, K, 4, 4].
 
-    Exact and linear, hence differentiable by its transpose. Sums in the weight's own dtype, under autocast too: fold
-    float32 masters, then cast.
+    Exact and linear, hence differentiable by its transpose, in the weight's own dtype, under autocast too.
     """
-    return _fold(_fold(weight, 2), 3).transpose(0, 1)
+    return _fold_taps(_fold_taps(weight, 2), 3).transpose(0, 1)
 
 
-def unfold_upsample(gradient: Tensor) -> Tensor:
-    """The transpose of `fold_upsample`: gradients [C, K, 4, 4] -> [K, C, 3, 3]."""
-    return _unfold(_unfold(gradient, 2), 3).transpose(0, 1)
+def fold_skip(weight: Tensor) -> Tensor:
+    """3x3 weights [K, C, 3, 3] -> the 25 sums of taps [25 K, C, 1, 1] of a phase table."""
+    with torch.autocast(weight.device.type, enabled=False):
+        sums = torch.tensor(SKIP_SUMS, dtype=weight.dtype, device=weight.device)
+        return torch.einsum("ua,vb,kcab->uvkc", sums, sums, weight).flatten(0, 2)[:, :, None, None]
 
 
-def phases_of(folded: Tensor) -> Tensor:
-    """Folded weights [C, K, 4, 4] by output phase: contiguous [4, K, 4, C] (phase, output, tap, input)."""
-    channels, out = folded.shape[:2]
-    # output 2i + p reads input i + p - 1 + a through tap 3 - p - 2a
-    turned = folded.flip(2, 3).reshape(channels, out, 2, 2, 2, 2)  # [C, K, a, py, b, px]
-    return turned.permute(3, 5, 1, 2, 4, 0).reshape(4, out, 4, channels)
-
-
-def _fold(weight: Tensor, dim: int) -> Tensor:
+def _fold_taps(weight: Tensor, dim: int) -> Tensor:
     # tap t = y - 2i + 1 of output y and input i sums the 3x3 taps that reach i through the two copies of it
     first, middle, last = weight.unbind(dim)
     return torch.stack((last, middle + last, first + middle, first), dim)
 
 
-def _unfold(gradient: Tensor, dim: int) -> Tensor:
-    a, b, c, d = gradient.unbind(dim)
-    return torch.stack((c + d, b + c, a + b), dim)
+_PLAIN = {"conv": lambda weight: weight, "up": fold_upsample, "skip": fold_skip}
+
+
+def fold_flat(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtype, *, fused: bool) -> Tensor:
+    """The packed forms one after another, in the order of their memory, in the form that is named."""
+    if fused:
+        from .fused import launch
+
+        return launch.fold(weights, kinds, dtype)
+    packed = (_PLAIN[kind](weight).to(dtype) for weight, kind in zip(weights, kinds, strict=True))
+    return torch.cat([weight.permute(0, 2, 3, 1).flatten() for weight in packed])
+
+
+def unfold_flat(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str], *, fused: bool) -> Tensor:
+    """The transpose of `fold_flat`: each weight's gradient, in the order of the weight's memory."""
+    if fused:
+        from .fused import launch
+
+        return launch.fold_backward(grad, weights, kinds)
+    with torch.enable_grad():
+        leaves = [weight.detach().requires_grad_() for weight in weights]
+        flat = fold_flat(leaves, kinds, grad.dtype, fused=False)
+    found = torch.autograd.grad(flat, leaves, grad)
+    return torch.cat(
+        [torch.empty_like(w).copy_(g).as_strided((w.numel(),), (1,)) for w, g in zip(weights, found, strict=True)]
+    )
+
+
+def _is_fused(weights: Sequence[Tensor], dtype: torch.dtype, impl: str) -> bool:
+    return tuning.pointwise("fold", dtype, weights[0].device, impl)
+
+
+@torch.library.custom_op("fastbegan::fold", mutates_args=())
+def _fold(weights: list[Tensor], kinds: str, dtype: torch.dtype, impl: str) -> Tensor:
+    return fold_flat(weights, kinds.split(), dtype, fused=_is_fused(weights, dtype, impl))
+
+
+@_fold.register_fake
+def _(weights: list[Tensor], kinds: str, dtype: torch.dtype, impl: str) -> Tensor:
+    sizes = [packed_shape(w.shape, kind) for w, kind in zip(weights, kinds.split(), strict=True)]
+    return weights[0].new_empty(sum(a * b * h * w for a, b, h, w in sizes), dtype=dtype)
+
+
+@torch.library.custom_op("fastbegan::fold_backward", mutates_args=())
+def _fold_backward(grad: Tensor, weights: list[Tensor], kinds: str, impl: str) -> Tensor:
+    return unfold_flat(grad, weights, kinds.split(), fused=_is_fused(weights, grad.dtype, impl))
+
+
+@_fold_backward.register_fake
+def _(grad: Tensor, weights: list[Tensor], kinds: str, impl: str) -> Tensor:
+    return grad.new_empty(sum(w.numel() for w in weights), dtype=torch.float32)
+
+
+def _setup(ctx, inputs: tuple, output: Tensor) -> None:
+    weights, ctx.kinds, _, ctx.impl = inputs
+    ctx.save_for_backward(*weights)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[list[Tensor], None, None, None]:
+    weights = ctx.saved_tensors
+    parts = _fold_backward(grad, list(weights), ctx.kinds, ctx.impl).split([w.numel() for w in weights])
+    gradients = [
+        part.as_strided(w.shape, w.stride(), part.storage_offset()) for part, w in zip(parts, weights, strict=True)
+    ]
+    return gradients, None, None, None
+
+
+_fold.register_autograd(_backward, setup_context=_setup)

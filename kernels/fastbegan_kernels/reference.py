@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,67 @@ def activate(x: Tensor, activation: str = "elu", alpha: float = 1.0) -> Tensor:
     return F.silu(x) if activation == "silu" else x
 
 
+def derivative(y: Tensor, activation: str = "elu", alpha: float = 1.0) -> Tensor:
+    """act'(z) from y = act(z), exact for alpha >= 0; silu has none (its output does not tell)."""
+    one = torch.ones_like(y)
+    below = {"elu": y + alpha, "relu": 0 * one, "leaky_relu": alpha * one, "none": one}[activation]
+    return torch.where(y > 0, one, below)
+
+
+def check_layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, kind: str, skip: Tensor | None = None,
+    carry: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Raises ValueError, naming argument, value and what is accepted, for what no tier can compute."""
+    check_dtypes(x, weight, bias)
+    check_shapes(x.shape, weight, bias, kind=kind, skip=skip, carry=carry)
+
+
+def check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError unless all are of one type; the bias may be float32, and autocast casts what it gets."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return
+    if weight.dtype != x.dtype:
+        raise ValueError(f"weight is {weight.dtype} but x is {x.dtype}; they must match (autocast may cast both)")
+    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"bias is {bias.dtype}; accepted: {x.dtype} or torch.float32")
+
+
+def check_shapes(
+    x: Sequence[int], weight: Tensor, bias: Tensor | None, *, kind: str, skip: Tensor | None = None,
+    carry: Tensor | None = None,
+) -> list[int]:  # fmt: skip
+    """Raises ValueError for shapes that do not fit; returns that of the output.
+
+    Weights are [K, C, k, k] with odd k (3 for kind "up"), or folded [C, K, 4, 4] for kind "up" (`fold`).
+    """
+    if len(x) != 4 or min(x[1:]) < 1:
+        raise ValueError(f"x is {list(x)}; accepted: [N, C, H, W]")
+    folded = kind == "up" and weight.dim() == 4 and tuple(weight.shape[2:]) == (4, 4)
+    square = weight.dim() == 4 and weight.shape[2] == weight.shape[3] and (weight.shape[2] % 2 == 1 or folded)
+    if not square or (kind == "up" and weight.shape[2] not in (3, 4)):
+        accepted = "[out, in, 3, 3], or folded [in, out, 4, 4]" if kind == "up" else "[out, in, k, k] with odd k"
+        raise ValueError(f"weight is {list(weight.shape)}; accepted: {accepted}")
+    channels, outputs = (weight.shape[0], weight.shape[1]) if folded else (weight.shape[1], weight.shape[0])
+    if x[1] != channels:
+        raise ValueError(f"x is {list(x)} but weight takes {channels} channels; they must match")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias is {list(bias.shape)}; accepted: [{outputs}]")
+    if carry is not None and (kind == "down" or channels != outputs or carry.numel() != 1):
+        raise ValueError(
+            f"carry is {list(carry.shape)}; accepted: one number, with stride 1 and as many outputs as inputs"
+        )
+    if skip is not None:
+        size = skip.shape[3] if skip.dim() == 6 else 0
+        cells = [2 * side // size if size and 2 * side % size == 0 else 0 for side in x[2:]]
+        if kind != "up" or min(cells) < 2 or skip.shape != (x[0], 3, 3, size, size, outputs):
+            accepted = f"[{x[0]}, 3, 3, S, S, {outputs}] after an upsampling, S a divisor of {x[2]} and {x[3]}"
+            raise ValueError(f"skip is {list(skip.shape)}; accepted: {accepted}")
+    scale = {"same": (1, 1), "down": (1, 2), "up": (2, 1)}[kind]
+    return [x[0], outputs, *(-(-side * scale[0] // scale[1]) for side in x[2:])]
+
+
 def blend(x: Tensor, y: Tensor, carry: Tensor | None) -> Tensor:
     """Vanishing residual (paper §3.5.1): carry * x + (1 - carry) * y; y itself where carry is None."""
     return y if carry is None else carry * x + (1 - carry) * y
@@ -49,9 +112,15 @@ def conv2d_elu(
     x [N, C, H, W]; weight [K, C, kh, kw] as nn.Conv2d holds it; bias [K]; result [N, K, ceil(H / stride),
     ceil(W / stride)]. `carry` is a scalar tensor and needs stride 1 and K = C.
     """
-    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    y = activate(F.conv2d(x, weight, bias, stride, padding), activation, alpha)
-    return blend(x, y, carry)
+    if stride not in (1, 2):
+        raise ValueError(f"stride is {stride!r}; accepted: 1, 2")
+    check_layer(x, weight, bias, kind="same" if stride == 1 else "down", carry=carry)
+    y = F.conv2d(x, weight, _like(bias, weight), stride, weight.shape[2] // 2)
+    return blend(x, activate(y, activation, alpha), carry)
+
+
+def _like(bias: Tensor | None, weight: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(weight.dtype)
 
 
 def upsample_conv2d_elu(
@@ -69,11 +138,56 @@ def upsample_conv2d_elu(
     x [N, C, H, W] -> [N, K, 2H, 2W]; weight [K, C, 3, 3]. `skip` is a phase table [N, 3, 3, S, S, K] as
     `skip_phase_table` makes it, expanded and added before the activation. `carry` blends with the upsampled x.
     """
+    check_layer(x, weight, bias, kind="up", skip=skip, carry=carry)
+    if weight.shape[2] == 4:
+        raise ValueError(f"weight is {list(weight.shape)}; the reference accepts [out, in, 3, 3] only")
     x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    y = F.conv2d(x, weight, bias, padding=1)
+    y = F.conv2d(x, weight, _like(bias, weight), padding=1)
     if skip is not None:
         y = y + expand_phase_table(skip, y.shape[2], y.shape[3])
     return blend(x, activate(y, activation, alpha), carry)
+
+
+def conv_stage(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    kinds: Sequence[str] | None = None,
+    skip: Tensor | None = None,
+    activation: str = "elu",
+    alpha: float = 1.0,
+) -> Tensor:
+    """Layers one after another: "same" and "down" are conv2d_elu of stride 1 and 2, "up" is upsample_conv2d_elu.
+
+    weights and biases as those take them; `kinds` is "same" for all where None; `skip` belongs to the last layer, which
+    then must be "up". Raises ValueError for lists of unequal length and unknown kinds.
+    """
+    kinds = check_stage(weights, biases, kinds, skip)
+    for number, (weight, kind) in enumerate(zip(weights, kinds, strict=True)):
+        bias = None if biases is None else biases[number]
+        if kind == "up":
+            table = skip if number == len(kinds) - 1 else None
+            x = upsample_conv2d_elu(x, weight, bias, skip=table, activation=activation, alpha=alpha)
+        else:
+            x = conv2d_elu(x, weight, bias, stride=1 if kind == "same" else 2, activation=activation, alpha=alpha)
+    return x
+
+
+def check_stage(
+    weights: Sequence[Tensor], biases: Sequence[Tensor] | None, kinds: Sequence[str] | None, skip: Tensor | None = None
+) -> list[str]:
+    """The kinds of a stage's layers. Raises ValueError for lists of unequal length and unknown kinds."""
+    found = ["same"] * len(weights) if kinds is None else list(kinds)
+    if not weights or len(found) != len(weights) or (biases is not None and len(biases) != len(weights)):
+        given = f"{len(weights)} weights, {'no' if biases is None else len(biases)} biases, {len(found)} kinds"
+        raise ValueError(f"a stage was given {given}; accepted: one or more weights, and as many biases and kinds")
+    for number, kind in enumerate(found):
+        if kind not in ("same", "down", "up"):
+            raise ValueError(f"kinds[{number}] is {kind!r}; accepted: same, down, up")
+    if skip is not None and found[-1] != "up":
+        raise ValueError(f"skip was given but the last kind is {found[-1]!r}; accepted: up")
+    return found
 
 
 def skip_phase_table(h: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,72 +21,114 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastbegan_kernels.fused import elementwise, implicit_gemm
-from fastbegan_kernels.fused.tiles import Tile, shipped_tiles
+from fastbegan_kernels.fused import tma as tma_kernels
+from fastbegan_kernels.fused.tiles import AnyTile, TmaTile, pointer_tiles, tma_tiles
 
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_INSTRUCTIONS = ("HMMA", "HGMMA", "FFMA", "LDGSTS", "LDL", "STL")
-Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
+_INSTRUCTIONS = ("HMMA", "HGMMA", "FFMA", "LDGSTS", "UTMALDG", "LDSM", "LDL", "STL")
+Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int], tuple[str, ...]]
 
 
-def _matrix_cases(dtype: str, tiles: tuple[Tile, ...]) -> Iterator[Case]:
-    precision = "ieee" if dtype == "fp32" else "tf32"  # says nothing for half precision
-    data, count = f"*{dtype}", "i32"
+_PRODUCTS = (  # name, transposed convolution, kernel, stride, weights turned, with the backward epilogue
+    ("conv forward", False, 3, 1, False, False),
+    ("conv forward stride 2", False, 3, 2, False, False),
+    ("conv input gradient", False, 3, 1, True, True),
+    ("conv stride 2 input gradient", True, 3, 1, False, True),
+    ("upconv forward", True, 4, 1, False, False),
+    ("upconv forward with skip", True, 4, 1, False, False),
+    ("upconv input gradient", False, 4, 2, False, True),
+)
+
+
+def _matrix_cases(name: str, tiles: Sequence[AnyTile], *, full: bool = True) -> Iterator[Case]:
+    """Every product by every tile; `name` is a data type, or tf32. Not `full`: the last input channels are missing."""
+    data = f"*{'fp32' if name == 'tf32' else name}"
     for tile in tiles:
-        wide = max(tile.block_k, 64)
-        blocks = {
-            "C": wide, "K": tile.block_k if tile.block_k < 64 else wide, "PRECISION": precision,
-            "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "STAGES": tile.stages,
-        }  # fmt: skip
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        name = f"{tile.block_m}x{tile.block_k}x{tile.block_c} w{tile.warps} s{tile.stages}"
-        pointers = {"x_ptr": data, "w_ptr": data, "b_ptr": "*fp32", "out_ptr": data}
-        sizes = dict.fromkeys(("pixels", "in_h", "in_w", "out_h", "out_w", "c_blocks"), count) | {"alpha": "fp32"}
-        for kind, taps, stride, backward in (
-            ("forward", 3, 1, False), ("forward stride 2", 3, 2, False), ("input gradient", 3, 1, True),
-            ("up input gradient", 4, 2, True),
-        ):  # fmt: skip
-            signature = pointers | {"y_prev_ptr": data, "db_ptr": "*fp32"} | sizes
-            constants = blocks | {
-                "KH": taps, "KW": taps, "STRIDE": stride, "PAD": 1, "HAS_BIAS": not backward, "ACTIVATION": "elu",
-                "BACKWARD": backward,
-            }  # fmt: skip
-            if backward:
-                constants["b_ptr"] = None
+        tma = isinstance(tile, TmaTile)
+        blocks: dict[str, Any] = {"BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "STAGES": tile.stages}
+        if isinstance(tile, TmaTile):
+            blocks |= {"SAMPLES": tile.samples, "HEIGHT": tile.height, "WIDTH": tile.width}
+        else:
+            blocks |= {"BLOCK_M": tile.block_m, "FULL_C": full, "PRECISION": "tf32" if name != "fp32" else "ieee"}
+        for label, transpose, kernel, stride, turned, backward in _PRODUCTS:
+            skip = 8 if "skip" in label else 0
+            constants = blocks | {"KERNEL": kernel, "HAS_BIAS": not backward, "ACTIVATION": "elu", "BACKWARD": backward}
+            constants |= {"SKIP_SIZE": skip} if transpose else {"STRIDE": stride, "PAD": 1, "TURNED": turned}
+            absent = ["b_ptr"] if backward else ["db_ptr", "y_prev_desc" if tma else "y_prev_ptr"]
+            absent += ["skip_ptr"] if transpose and not skip else []
+            signature = dict.fromkeys(("batch", "pixels", "in_h", "in_w", "out_h", "out_w", "c_blocks"), "i32")
+            signature |= {"C": "i32", "K": "i32", "alpha": "fp32", "b_ptr": "*fp32", "db_ptr": "*fp32"}
+            signature |= dict.fromkeys(("x_ptr", "w_ptr", "skip_ptr", "y_prev_ptr", "out_ptr"), data)
+            if isinstance(tile, TmaTile):
+                signature |= _descriptors(tile, name, transpose, stride, transpose or turned)
+                code = tma_kernels._conv_transpose_tma_kernel if transpose else tma_kernels._conv_tma_kernel
             else:
-                constants |= {"y_prev_ptr": None, "db_ptr": None}
-            yield f"conv {kind} {dtype} {name}", implicit_gemm._conv_kernel, signature, constants, options
-        for skip in (0, 8):
-            signature = pointers | {"skip_ptr": data} | dict.fromkeys(("pixels", "height", "width", "c_blocks"), count)
-            signature["alpha"] = "fp32"
-            constants = blocks | {"HAS_BIAS": True, "SKIP_SIZE": skip, "ACTIVATION": "elu"}
-            constants |= {} if skip else {"skip_ptr": None}
-            kind = "with skip" if skip else "forward"
-            yield f"upconv {kind} {dtype} {name}", implicit_gemm._upconv_kernel, signature, constants, options
+                code = implicit_gemm._conv_transpose_kernel if transpose else implicit_gemm._conv_kernel
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            missing = "" if full else ", channels left over"
+            yield (
+                f"{label} {name} {tile.name}{missing}", code, signature, constants | dict.fromkeys(absent), options,
+                ("C", "K") if full else (),
+            )  # fmt: skip
+
+
+def _descriptors(tile: TmaTile, name: str, transpose: bool, stride: int, first: bool) -> dict[str, str]:
+    def described(*block: int) -> str:
+        return f"tensordesc<{name}[{', '.join(map(str, block))}]>"
+
+    def image(channels: int, halves: bool) -> str:
+        middle = (tile.height, 1, tile.width) if halves else (tile.height, tile.width)
+        return described(tile.samples, *middle, channels)
+
+    weight = (tile.block_c, tile.block_k) if first else (tile.block_k, tile.block_c)
+    written = image(tile.block_k, transpose)
+    x = image(tile.block_c, stride == 2)
+    return {"x_desc": x, "w_desc": described(*weight), "out_desc": written, "y_prev_desc": written}
 
 
 def _elementwise_cases(dtype: str) -> Iterator[Case]:
     data = f"*{dtype}"
+    rows = {"ACTIVATION": "elu", "BLOCK_M": 32, "BLOCK_K": 128}
+    for skip in (0, 8):
+        yield (
+            f"activation{' with skip' if skip else ''} {dtype}", elementwise._activation_kernel,
+            {"y_ptr": data, "b_ptr": "*fp32", "skip_ptr": data, "alpha": "fp32"}
+            | dict.fromkeys(("rows", "height", "width", "K"), "i32"),
+            rows | {"HAS_BIAS": True, "SKIP_SIZE": skip} | ({} if skip else {"skip_ptr": None}), {}, ("K",),
+        )  # fmt: skip
     yield (
         f"activation backward {dtype}", elementwise._activation_backward_kernel,
-        {"grad_ptr": data, "y_ptr": data, "out_ptr": data, "db_ptr": "*fp32", "rows": "i32", "alpha": "fp32"},
-        {"K": 128, "ACTIVATION": "elu", "BLOCK_M": 32, "BLOCK_K": 128}, {},
+        {"grad_ptr": data, "y_ptr": data, "out_ptr": data, "db_ptr": "*fp32", "rows": "i32", "K": "i32",
+         "alpha": "fp32"},
+        rows, {}, ("K",),
+    )  # fmt: skip
+    yield (
+        f"skip gradient {dtype}", elementwise._skip_gradient_kernel,
+        {"dz_ptr": data, "out_ptr": data} | dict.fromkeys(("height", "width", "K"), "i32"),
+        {"SIZE": 8, "BLOCK_W": 16, "BLOCK_K": 64}, {}, ("K",),
     )  # fmt: skip
     for eta in (1, 2):
-        pair = {"prediction_ptr": data, "target_ptr": data}
-        yield (
-            f"l1 forward eta {eta} {dtype}", elementwise._l1_forward_kernel,
-            pair | {"partial_ptr": "*fp32", "values": "i32"}, {"ETA": eta, "BLOCK": 1024}, {},
-        )  # fmt: skip
-        yield (
-            f"l1 backward eta {eta} {dtype}", elementwise._l1_backward_kernel,
-            pair | {"grad_ptr": "*fp32", "d_prediction_ptr": data, "d_target_ptr": data, "values": "i32"},
-            {"ETA": eta, "TO_TARGET": True, "BLOCK": 1024}, {},
-        )  # fmt: skip
+        for name, loss, gradient in (("loss", True, False), ("gradient", False, True), ("both", True, True)):
+            pointers = dict.fromkeys(("prediction_ptr", "target_ptr", "d_prediction_ptr", "d_target_ptr"), data)
+            absent = [] if gradient else ["scale_ptr", "d_prediction_ptr", "d_target_ptr"]
+            absent += [] if loss else ["partial_ptr"]
+            yield (
+                f"l1 {name} eta {eta} {dtype}", elementwise._l1_kernel,
+                pointers | {"scale_ptr": "*fp32", "partial_ptr": "*fp32", "values": "i32"},
+                {"ETA": eta, "LOSS": loss, "GRADIENT": gradient, "TO_TARGET": gradient, "BLOCK": 1024}
+                | dict.fromkeys(absent), {}, ("values",),
+            )  # fmt: skip
     yield (
         f"normalize images {dtype}", elementwise._normalize_images_kernel,
         {"images_ptr": "*u8", "index_ptr": "*i64", "flip_ptr": "*u8", "out_ptr": data, "height": "i32", "width": "i32"},
-        {"C": 3, "HAS_INDEX": True, "HAS_FLIP": True, "BLOCK": 1024}, {},
+        {"C": 3, "HAS_INDEX": True, "HAS_FLIP": True, "BLOCK": 1024}, {}, (),
     )  # fmt: skip
+    for backward in (False, True):
+        yield (
+            f"fold{' backward' if backward else ''} {dtype}", elementwise._fold_kernel,
+            {"table_ptr": "*i64", "owner_ptr": "*i32", "packed_ptr": data, "gradient_ptr": "*fp32"},
+            {"BACKWARD": backward, "BLOCK": 256} | ({} if backward else {"gradient_ptr": None}), {}, (),
+        )  # fmt: skip
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -97,20 +139,31 @@ def cases(capability: int) -> Iterator[Case]:
             "real_ptr": "*fp32", "fake_ptr": "*fp32", "skip_ptr": "*u8", "k_ptr": "*fp32", "sums_ptr": "*fp32",
             "window_ptr": "*fp64", "samples": "i32", "gamma": "fp32", "lambda_k": "fp32",
         },
-        {"HAS_SKIP": True, "BLOCK": 256}, {},
+        {"HAS_SKIP": True, "BLOCK": 256}, {}, (),
     )  # fmt: skip
-    for dtype in ("fp32",) if capability < 80 else ("fp32", "bf16"):
+    for dtype in ("fp32",) if capability < 80 else ("fp32", "bf16", "fp16"):
         yield from _elementwise_cases(dtype)
-    if capability >= 80:
-        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            yield from _matrix_cases(name, shipped_tiles(dtype, capability))
+    if capability < 80:
+        return
+    pointer = pointer_tiles(torch.bfloat16, capability)
+    exact = pointer_tiles(torch.float32, capability)
+    yield from _matrix_cases("bf16", pointer)
+    yield from _matrix_cases("bf16", pointer[-2:], full=False)
+    yield from _matrix_cases("fp16", pointer[:1])
+    yield from _matrix_cases("fp32", exact)
+    yield from _matrix_cases("fp32", exact[-1:], full=False)
+    yield from _matrix_cases("tf32", exact)
+    yield from _matrix_cases("bf16", tma_tiles(torch.bfloat16, capability))
+    yield from _matrix_cases("fp16", tma_tiles(torch.float16, capability)[:1])
 
 
 def measure(case: Case, capability: int) -> dict[str, Any]:
     """Registers, stack and shared memory in bytes, and instruction counts of one compiled kernel."""
-    name, kernel, given, constants, options = case
+    name, kernel, given, constants, options, by_16 = case
     signature = {n: "constexpr" if n in constants else given[n] for n in kernel.arg_names}
-    pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if signature[n].startswith("*")}
+    pointers = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if signature[n].startswith("*") or n in by_16
+    }
     fixed = {(list(signature).index(n),): value for n, value in constants.items()}
     source = ASTSource(kernel, signature, fixed, pointers)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -125,11 +178,21 @@ def measure(case: Case, capability: int) -> dict[str, Any]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
     assert found is not None, usage.stdout
     counts = {word: len(re.findall(rf"\b{word}\b", machine)) for word in _INSTRUCTIONS}
+    if "tma" in name:  # loads into registers between the first and the last product would mean operands not in place
+        products = [found.start() for found in re.finditer(r"\bHGMMA\b", machine)]
+        counts["LDSM"] = len(re.findall(r"\bLDSM\b", machine[products[0] : products[-1]])) if products else 0
     return {
         "kernel": name, "sm": capability, "registers": int(found[1]), "stack": int(found[2]),
         "shared": compiled.metadata.shared, **counts,
     }  # fmt: skip
 
 
+def main() -> None:
+    """Arguments: an architecture, and part of the names to compile (all where none is given)."""
+    sm, *wanted = sys.argv[1:]
+    chosen = [case for case in cases(int(sm)) if not wanted or wanted[0] in case[0]]
+    print(json.dumps([measure(case, int(sm)) for case in chosen]))
+
+
 if __name__ == "__main__":
-    print(json.dumps([measure(case, int(sm)) for sm in sys.argv[1:] for case in cases(int(sm))]))
+    main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbegan_kernels import conv2d_elu, dispatch
+from fastbegan_kernels import conv2d_elu
 
 
 def test_values_by_hand() -> None:
@@ -29,23 +29,3 @@ def test_gradcheck(activation: str) -> None:
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4, 4), (3, 3, 3, 3), (3,))]
     carry = torch.tensor(0.3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *a: conv2d_elu(*a, activation=activation, alpha=0.7, carry=carry), inputs)
-
-
-def test_wrong_arguments_are_named() -> None:
-    x, weight = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3)
-    with pytest.raises(ValueError, match="activation is 'tanh'; accepted: elu, relu"):
-        conv2d_elu(x, weight, activation="tanh")
-    with pytest.raises(ValueError, match="alpha is -1"):
-        conv2d_elu(x, weight, alpha=-1)
-    with pytest.raises(ValueError, match="impl is 'quick'"):
-        conv2d_elu(x, weight, impl="quick")
-
-
-def test_environment_chooses_the_tier(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert dispatch.choose(None) == "algebraic"
-    monkeypatch.setenv("FASTBEGAN_IMPL", "reference")
-    assert dispatch.choose(None) == "reference"
-    assert dispatch.choose("algebraic") == "algebraic"
-    monkeypatch.setenv("FASTBEGAN_IMPL", "quick")
-    with pytest.raises(ValueError, match="FASTBEGAN_IMPL is 'quick'"):
-        dispatch.choose(None)

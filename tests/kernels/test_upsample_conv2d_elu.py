@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fastbegan_kernels import reference, upsample_conv2d_elu
-from fastbegan_kernels.fold import fold_upsample
 
 
 def _inputs(shape: tuple[int, ...], out: int, seed: int) -> list[torch.Tensor]:
@@ -50,15 +49,3 @@ def test_activations(activation: str) -> None:
     inputs = _inputs((2, 3, 4, 4), 3, 0)
     a, b = (upsample_conv2d_elu(*inputs, activation=activation, alpha=0.3, impl=i) for i in ("reference", "algebraic"))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-
-
-def test_weights_fold_in_float32_under_autocast() -> None:
-    weight = torch.randn(4, 3, 3, 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        folded = fold_upsample(weight)
-    assert folded.dtype == torch.float32 and torch.equal(folded, fold_upsample(weight))
-
-
-def test_wrong_kernel_size_is_named() -> None:
-    with pytest.raises(ValueError, match=r"weight is \[4, 3, 5, 5\]; accepted: \[out, in, 3, 3\]"):
-        upsample_conv2d_elu(torch.zeros(1, 3, 4, 4), torch.zeros(4, 3, 5, 5))

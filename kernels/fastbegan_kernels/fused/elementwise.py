@@ -1,17 +1,40 @@
-"""Kernels that read each element once: activation backward, the reconstruction loss, k and M, batch assembly."""
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# (Triton's range is typed as never iterated, and loads by a constexpr as scalars)
+"""Kernels that read each element once: activations, the reconstruction loss, k and M, batch assembly, weights."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .implicit_gemm import derivative
+from .implicit_gemm import activate, derivative, skip_entry
+
+
+@triton.jit
+def _activation_kernel(
+    y_ptr, b_ptr, skip_ptr, rows, height, width, K, alpha,
+    HAS_BIAS: tl.constexpr, SKIP_SIZE: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y = act(y + bias + skip table) in place over [rows = N * height * width, K]: the algebraic tier's epilogue."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    ok = (m < rows)[:, None] & (k < K)[None, :]
+    offset = m[:, None] * K + k[None, :]
+    z = tl.load(y_ptr + offset, mask=ok, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(b_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    if SKIP_SIZE > 0:
+        entry = skip_entry(m // (height * width), (m // width) % height, m % width, height, width, SKIP_SIZE)
+        entry = tl.where(m < rows, entry, 0)
+        z += tl.load(skip_ptr + entry[:, None] * K + k[None, :], mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offset, activate(z, ACTIVATION, alpha).to(y_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def _activation_backward_kernel(
-    grad_ptr, y_ptr, out_ptr, db_ptr, rows, alpha,
-    K: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_ptr, y_ptr, out_ptr, db_ptr, rows, K, alpha,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = grad * act'(y) over [rows, K]; db[program, k] its sum over this program's rows."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -26,38 +49,69 @@ def _activation_backward_kernel(
 
 
 @triton.jit
-def _l1_forward_kernel(prediction_ptr, target_ptr, partial_ptr, values, ETA: tl.constexpr, BLOCK: tl.constexpr):
-    """partial[sample, block] = sum of |target - prediction|^ETA over one block of one sample's `values`."""
-    sample = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = i < values
-    prediction = tl.load(prediction_ptr + sample * values + i, mask=ok, other=0.0).to(tl.float32)
-    target = tl.load(target_ptr + sample * values + i, mask=ok, other=0.0).to(tl.float32)
-    difference = prediction - target
-    error = tl.abs(difference) if ETA == 1 else difference * difference
-    tl.store(partial_ptr + sample * tl.num_programs(1) + tl.program_id(1), tl.sum(error, 0))
+def _skip_gradient_kernel(
+    dz_ptr, out_ptr, height, width, K, SIZE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """out[n, cell, part_h, part_w, k]: sums of dz over what that entry of the phase table was added to."""
+    cell = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_ok = k < K
+    rows = height // SIZE
+    columns = width // SIZE
+    column = tl.arange(0, BLOCK_W)
+    first_row = cell // SIZE * rows  # of all samples' rows: cells follow one another down the batch
+    start = dz_ptr + (first_row * width + cell % SIZE * columns + column)[:, None] * K + k[None, :]
+    ok = (column < columns)[:, None] & k_ok[None, :]
+    for part_h in tl.static_range(3):
+        low = 0 if part_h == 0 else (1 if part_h == 1 else rows - 1)
+        high = 1 if part_h == 0 else (rows - 1 if part_h == 1 else rows)
+        total = tl.zeros((BLOCK_W, BLOCK_K), tl.float32)
+        for row in range(low, high):
+            total += tl.load(start + row * width * K, mask=ok, other=0.0).to(tl.float32)
+        for part_w in tl.static_range(3):
+            if part_w == 0:
+                mine = column == 0
+            elif part_w == 1:
+                mine = (column > 0) & (column < columns - 1)
+            else:
+                mine = column == columns - 1
+            value = tl.sum(tl.where(mine[:, None], total, 0.0), 0)
+            at = out_ptr + ((cell * 3 + part_h) * 3 + part_w) * K + k
+            tl.store(at, value.to(out_ptr.dtype.element_ty), mask=k_ok)
 
 
 @triton.jit
-def _l1_backward_kernel(
-    prediction_ptr, target_ptr, grad_ptr, d_prediction_ptr, d_target_ptr, values,
-    ETA: tl.constexpr, TO_TARGET: tl.constexpr, BLOCK: tl.constexpr,
+def _slope(difference, ETA: tl.constexpr):
+    """Derivative of |difference|^ETA: 0 at 0, and NaN stays NaN."""
+    sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+    return sign if ETA == 1 else 2.0 * difference
+
+
+@triton.jit
+def _l1_kernel(
+    prediction_ptr, target_ptr, scale_ptr, partial_ptr, d_prediction_ptr, d_target_ptr, values,
+    ETA: tl.constexpr, LOSS: tl.constexpr, GRADIENT: tl.constexpr, TO_TARGET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the per-sample means: grad[sample] / values times sign (ETA 1) or twice the difference (ETA 2)."""
+    """One pass over a block of one sample's `values`.
+
+    LOSS: partial[sample, block] = sum of |prediction - target|^ETA. GRADIENT: that of the sample's mean times
+    scale[sample] to prediction, and TO_TARGET its negative to target.
+    """
     sample = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = i < values
     offset = sample * values + i
     prediction = tl.load(prediction_ptr + offset, mask=ok, other=0.0).to(tl.float32)
     target = tl.load(target_ptr + offset, mask=ok, other=0.0).to(tl.float32)
-    scale = tl.load(grad_ptr + sample).to(tl.float32) / values
     difference = prediction - target
-    sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))  # 0 at 0, and NaN stays NaN
-    slope = sign if ETA == 1 else 2.0 * difference
-    gradient = slope * scale
-    tl.store(d_prediction_ptr + offset, gradient.to(d_prediction_ptr.dtype.element_ty), mask=ok)
-    if TO_TARGET:
-        tl.store(d_target_ptr + offset, (-gradient).to(d_target_ptr.dtype.element_ty), mask=ok)
+    if LOSS:
+        error = tl.abs(difference) if ETA == 1 else difference * difference
+        tl.store(partial_ptr + sample * tl.num_programs(1) + tl.program_id(1), tl.sum(error, 0))
+    if GRADIENT:
+        gradient = _slope(difference, ETA) * (tl.load(scale_ptr + sample).to(tl.float32) / values)
+        tl.store(d_prediction_ptr + offset, gradient.to(d_prediction_ptr.dtype.element_ty), mask=ok)
+        if TO_TARGET:
+            tl.store(d_target_ptr + offset, (-gradient).to(d_target_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -112,3 +166,69 @@ def _equilibrium_update_kernel(
     tl.store(window_ptr + 0, tl.load(window_ptr + 0) + measure.to(tl.float64), mask=go)
     tl.store(window_ptr + 1, tl.load(window_ptr + 1) + 1.0, mask=go)
     tl.store(k_ptr, tl.minimum(tl.maximum(k + lambda_k * balance, 0.0), 1.0), mask=go)
+
+
+@triton.jit
+def _fold_kernel(table_ptr, owner_ptr, packed_ptr, gradient_ptr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    """All layers' float32 weights to their packed forms, or BACKWARD all packed gradients to float32 gradients.
+
+    Row l of the table describes layer l, in int64: address, kind, K, C, kernel size, its first program, strides of
+    weight [K, C, h, w], where its packed form begins, where its gradient begins. owner[program] is its layer. Every
+    value is a sum of at most nine of the other side.
+    """
+    program = tl.program_id(0)
+    row = table_ptr + tl.load(owner_ptr + program) * 12
+    kind = tl.load(row + 1)
+    K = tl.load(row + 2)
+    C = tl.load(row + 3)
+    size = tl.load(row + 4)
+    i = ((program - tl.load(row + 5)) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    s_k = tl.load(row + 6)
+    s_c = tl.load(row + 7)
+    s_h = tl.load(row + 8)
+    s_w = tl.load(row + 9)
+    packed = packed_ptr + tl.load(row + 10)
+    step = tl.arange(0, 16)[None, :]
+    if BACKWARD:
+        b = i % size
+        a = (i // size) % size
+        c = (i // (size * size)) % C
+        k = i // (size * size * C)
+        u = step // 3
+        v = step % 3
+        conv = ((k * size + a) * size + b) * C + c + 0 * step
+        up = ((c * 4 + 3 - a - u) * 4 + 3 - b - v) * K + k
+        # tap 0 is in sums 0, 2, 3; tap 1 in 1, 2, 3; tap 2 in 1, 2, 4 (see fold.SKIP_SUMS)
+        sum_h = tl.where(u == 1, 2, tl.where(u == 0, tl.where(a == 0, 0, 1), tl.where(a == 2, 4, 3)))
+        sum_w = tl.where(v == 1, 2, tl.where(v == 0, tl.where(b == 0, 0, 1), tl.where(b == 2, 4, 3)))
+        skip = ((sum_h * 5 + sum_w) * K + k) * C + c
+        at = tl.where(kind == 0, conv, tl.where(kind == 1, up, skip))
+        last = tl.where(kind == 0, 1, tl.where(kind == 1, 2, 3))
+        values = tl.load(packed + at, mask=(k < K) & (u < last) & (v < last), other=0.0).to(tl.float32)
+        at = tl.load(row + 11) + k * s_k + c * s_c + a * s_h + b * s_w
+        tl.store(gradient_ptr + at, tl.sum(values, 1)[:, None], mask=k < K)
+    else:
+        inner = tl.where(kind == 1, K, C)
+        window = tl.where(kind == 0, size, tl.where(kind == 1, 4, 1))
+        s = (i // inner) % window
+        r = (i // (inner * window)) % window
+        outer = i // (inner * window * window)
+        c = tl.where(kind == 1, outer, i % inner)
+        k = tl.where(kind == 1, i % inner, outer % K)
+        sum_h = outer // K // 5
+        sum_w = outer // K % 5
+        ok = outer < tl.where(kind == 0, K, tl.where(kind == 1, C, 25 * K))
+        a = step // 3
+        b = step % 3
+        conv = (a == r) & (b == s)
+        up = (a + r >= 2) & (a + r <= 3) & (b + s >= 2) & (b + s <= 3) & (step < 9)
+        low_h = tl.where(sum_h == 1, 1, tl.where(sum_h == 4, 2, 0))
+        low_w = tl.where(sum_w == 1, 1, tl.where(sum_w == 4, 2, 0))
+        high_h = tl.where(sum_h == 0, 0, tl.where(sum_h == 3, 1, 2))
+        high_w = tl.where(sum_w == 0, 0, tl.where(sum_w == 3, 1, 2))
+        skip = (a >= low_h) & (a <= high_h) & (b >= low_w) & (b <= high_w)
+        wanted = tl.where(kind == 0, conv, tl.where(kind == 1, up, skip))
+        at = k * s_k + c * s_c + a * s_h + b * s_w
+        weight = tl.load(row).to(tl.pointer_type(tl.float32))
+        values = tl.load(weight + at, mask=ok & wanted, other=0.0)
+        tl.store(packed + i, tl.sum(values, 1)[:, None].to(packed_ptr.dtype.element_ty), mask=ok)

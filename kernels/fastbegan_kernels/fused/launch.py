@@ -2,27 +2,31 @@
 # (Triton types constexpr parameters as constexpr, not as what one passes, and does not know its launch options)
 """From tensors to kernels: layouts, tiles and grids. Every function here returns newly allocated tensors.
 
-Inputs are on one device. Images are made channels_last; weights arrive as nn.Conv2d holds them and are packed so that
-input channels are contiguous. Sums across programs (bias gradients, losses) are written as float32 partials and added
-in a fixed order, so results do not vary between runs.
+Inputs are on one device and of one dtype (biases may be float32). Images and weights are made channels_last, which
+costs nothing where they are. A layer's kind is "same" (stride 1), "down" (stride 2) or "up" (nearest x2 before a 3x3
+kernel, given by its folded weights [C, K, 4, 4]). Sums across programs (bias gradients, losses) are written as float32 partials
+and added in a fixed order, so results do not vary between runs.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import TypeVar
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
 from . import elementwise, implicit_gemm
-from .tiles import Tile, pick_tile
+from .tiles import AnyTile, Product, TmaTile, tiles_for
 
 Result = TypeVar("Result")
 
 _BLOCK = 1024  # values a program of the elementwise kernels takes
+_FOLD_BLOCK = 256  # and of the folding kernel, which reads sixteen for each
+FOLDS = ("conv", "up", "skip")  # kinds of packed weights; see fold
 
 
 def _nhwc(x: Tensor) -> Tensor:
@@ -43,6 +47,11 @@ def _flags(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous().view(torch.uint8)
 
 
+def _skip_memory(table: Tensor | None) -> Tensor | None:
+    """A phase table [N, 3, 3, S, S, K] as [N, S, S, 3, 3, K], which is how a convolution lays it out."""
+    return None if table is None else table.permute(0, 3, 4, 1, 2, 5).contiguous()
+
+
 def _precision(x: Tensor) -> str:
     """Exact float32 unless the caller allowed TF32 for convolutions."""
     if not x.is_cuda:
@@ -54,7 +63,7 @@ def _precision(x: Tensor) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def _on_device(function: Callable[..., Result]) -> Callable[..., Result]:
+def on_device(function: Callable[..., Result]) -> Callable[..., Result]:
     """Triton launches on the current device: make it that of the first argument."""
 
     @functools.wraps(function)
@@ -65,136 +74,224 @@ def _on_device(function: Callable[..., Result]) -> Callable[..., Result]:
     return launched
 
 
-def _capability(x: Tensor) -> int:
-    """80 for sm_80 and so on; the interpreter stands for sm_80."""
-    if not x.is_cuda:
-        return 80
-    major, minor = torch.cuda.get_device_capability(x.device)
+def _capability(device: torch.device) -> int:
+    """80 for sm_80 and so on; the interpreter stands for sm_90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-def _conv(
-    x: Tensor, packed: Tensor, bias: Tensor | None, y_prev: Tensor | None, *, stride: int, padding: int,
-    activation: str, alpha: float, tile: Tile | None,
+def _aligned(x: Tensor) -> Tensor:
+    """Descriptors want memory that begins at a multiple of 16 bytes."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _descriptor(x: Tensor, shape: Sequence[int], block: Sequence[int]) -> Any:
+    """A host-made descriptor of dense memory; Triton 3.4 and later."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return TensorDescriptor(x, list(shape), strides, list(block))
+
+
+def product_of(x: Sequence[int], weight: Sequence[int], kind: str, *, backward: bool) -> Product:
+    """What computes a layer, or its input gradient, from the shapes of its input and its packed weight."""
+    batch, _, *given = x
+    scale = {"same": (1, 1), "down": (1, 2), "up": (2, 1)}[kind]
+    made = [-(-size * scale[0] // scale[1]) for size in given]
+    transpose = kind == ("down" if backward else "up")
+    first = transpose or (backward and kind == "same")  # sums run over the weight's first dimension
+    channels, out_channels = weight[:2] if first else weight[1::-1]
+    in_h, in_w, out_h, out_w = (*made, *given) if backward else (*given, *made)
+    return Product(
+        transpose=transpose, turned=first and not transpose, stride=1 if transpose or kind == "same" else 2,
+        kernel=weight[2], batch=batch, channels=channels, out_channels=out_channels, in_h=in_h, in_w=in_w,
+        out_h=out_h, out_w=out_w,
+    )  # fmt: skip
+
+
+def layer_tiles(
+    x: Sequence[int], weight: Sequence[int], kind: str, dtype: torch.dtype, device: torch.device, *, backward: bool
+) -> list[AnyTile]:
+    """The tiles worth trying for a layer of these shapes, or its input gradient; the one to use unmeasured first."""
+    descriptors = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    return tiles_for(
+        product_of(x, weight, kind, backward=backward), dtype, _capability(device), descriptors=descriptors
+    )
+
+
+@on_device
+def layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, *, kind: str, activation: str, alpha: float,
+    tile: AnyTile | None = None,
+) -> Tensor:  # fmt: skip
+    """act(conv(x) + bias + skip): x [N, C, H, W] -> [N, K, H', W'].
+
+    weight is [K, C, k, k] (k 1 or 3, "same" padding), for kind "up" the folded [C, K, 4, 4]; `skip` is the phase table
+    [N, 3, 3, S, S, K], for kind "up" only.
+    """
+    product = product_of(x.shape, weight.shape, kind, backward=False)
+    return _run(product, x, weight, bias, skip, None, activation, alpha, tile)[0]
+
+
+@on_device
+def input_gradient(
+    dz: Tensor, weight: Tensor, y_prev: Tensor | None = None, *, kind: str, size: tuple[int, int],
+    activation: str = "none", alpha: float = 1.0, tile: AnyTile | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`_conv_kernel` on x [N, C, H, W] and packed weights [K, KH, KW, C]; with y_prev its backward epilogue."""
-    x = _nhwc(x)
-    batch, channels, in_h, in_w = x.shape
-    out_channels, kernel_h, kernel_w, _ = packed.shape
-    out_h = (in_h + 2 * padding - kernel_h) // stride + 1
-    out_w = (in_w + 2 * padding - kernel_w) // stride + 1
-    out = _empty(x, out_channels, out_h, out_w)
-    pixels = batch * out_h * out_w
-    tile = tile or pick_tile(x.dtype, pixels, channels, out_channels, _capability(x))
-    rows = triton.cdiv(pixels, tile.block_m)
+    """A layer's gradient at its input [N, C, *size] from dz; with y_prev times act'(y_prev), and its float32 sum [C].
+
+    Stride 2 needs a 3x3 kernel.
+    """
+    product = product_of((len(dz), 0, *size), weight.shape, kind, backward=True)
+    activation = "none" if y_prev is None else activation
+    return _run(product, dz, weight, None, None, y_prev, activation, alpha, tile)
+
+
+def _run(
+    product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, y_prev: Tensor | None,
+    activation: str, alpha: float, tile: AnyTile | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """One matrix product with its epilogue; the second result is the bias gradient where y_prev is given."""
+    x, weight = _nhwc(x), _nhwc(weight.to(x.dtype))
+    if tile is None:
+        tile = tiles_for(product, x.dtype, _capability(x.device), descriptors=False)[0]
+    out = _empty(x, product.out_channels, product.out_h, product.out_w)
+    y_prev = None if y_prev is None else _nhwc(y_prev)
+    programs = product.tiles(tile) * (4 if product.transpose else 1)
     partial = None
     if y_prev is not None:
-        y_prev = _nhwc(y_prev)
-        partial = torch.empty((rows, out_channels), dtype=torch.float32, device=x.device)
-    if pixels:
-        implicit_gemm._conv_kernel[(rows, triton.cdiv(out_channels, tile.block_k))](
-            x, packed, _dense(bias), y_prev, out, partial,
-            pixels, in_h, in_w, out_h, out_w, triton.cdiv(channels, tile.block_c), alpha,
-            C=channels, K=out_channels, KH=kernel_h, KW=kernel_w, STRIDE=stride, PAD=padding,
-            HAS_BIAS=bias is not None, ACTIVATION=activation, BACKWARD=y_prev is not None, PRECISION=_precision(x),
-            BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_C=tile.block_c, STAGES=tile.stages,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        partial = torch.empty((programs, product.out_channels), dtype=torch.float32, device=x.device)
+    if out.numel():
+        epilogue = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "BACKWARD": y_prev is not None}
+        run = _run_tma if isinstance(tile, TmaTile) else _run_pointer
+        run(product, x, weight, _dense(bias), _skip_memory(skip), y_prev, out, partial, alpha, tile, epilogue)
     return out, None if partial is None else partial.sum(0)
 
 
-@_on_device
-def conv2d_elu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, activation: str, alpha: float,
-    tile: Tile | None = None,
-) -> Tensor:  # fmt: skip
-    """act(conv(x) + bias), "same" padding: [N, C, H, W], [K, C, k, k] -> [N, K, H / stride, W / stride]."""
-    packed = weight.to(x.dtype).permute(0, 2, 3, 1).contiguous()
-    return _conv(
-        x,
-        packed,
-        bias,
-        None,
-        stride=stride,
-        padding=weight.shape[2] // 2,
-        activation=activation,
-        alpha=alpha,
-        tile=tile,
-    )[0]
-
-
-@_on_device
-def conv2d_elu_input_gradient(
-    dz: Tensor, weight: Tensor, y_prev: Tensor | None = None, *, activation: str = "none", alpha: float = 1.0,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Input gradient of a stride-1 conv from dz [N, K, H, W]; with y_prev times act'(y_prev), and its sum [C].
-
-    The convolution of dz with the kernel turned by 180 degrees and its channels swapped.
-    """
-    packed = weight.to(dz.dtype).flip(2, 3).permute(1, 2, 3, 0).contiguous()  # [C, kh, kw, K]
-    padding = weight.shape[2] // 2
-    activation = "none" if y_prev is None else activation
-    return _conv(dz, packed, None, y_prev, stride=1, padding=padding, activation=activation, alpha=alpha, tile=tile)
-
-
-@_on_device
-def upsample_conv2d_elu(
-    x: Tensor, phases: Tensor, bias: Tensor | None, skip: Tensor | None, *, activation: str, alpha: float,
-    tile: Tile | None = None,
-) -> Tensor:  # fmt: skip
-    """act(conv3x3(nearest_x2(x)) + bias + skip): x [N, C, H, W], phases [4, K, 4, C] -> [N, K, 2H, 2W].
-
-    `skip` is the phase table [N, 3, 3, S, S, K].
-    """
-    x = _nhwc(x)
-    batch, channels, height, width = x.shape
-    out_channels = phases.shape[1]
-    out = _empty(x, out_channels, 2 * height, 2 * width)
-    pixels = batch * height * width
-    tile = tile or pick_tile(x.dtype, pixels, channels, out_channels, _capability(x))
-    if pixels:
-        grid = (triton.cdiv(pixels, tile.block_m), triton.cdiv(out_channels, tile.block_k), 4)
-        implicit_gemm._upconv_kernel[grid](
-            x, phases, _dense(bias), _dense(skip), out,
-            pixels, height, width, triton.cdiv(channels, tile.block_c), alpha,
-            C=channels, K=out_channels, HAS_BIAS=bias is not None, SKIP_SIZE=0 if skip is None else skip.shape[3],
-            ACTIVATION=activation, PRECISION=_precision(x),
-            BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_C=tile.block_c, STAGES=tile.stages,
-            num_warps=tile.warps, num_stages=tile.stages,
+def _run_pointer(
+    product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, y_prev: Tensor | None,
+    out: Tensor, partial: Tensor | None, alpha: float, tile: Any, epilogue: dict[str, Any],
+) -> None:  # fmt: skip
+    grid = (product.tiles(tile), triton.cdiv(product.out_channels, tile.block_k), 4 if product.transpose else 1)
+    sizes = (
+        product.rows, product.in_h, product.in_w, product.out_h, product.out_w, product.channels,
+        product.out_channels, triton.cdiv(product.channels, tile.block_c), alpha,
+    )  # fmt: skip
+    settings = epilogue | {
+        "KERNEL": product.kernel, "FULL_C": product.channels % tile.block_c == 0, "PRECISION": _precision(x),
+        "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "STAGES": tile.stages,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    if product.transpose:
+        size = 0 if skip is None else skip.shape[1]
+        implicit_gemm._conv_transpose_kernel[grid](
+            x, weight, bias, skip, y_prev, out, partial, *sizes, SKIP_SIZE=size, **settings
+        )
+    else:
+        implicit_gemm._conv_kernel[grid](
+            x, weight, bias, y_prev, out, partial, *sizes, STRIDE=product.stride, PAD=product.padding,
+            TURNED=product.turned, **settings,
         )  # fmt: skip
-    return out
 
 
-@_on_device
-def upsample_conv2d_elu_input_gradient(
-    dz: Tensor, folded: Tensor, y_prev: Tensor | None = None, *, activation: str = "none", alpha: float = 1.0,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Input gradient of an up-convolution from dz [N, K, 2H, 2W]; with y_prev times act'(y_prev), and its sum [C].
+def _run_tma(
+    product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, y_prev: Tensor | None,
+    out: Tensor, partial: Tensor | None, alpha: float, tile: TmaTile, epilogue: dict[str, Any],
+) -> None:  # fmt: skip
+    from . import tma
 
-    `folded` [C, K, 4, 4] are its transposed-convolution weights; the gradient is their 4x4 convolution of stride 2.
-    """
-    packed = folded.to(dz.dtype).permute(0, 2, 3, 1).contiguous()  # [C, 4, 4, K]
-    activation = "none" if y_prev is None else activation
-    return _conv(dz, packed, None, y_prev, stride=2, padding=1, activation=activation, alpha=alpha, tile=tile)
+    x, weight, y_prev = _aligned(x), _aligned(weight), None if y_prev is None else _aligned(y_prev)
+
+    def image(t: Tensor, channels: int, height: int, width: int, block_c: int, halves: bool) -> Any:
+        batch, area = t.shape[0], (tile.height, tile.width)
+        if not halves:
+            return _descriptor(t, (batch, height, width, channels), (tile.samples, *area, block_c))
+        shape = (batch, height // 2, 2, width // 2, 2 * channels)
+        return _descriptor(t, shape, (tile.samples, area[0], 1, area[1], block_c))
+
+    first = product.transpose or product.turned
+    taps = product.kernel**2
+    rows, columns = (product.channels, product.out_channels) if first else (product.out_channels, product.channels)
+    block = (tile.block_c, tile.block_k) if first else (tile.block_k, tile.block_c)
+    x_desc = image(x, product.channels, product.in_h, product.in_w, tile.block_c, product.stride == 2)
+    w_desc = _descriptor(weight, (rows, taps * columns), block)
+    written = (product.out_channels, product.out_h, product.out_w, tile.block_k, product.transpose)
+    out_desc = image(out, *written)
+    y_prev_desc = None if y_prev is None else image(y_prev, *written)
+    c_blocks = triton.cdiv(product.channels, tile.block_c)
+    settings = epilogue | {
+        "KERNEL": product.kernel, "SAMPLES": tile.samples, "HEIGHT": tile.height, "WIDTH": tile.width,
+        "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "STAGES": tile.stages, "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }  # fmt: skip
+    grid = (product.tiles(tile), triton.cdiv(product.out_channels, tile.block_k), 4 if product.transpose else 1)
+    if product.transpose:
+        tma._conv_transpose_tma_kernel[grid](
+            x_desc, w_desc, bias, skip, y_prev_desc, out_desc, partial, product.batch, product.in_h, product.in_w,
+            product.out_channels, c_blocks, alpha, SKIP_SIZE=0 if skip is None else skip.shape[1], **settings,
+        )  # fmt: skip
+    else:
+        tma._conv_tma_kernel[grid](
+            x_desc, w_desc, bias, y_prev_desc, out_desc, partial, product.batch, product.out_h, product.out_w,
+            product.channels, product.out_channels, c_blocks, alpha, STRIDE=product.stride, PAD=product.padding,
+            TURNED=product.turned, **settings,
+        )  # fmt: skip
 
 
-@_on_device
-def activation_backward(grad: Tensor, y: Tensor, *, activation: str, alpha: float) -> tuple[Tensor, Tensor]:
-    """grad * act'(y), both [N, K, H, W], in y's dtype, and its sum over pixels [K] in float32."""
-    grad, y = _nhwc(grad), _nhwc(y)
+def _rows(y: Tensor) -> tuple[int, int, int, dict[str, int]]:
+    """Rows and channels of y as a matrix, programs over the rows, and block sizes of a row-wise kernel."""
     rows, channels = y.shape[0] * y.shape[2] * y.shape[3], y.shape[1]
     block_k = min(128, triton.next_power_of_2(channels))
     block_m = max(1, 4096 // block_k)
+    return rows, channels, triton.cdiv(rows, block_m), {"BLOCK_M": block_m, "BLOCK_K": block_k}
+
+
+@on_device
+def activation(
+    y: Tensor, bias: Tensor | None, skip: Tensor | None, *, activation: str, alpha: float
+) -> Tensor:  # fmt: skip
+    """act(y + bias + skip) of a convolution's output y [N, K, H, W], written over y where that is channels_last."""
+    y = _nhwc(y)
+    rows, channels, programs, blocks = _rows(y)
+    if y.numel():
+        skip = _skip_memory(skip)
+        elementwise._activation_kernel[(programs, triton.cdiv(channels, blocks["BLOCK_K"]))](
+            y, _dense(bias), skip, rows, y.shape[2], y.shape[3], channels, alpha, HAS_BIAS=bias is not None,
+            SKIP_SIZE=0 if skip is None else skip.shape[1], ACTIVATION=activation, **blocks,
+        )  # fmt: skip
+    return y
+
+
+@on_device
+def activation_backward(grad: Tensor, y: Tensor, *, activation: str, alpha: float) -> tuple[Tensor, Tensor]:
+    """grad * act'(y), both [N, K, H, W], in y's dtype, and its sum over pixels [K] in float32."""
+    grad, y = _nhwc(grad), _nhwc(y)
+    rows, channels, programs, blocks = _rows(y)
     out = torch.empty_like(y, memory_format=torch.channels_last)
-    programs = triton.cdiv(rows, block_m)
     partial = torch.empty((programs, channels), dtype=torch.float32, device=y.device)
-    if rows:
-        elementwise._activation_backward_kernel[(programs, triton.cdiv(channels, block_k))](
-            grad, y, out, partial, rows, alpha, K=channels, ACTIVATION=activation, BLOCK_M=block_m, BLOCK_K=block_k
+    if y.numel():
+        elementwise._activation_backward_kernel[(programs, triton.cdiv(channels, blocks["BLOCK_K"]))](
+            grad, y, out, partial, rows, channels, alpha, ACTIVATION=activation, **blocks
         )
     return out, partial.sum(0)
+
+
+@on_device
+def skip_gradient(dz: Tensor, size: int) -> Tensor:
+    """Sums of dz [N, K, H, W] over what each entry of the phase table [N, 3, 3, size, size, K] was added to."""
+    dz = _nhwc(dz)
+    batch, channels, height, width = dz.shape
+    out = torch.empty((batch, size, size, 3, 3, channels), dtype=dz.dtype, device=dz.device)
+    if out.numel():
+        block_k = min(64, triton.next_power_of_2(channels))
+        elementwise._skip_gradient_kernel[(batch * size * size, triton.cdiv(channels, block_k))](
+            dz, out, height, width, channels, SIZE=size, BLOCK_W=triton.next_power_of_2(width // size), BLOCK_K=block_k
+        )
+    return out.permute(0, 3, 4, 1, 2, 5)
 
 
 def _same_layout(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,36 +301,32 @@ def _same_layout(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return prediction.contiguous(memory_format=layout), target.contiguous(memory_format=layout)
 
 
-@_on_device
-def l1_reconstruction_loss(prediction: Tensor, target: Tensor, *, eta: int) -> Tensor:
-    """Per-sample means of |target - prediction|^eta: [N, ...] -> float32 [N], in one pass."""
+@on_device
+def l1_reconstruction_loss(
+    prediction: Tensor, target: Tensor, scale: Tensor | None = None, *, eta: int, loss: bool = True,
+    to_target: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Per-sample means of |target - prediction|^eta, float32 [N], and what is asked for beside or instead, in one pass.
+
+    With `scale`, [N] or one number, float32 on the device: the gradient of sum(scale * loss) to prediction, and
+    `to_target` that to target. Without `loss` the first result is None.
+    """
     prediction, target = _same_layout(prediction, target)
     samples, values = prediction.shape[0], prediction[:1].numel()
     blocks = triton.cdiv(values, _BLOCK)
-    partial = torch.empty((samples, blocks), dtype=torch.float32, device=prediction.device)
+    partial = torch.empty((samples, blocks), dtype=torch.float32, device=prediction.device) if loss else None
+    d_prediction = None if scale is None else torch.empty_like(prediction)
+    d_target = torch.empty_like(target) if to_target and scale is not None else None
     if samples and values:
-        elementwise._l1_forward_kernel[(samples, blocks)](prediction, target, partial, values, ETA=eta, BLOCK=_BLOCK)
-    return partial.sum(1) / values
-
-
-@_on_device
-def l1_reconstruction_loss_gradient(
-    grad: Tensor, prediction: Tensor, target: Tensor, *, eta: int, to_target: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients to prediction and, `to_target`, to target (else an empty tensor), scaled by grad [N] float32."""
-    prediction, target = _same_layout(prediction, target)
-    samples, values = prediction.shape[0], prediction[:1].numel()
-    d_prediction = torch.empty_like(prediction)
-    d_target = torch.empty_like(target) if to_target else target.new_empty(0)
-    if samples and values:
-        elementwise._l1_backward_kernel[(samples, triton.cdiv(values, _BLOCK))](
-            prediction, target, grad.contiguous(), d_prediction, d_target, values,
-            ETA=eta, TO_TARGET=to_target, BLOCK=_BLOCK,
+        elementwise._l1_kernel[(samples, blocks)](
+            prediction, target, None if scale is None else scale.expand(samples).contiguous(), partial, d_prediction,
+            d_target, values, ETA=eta, LOSS=loss, GRADIENT=scale is not None, TO_TARGET=d_target is not None,
+            BLOCK=_BLOCK,
         )  # fmt: skip
-    return d_prediction, d_target
+    return None if partial is None else partial.sum(1) / values, d_prediction, d_target
 
 
-@_on_device
+@on_device
 def normalize_images(images: Tensor, index: Tensor | None, flip: Tensor | None, dtype: torch.dtype) -> Tensor:
     """uint8 [M, H, W, C] -> [N, C, H, W] in [-1, 1], channels_last; indices must be in range."""
     images = images.contiguous()
@@ -250,7 +343,7 @@ def normalize_images(images: Tensor, index: Tensor | None, flip: Tensor | None, 
     return out
 
 
-@_on_device
+@on_device
 def equilibrium_update(
     loss_real: Tensor, loss_fake: Tensor, k: Tensor, sums: Tensor, window: Tensor, skip: Tensor | None, *,
     gamma: float, lambda_k: float,
@@ -260,3 +353,60 @@ def equilibrium_update(
         loss_real.contiguous(), loss_fake.contiguous(), _flags(skip), k, sums, window,
         loss_real.numel(), gamma, lambda_k, HAS_SKIP=skip is not None, BLOCK=256,
     )  # fmt: skip
+
+
+def packed_size(shape: Sequence[int], kind: str) -> int:
+    """Values in the packed form of a weight [K, C, k, k]."""
+    out, channels, height, width = shape
+    return out * channels * {"conv": height * width, "up": 16, "skip": 25}[kind]
+
+
+@functools.lru_cache(maxsize=64)
+def _fold_table(
+    layers: tuple[tuple[int, str, tuple[int, ...], tuple[int, ...]], ...], backward: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Table and owners of `_fold_kernel` for (address, kind, shape, strides) of each weight, on the device.
+
+    Kept, so that a captured step finds what its warm-up made: nothing is copied from the host again.
+    """
+    rows: list[list[int]] = []
+    owners: list[int] = []
+    packed = gradient = 0
+    for number, (address, kind, shape, stride) in enumerate(layers):
+        size, weights = packed_size(shape, kind), shape[0] * shape[1] * shape[2] * shape[3]
+        rows.append([address, FOLDS.index(kind), *shape[:3], len(owners), *stride, packed, gradient])
+        owners += [number] * triton.cdiv(weights if backward else size, _FOLD_BLOCK)
+        packed, gradient = packed + size, gradient + weights
+    table = torch.tensor(rows, dtype=torch.int64)
+    return table.to(device), torch.tensor(owners, dtype=torch.int32).to(device)
+
+
+def _fold_layers(weights: Sequence[Tensor], kinds: Sequence[str], address: bool) -> tuple[Any, ...]:
+    return tuple(
+        (w.data_ptr() if address else 0, kind, tuple(w.shape), w.stride())
+        for w, kind in zip(weights, kinds, strict=True)
+    )
+
+
+def fold(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtype) -> Tensor:
+    """The packed forms of float32 weights, dense but in any order of dimensions, one after another in a flat tensor."""
+    device = weights[0].device
+    sizes = [packed_size(w.shape, kind) for w, kind in zip(weights, kinds, strict=True)]
+    packed = torch.empty(sum(sizes), dtype=dtype, device=device)
+    with torch.cuda.device_of(packed):
+        table, owner = _fold_table(_fold_layers(weights, kinds, True), False, device)
+        if len(owner):
+            elementwise._fold_kernel[(len(owner),)](table, owner, packed, None, BACKWARD=False, BLOCK=_FOLD_BLOCK)
+    return packed
+
+
+def fold_backward(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str]) -> Tensor:
+    """float32 gradients, flat and one after another, each in its weight's order of dimensions."""
+    out = torch.empty(sum(w.numel() for w in weights), dtype=torch.float32, device=grad.device)
+    with torch.cuda.device_of(grad):
+        table, owner = _fold_table(_fold_layers(weights, kinds, False), True, grad.device)
+        if len(owner):
+            elementwise._fold_kernel[(len(owner),)](
+                table, owner, grad.contiguous(), out, BACKWARD=True, BLOCK=_FOLD_BLOCK
+            )
+    return out

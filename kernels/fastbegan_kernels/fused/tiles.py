@@ -1,4 +1,4 @@
-"""Tile sizes of the matrix-product kernels."""
+"""Tile sizes of the matrix-product kernels, and which of them a layer can use."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+HALF_TYPES = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Tile:
-    """Pixels, output channels and input channels a program takes at once, its warps and its pipeline's depth."""
+    """A pointer kernel's: pixels, output channels and input channels at once, warps, depth of the pipeline."""
 
     block_m: int
     block_k: int
@@ -17,24 +19,138 @@ class Tile:
     warps: int
     stages: int
 
+    @property
+    def name(self) -> str:
+        return f"pointer {self.block_m}x{self.block_k}x{self.block_c} w{self.warps} s{self.stages}"
 
-# what the cross-compile gate holds to its ceilings (tests/kernels/test_cross_compile.py); none was timed on a GPU yet
+
+@dataclass(frozen=True)
+class TmaTile:
+    """A descriptor kernel's: samples, height and width of a block of output pixels; the rest as `Tile`."""
+
+    samples: int
+    height: int
+    width: int
+    block_k: int
+    block_c: int
+    warps: int
+    stages: int
+
+    @property
+    def pixels(self) -> int:
+        return self.samples * self.height * self.width
+
+    @property
+    def name(self) -> str:
+        pixels = f"{self.samples}x{self.height}x{self.width}"
+        return f"tma {pixels}x{self.block_k}x{self.block_c} w{self.warps} s{self.stages}"
+
+
+AnyTile = Tile | TmaTile
+
+
+@dataclass(frozen=True)
+class Product:
+    """A layer, or its input gradient, as the matrix product that computes it; all sizes are those the kernel sees."""
+
+    transpose: bool  # a transposed convolution of stride 2, in four phases
+    turned: bool  # weights turned by 180 degrees, sums over their first dimension
+    stride: int
+    kernel: int
+    batch: int
+    channels: int
+    out_channels: int
+    in_h: int
+    in_w: int
+    out_h: int
+    out_w: int
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2 if self.kernel < 4 else 1
+
+    @property
+    def rows(self) -> int:
+        """Pixels of the product, of one phase where there are four."""
+        return self.batch * (self.in_h * self.in_w if self.transpose else self.out_h * self.out_w)
+
+    def tiles(self, tile: AnyTile) -> int:
+        """Programs needed for the pixels."""
+        if isinstance(tile, Tile):
+            return -(-self.rows // tile.block_m)
+        height, width = (self.in_h, self.in_w) if self.transpose else (self.out_h, self.out_w)
+        return -(-self.batch // tile.samples) * -(-height // tile.height) * -(-width // tile.width)
+
+    def fits(self, tile: TmaTile) -> bool:
+        """Whether a descriptor kernel can compute this, and without wasting most of a tile.
+
+        Rows must be multiples of 16 bytes; where a view joins two pixels, sizes must be even and blocks whole.
+        """
+        height, width = (self.in_h, self.in_w) if self.transpose else (self.out_h, self.out_w)
+        if self.channels % 8 or self.out_channels % 8 or tile.block_k > max(64, self.out_channels):
+            return False
+        if tile.height > max(8, height) or tile.width > max(8, width) or (tile.samples > 1 and height * width > 256):
+            return False
+        if self.transpose:
+            return self.out_h == 2 * height and self.out_w == 2 * width and self.out_channels % tile.block_k == 0
+        return self.stride == 1 or (self.in_h % 2 == 0 == self.in_w % 2 and self.channels % tile.block_c == 0)
+
+
+# What the cross-compile gate holds to its ceilings (tests/kernels/test_cross_compile.py), the widest first.
+# None was timed on a GPU yet.
 HALF = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(64, 16, 32, 4, 3))
 FULL = (Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 3), Tile(64, 16, 16, 4, 2))
+TMA = (
+    TmaTile(1, 16, 16, 128, 64, 8, 3),
+    TmaTile(1, 8, 16, 128, 64, 8, 3),
+    TmaTile(2, 8, 8, 128, 64, 8, 3),
+    TmaTile(1, 16, 16, 64, 64, 4, 4),
+    TmaTile(1, 8, 16, 64, 64, 4, 4),
+    TmaTile(2, 8, 8, 64, 64, 4, 4),
+)
 _FEW_PIXELS = 8192  # under this many a 128-pixel tile leaves most of the chip idle
 
 
-def shipped_tiles(dtype: torch.dtype, capability: int) -> tuple[Tile, ...]:
-    """The tiles that the cross-compile gate passed for an architecture (80, 90, 100, ...), the widest first."""
-    if dtype not in (torch.bfloat16, torch.float16):
+def pointer_tiles(dtype: torch.dtype, capability: int) -> tuple[Tile, ...]:
+    """The pointer kernels' tiles that the gate passed for an architecture (80, 90, 100, ...), the widest first."""
+    if dtype not in HALF_TYPES:
         return FULL
     return HALF if capability < 100 else HALF[1:]  # the widest spills in up-convolutions on sm_100 (Triton 3.9)
 
 
-def pick_tile(dtype: torch.dtype, pixels: int, channels: int, out_channels: int, capability: int) -> Tile:
-    """The tile for an op: no wider than the channels there are, and small where there are few pixels."""
-    table = shipped_tiles(dtype, capability)
+def tma_tiles(dtype: torch.dtype, capability: int) -> tuple[TmaTile, ...]:
+    """The descriptor kernels' tiles for an architecture: from Hopper on, and for half precision only."""
+    if capability < 90 or dtype not in HALF_TYPES:
+        return ()
+    return TMA if capability < 100 else tuple(tile for tile in TMA if tile.pixels < 256)  # those spill on sm_100
+
+
+def pick_tile(dtype: torch.dtype, rows: int, channels: int, out_channels: int, capability: int) -> Tile:
+    """The pointer tile to use unmeasured: no wider than the channels there are, and small where pixels are few."""
+    table = pointer_tiles(dtype, capability)
     fitting = [tile for tile in table if tile.block_k < 2 * out_channels and tile.block_c < 2 * max(channels, 9)]
-    if pixels < _FEW_PIXELS:
+    if rows < _FEW_PIXELS:
         fitting = [tile for tile in fitting if tile.block_m <= 64] or fitting
     return fitting[0] if fitting else table[-1]
+
+
+def tiles_for(product: Product, dtype: torch.dtype, capability: int, *, descriptors: bool) -> list[AnyTile]:
+    """The tiles worth trying for a product, the one to use unmeasured first."""
+    first = pick_tile(dtype, product.rows, product.channels, product.out_channels, capability)
+    near = [
+        tile
+        for tile in pointer_tiles(dtype, capability)
+        if tile != first and tile.block_k in (first.block_k, first.block_k // 2) and tile.block_m <= first.block_m
+    ]
+    found: list[AnyTile] = [first, *near[:2]]
+    if descriptors:
+        found += [tile for tile in tma_tiles(dtype, capability) if product.fits(tile)]
+    return found
+
+
+def tile_named(name: str) -> AnyTile:
+    """The shipped tile of this name. Raises ValueError where none has it."""
+    for tile in (*HALF, *FULL, *TMA):
+        if tile.name == name:
+            return tile
+    raise ValueError(f"tile is {name!r}; accepted: the names of shipped tiles")
