@@ -1,4 +1,4 @@
-"""The commands: `fastbegan train`, `sample`, `info`."""
+"""The commands: `fastbegan train`, `sample`, `info`, `doctor`."""
 
 from __future__ import annotations
 
@@ -96,6 +96,33 @@ class Info:
         return show_presets(markdown=self.markdown) if self.run_folder is None else show_run(self.run_folder)
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """What this machine runs for every op, and why; on a GPU every kernel is checked and timed."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = "auto"
+    """As for train."""
+    filters: int = 64
+    """Channels of the layers that are tried."""
+    size: int = 32
+    """Height and width of their inputs."""
+    batch_size: int = 16
+    """Images at once."""
+
+    def run(self) -> int:
+        from .doctor import doctor
+
+        return doctor(
+            device=self.device,
+            precision=self.precision,
+            filters=self.filters,
+            size=self.size,
+            batch_size=self.batch_size,
+        )
+
+
 def _new_run_folder(preset: str) -> Path:
     stem = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
     path, number = stem, 1
@@ -147,10 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             _check_environment()
-            command: Train | Sample | Info = tyro.cli(
+            command: Train | Sample | Info | Doctor = tyro.cli(
                 Annotated[Train, subcommand("train", default=_train_defaults(arguments))]
                 | Annotated[Sample, subcommand("sample")]
-                | Annotated[Info, subcommand("info")],  # pyright: ignore[reportArgumentType]
+                | Annotated[Info, subcommand("info")]
+                | Annotated[Doctor, subcommand("doctor")],  # pyright: ignore[reportArgumentType]
                 prog="fastbegan",
                 description="BEGAN: train it, draw with it.",
                 args=arguments,

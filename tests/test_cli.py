@@ -37,6 +37,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
     assert _options(capsys, "train") == TRAIN_OPTIONS.split()
     assert _options(capsys, "sample") == SAMPLE_OPTIONS.split()
     assert _options(capsys, "info") == ["markdown"]
+    assert _options(capsys, "doctor") == "batch-size device filters precision size".split()
 
 
 @pytest.mark.parametrize(

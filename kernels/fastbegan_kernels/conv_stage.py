@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, tiers, tuning
-from .dispatch import asked_for, autocast, op_impl
+from .dispatch import allows_tf32, asked_for, autocast, op_impl
 from .fold import fold
 from .problems import Layer
 
@@ -99,7 +99,7 @@ def _how(
     x: Tensor, weight: Tensor, kind: str, *, backward: bool, bias: bool, skip: Tensor | None, activation: str | None,
     alpha: float, impl: str,
 ) -> str:  # fmt: skip
-    tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32
+    tf32 = x.dtype == torch.float32 and x.is_cuda and allows_tf32()
     problem = Layer(
         kind=kind, backward=backward, dtype=str(x.dtype).removeprefix("torch."), x=tuple(x.shape),
         weight=tuple(weight.shape), bias=bias, skip=0 if skip is None else skip.shape[3], activation=activation,

@@ -65,3 +65,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
     return tensors
+
+
+def allows_tf32() -> bool:
+    """Whether float32 convolutions may round their inputs to TF32: torch's setting, exact where it is off."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set through torch's newer fp32_precision
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]

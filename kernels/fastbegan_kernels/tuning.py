@@ -22,19 +22,27 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .problems import Layer, Pointwise, dtype_named, excess
 
 Problem = Layer | Pointwise
 _SECONDS = 120.0  # a child that takes longer hangs
-_chosen: dict[tuple[torch.device, Problem, bool], str] = {}
+_chosen: dict[tuple[torch.device, Problem, str], str] = {}
 _warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one form of a problem: `fault` is None where it is right, `seconds` None where not measured."""
+
+    how: str
+    fault: str | None
+    seconds: float | None = None
 
 
 def layer(problem: Layer, device: torch.device, impl: str) -> str:
@@ -42,22 +50,19 @@ def layer(problem: Layer, device: torch.device, impl: str) -> str:
 
     Raises RuntimeError where "fused" is asked for and no tile of it computes this layer rightly.
     """
-    fused = impl == "fused"
-    if (how := _chosen.get((device, problem, fused))) is not None:
+    if impl == "auto" and torch.are_deterministic_algorithms_enabled():
+        impl = "algebraic"
+    if (how := _chosen.get((device, problem, impl))) is not None:
         return how
-    if impl == "algebraic":
-        return "algebraic" if device.type == "cuda" else "plain"
-    hows = _tiles(problem, device)
-    if fused and not hows:
+    hows = forms(problem, device, impl)
+    if impl == "fused" and not hows:
         raise RuntimeError(f"impl 'fused' has no kernel for {problem.name} on {device} (use 'algebraic')")
     if device.type != "cuda":
-        return hows[0] if fused else "plain"
-    if torch.are_deterministic_algorithms_enabled():
-        return hows[0] if fused else "algebraic"
+        return hows[0] if impl == "fused" else "plain"
     if torch.cuda.is_current_stream_capturing():
-        _warn(f"{problem.name} was first met during graph capture: it runs unmeasured; run it once before")
-        return hows[0] if fused else "algebraic"
-    return choose(problem, device, hows if fused else ["algebraic", *hows], fused=fused)
+        _warn(f"{problem.name} was first met during graph capture: it runs in its plain form; run it once before")
+        return "plain"
+    return choose(problem, device, hows, impl)
 
 
 def pointwise(op: str, dtype: torch.dtype, device: torch.device, impl: str) -> bool:
@@ -65,31 +70,43 @@ def pointwise(op: str, dtype: torch.dtype, device: torch.device, impl: str) -> b
     if impl == "fused" or device.type != "cuda":
         return impl == "fused"
     problem = Pointwise(op, str(dtype).removeprefix("torch."))
-    if (how := _chosen.get((device, problem, False))) is not None:
+    if (how := _chosen.get((device, problem, "auto"))) is not None:
         return how == "fused"
     if torch.cuda.is_current_stream_capturing():
-        _warn(f"{op} was first met during graph capture: the plain form runs; run it once before")
+        _warn(f"{op} was first met during graph capture: it runs in its plain form; run it once before")
         return False
-    return choose(problem, device, ["fused"], fused=False) == "fused"
+    return choose(problem, device, forms(problem, device, "auto"), "auto") == "fused"
 
 
-def choose(problem: Problem, device: torch.device, hows: Sequence[str], *, fused: bool) -> str:
-    """The fastest right form of `hows`, from the cache or measured; where none is, "plain", or if `fused` an error."""
-    key = f"{problem!r}{' fused' if fused else ''}"
+def forms(problem: Problem, device: torch.device, impl: str) -> list[str]:
+    """What there is to choose from, besides "plain"."""
+    if isinstance(problem, Pointwise):
+        return ["fused"]
+    tiles = [] if impl == "algebraic" else _tiles(problem, device)
+    if torch.are_deterministic_algorithms_enabled():
+        tiles = tiles[:1]  # which is fastest may differ between two measurements
+    return tiles if impl == "fused" else ["algebraic", *tiles]
+
+
+def choose(problem: Problem, device: torch.device, hows: Sequence[str], impl: str) -> str:
+    """The fastest right form of `hows`, from the cache or measured; "plain" where none is right.
+
+    Raises RuntimeError instead where `impl` is "fused".
+    """
+    key = f"{problem!r} {impl}"
     how = _read(device)["choices"].get(key)
     if how not in (*hows, "plain"):
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            how = _measure(problem, device, hows)
+        how = _fastest(problem, device, hows)
         _write(device, "choices", {key: how})
-    if fused and how == "plain":
+    if impl == "fused" and how == "plain":
         raise RuntimeError(f"impl 'fused': no kernel for {problem.name} was right on {device} (use 'algebraic')")
-    _chosen[device, problem, fused] = how
+    _chosen[device, problem, impl] = how
     return how
 
 
 def choices(device: torch.device) -> dict[str, str]:
     """What was chosen in this process for a device, by problem: to be kept with a run, or sent to other ranks."""
-    return {f"{p!r}{' fused' if f else ''}": how for (d, p, f), how in _chosen.items() if d == device}
+    return {f"{problem!r} {impl}": how for (d, problem, impl), how in _chosen.items() if d == device}
 
 
 def adopt(device: torch.device, found: dict[str, str]) -> None:
@@ -98,37 +115,48 @@ def adopt(device: torch.device, found: dict[str, str]) -> None:
     _chosen.clear()
 
 
-def _measure(problem: Problem, device: torch.device, hows: Sequence[str]) -> str:
-    """The fastest of those that are right; "plain" where none is."""
+def _fastest(problem: Problem, device: torch.device, hows: Sequence[str]) -> str:
+    """Of those that are right; warns of the others."""
+    found = outcomes(problem, device, hows)
+    for outcome in found:
+        if outcome.fault:
+            _warn(f"{problem.name}: {outcome.how} {outcome.fault} on this machine and is not used")
+    right = [outcome for outcome in found if outcome.fault is None]
+    return min(right, key=lambda outcome: outcome.seconds or 0.0).how if right else "plain"
+
+
+def outcomes(
+    problem: Problem, device: torch.device, hows: Sequence[str], *, always_measure: bool = False
+) -> list[Outcome]:
+    """Each form tried, checked and, where more than one is right (or `always_measure`), timed."""
     safe = survivors(problem, device, hows)
-    right = [how for how in safe if _is_right(problem, device, how)]
-    for how in hows:
-        if how not in right:
-            why = "gave wrong values" if how in safe else "crashed or hung in a trial"
-            _warn(f"{problem.name}: {how} {why} on this machine and is not used")
-    if len(right) < 2 or isinstance(problem, Pointwise):
-        return right[0] if right else "plain"
-    try:
-        given = problem.tensors(device)
-        took = measure({how: functools.partial(problem.run, how, given) for how in right}, device)
-    except torch.OutOfMemoryError:
-        _warn(f"{problem.name}: not enough memory to measure; it runs unmeasured")
-        return right[0]
-    return min(right, key=lambda how: took[how])
+    faults = {how: _fault(problem, device, how) if how in safe else "crashed or hung in a trial" for how in hows}
+    right = [how for how in hows if faults[how] is None]
+    took: dict[str, float] = {}
+    if isinstance(problem, Layer) and (len(right) > 1 or always_measure):
+        try:
+            given = problem.tensors(device)
+            took = measure({how: functools.partial(problem.run, how, given) for how in right}, device)
+        except torch.OutOfMemoryError:
+            _warn(f"{problem.name}: not enough memory to measure; it runs unmeasured")
+    return [Outcome(how, faults[how], took.get(how)) for how in hows]
 
 
-def _is_right(problem: Problem, device: torch.device, how: str) -> bool:
+def _fault(problem: Problem, device: torch.device, how: str) -> str | None:
+    """What is wrong with a form, None where nothing is."""
     try:
         own, exact = problem.expected(device)
         got, again = problem.results(how, device), problem.results(how, device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler that gives up is a kernel that does not run
-        _warn(f"{problem.name}: {how} failed: {str(error)[:200]}")
-        return False
+        return f"failed ({str(error)[:200]})"
     tf32 = isinstance(problem, Layer) and problem.tf32
-    same = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-    return same and all(excess(*three, tf32=tf32) <= 1 for three in zip(got, own, exact, strict=True))
+    if any(excess(*three, tf32=tf32) > 1 for three in zip(got, own, exact, strict=True)):
+        return "gave wrong values"
+    if not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
+        return "gave other values the second time"
+    return None
 
 
 def measure(runs: dict[str, Callable[[], object]], device: torch.device, rounds: int = 7) -> dict[str, float]:
@@ -181,33 +209,13 @@ def _try_in_child(problem: Problem, device: torch.device, hows: Sequence[str]) -
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (packages, os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        command = [sys.executable, "-m", "fastbegan_kernels.tuning", json.dumps(task), str(log)]
+        command = [sys.executable, "-m", "fastbegan_kernels.trial", json.dumps(task), str(log)]
         quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         with contextlib.suppress(subprocess.TimeoutExpired, OSError):
             subprocess.run(command, env=environment, timeout=_SECONDS, check=False, **quiet)
         lines = log.read_text().splitlines() if log.exists() else []
     tried = {line.removeprefix("begin ") for line in lines if line.startswith("begin ")}
     return {line.removeprefix("ran ") for line in lines if line.startswith("ran ")}, tried
-
-
-def trial(task: dict[str, Any], log: Path) -> None:
-    """The child's part: run each form on the inputs of a check, and write down before and after that it did."""
-    kind = {"Layer": Layer, "Pointwise": Pointwise}[task["type"]]
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in task["problem"].items()}
-    problem, device = kind(**fields), torch.device(task["device"])
-    if isinstance(problem, Layer):
-        torch.backends.cudnn.allow_tf32 = problem.tf32
-    for how in task["hows"]:
-        with log.open("a") as file:
-            file.write(f"begin {how}\n")
-        try:
-            values: list[Tensor] = problem.results(how, device)
-            sum(value.float().sum() for value in values).item()  # type: ignore[union-attr]
-        except Exception as error:  # what fails to compile is found out by the check that follows
-            if "CUDA error" in str(error):
-                raise  # the context is gone: what comes next would fail too
-        with log.open("a") as file:
-            file.write(f"ran {how}\n")
 
 
 def _tiles(problem: Layer, device: torch.device) -> list[str]:
@@ -266,32 +274,31 @@ def _driver() -> str:
         return str(torch._C._cuda_getDriverVersion())  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _read(device: torch.device) -> dict[str, dict[str, Any]]:
+def _file() -> dict[str, Any]:
+    """What is on disk, for all environments; nothing where it cannot be read."""
     try:
-        found = json.loads(cache_file().read_text())[environment(device)]
-        return {"choices": dict(found["choices"]), "passed": dict(found["passed"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"choices": {}, "passed": {}}
+        found = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read(device: torch.device) -> dict[str, dict[str, Any]]:
+    found = _file().get(environment(device))
+    kept = found if isinstance(found, dict) else {}
+    return {name: value if isinstance(value := kept.get(name), dict) else {} for name in ("choices", "passed")}
 
 
 def _write(device: torch.device, section: str, entries: dict[str, Any]) -> None:
-    """Add entries; a machine whose cache cannot be written measures again next time."""
+    """Add entries; a machine whose cache cannot be written measures again next time, so may two that write at once."""
     path = cache_file()
+    here = _read(device)
+    here[section].update(entries)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            everything = json.loads(path.read_text())
-        except (OSError, ValueError):
-            everything = {}
-        here = everything.setdefault(environment(device), {"choices": {}, "passed": {}})
-        here[section] = {**here[section], **entries}
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".kernels.")
         with os.fdopen(handle, "w") as file:
-            json.dump(everything, file, indent=1)
+            json.dump({**_file(), environment(device): here}, file, indent=1)
         Path(name).replace(path)
     except OSError as error:
         _warn(f"choices of kernels cannot be kept in {path}: {error}")
-
-
-if __name__ == "__main__":
-    trial(json.loads(sys.argv[1]), Path(sys.argv[2]))

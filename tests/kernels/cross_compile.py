@@ -40,8 +40,12 @@ _PRODUCTS = (  # name, transposed convolution, kernel, stride, weights turned, w
 )
 
 
-def _matrix_cases(name: str, tiles: Sequence[AnyTile], *, full: bool = True) -> Iterator[Case]:
-    """Every product by every tile; `name` is a data type, or tf32. Not `full`: the last input channels are missing."""
+def _matrix_cases(name: str, tiles: Sequence[AnyTile], channels: str = "") -> Iterator[Case]:
+    """Every product by every tile; `name` is a data type, or tf32.
+
+    `channels` is "left over" where the last block of channels is partly empty, "odd" where they come one by one.
+    """
+    full = not channels
     data = f"*{'fp32' if name == 'tf32' else name}"
     for tile in tiles:
         tma = isinstance(tile, TmaTile)
@@ -49,7 +53,12 @@ def _matrix_cases(name: str, tiles: Sequence[AnyTile], *, full: bool = True) -> 
         if isinstance(tile, TmaTile):
             blocks |= {"SAMPLES": tile.samples, "HEIGHT": tile.height, "WIDTH": tile.width}
         else:
-            blocks |= {"BLOCK_M": tile.block_m, "FULL_C": full, "PRECISION": "tf32" if name != "fp32" else "ieee"}
+            blocks |= {
+                "BLOCK_M": tile.block_m,
+                "FULL_C": full,
+                "ALIGNED": channels != "odd",
+                "PRECISION": "tf32" if name != "fp32" else "ieee",
+            }
         for label, transpose, kernel, stride, turned, backward in _PRODUCTS:
             skip = 8 if "skip" in label else 0
             constants = blocks | {"KERNEL": kernel, "HAS_BIAS": not backward, "ACTIVATION": "elu", "BACKWARD": backward}
@@ -65,10 +74,10 @@ def _matrix_cases(name: str, tiles: Sequence[AnyTile], *, full: bool = True) -> 
             else:
                 code = implicit_gemm._conv_transpose_kernel if transpose else implicit_gemm._conv_kernel
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
-            missing = "" if full else ", channels left over"
+            missing = f", channels {channels}" if channels else ""
             yield (
                 f"{label} {name} {tile.name}{missing}", code, signature, constants | dict.fromkeys(absent), options,
-                ("C", "K") if full else (),
+                ("C", "K") if channels != "odd" else (),
             )  # fmt: skip
 
 
@@ -88,7 +97,7 @@ def _descriptors(tile: TmaTile, name: str, transpose: bool, stride: int, first: 
 
 def _elementwise_cases(dtype: str) -> Iterator[Case]:
     data = f"*{dtype}"
-    rows = {"ACTIVATION": "elu", "BLOCK_M": 32, "BLOCK_K": 128}
+    rows = {"ACTIVATION": "elu", "BLOCK_M": 16, "BLOCK_K": 128}
     for skip in (0, 8):
         yield (
             f"activation{' with skip' if skip else ''} {dtype}", elementwise._activation_kernel,
@@ -105,7 +114,7 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
     yield (
         f"skip gradient {dtype}", elementwise._skip_gradient_kernel,
         {"dz_ptr": data, "out_ptr": data} | dict.fromkeys(("height", "width", "K"), "i32"),
-        {"SIZE": 8, "BLOCK_W": 16, "BLOCK_K": 64}, {}, ("K",),
+        {"SIZE": 8, "BLOCK_W": 16, "BLOCK_K": 32}, {}, ("K",),
     )  # fmt: skip
     for eta in (1, 2):
         for name, loss, gradient in (("loss", True, False), ("gradient", False, True), ("both", True, True)):
@@ -127,7 +136,7 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
         yield (
             f"fold{' backward' if backward else ''} {dtype}", elementwise._fold_kernel,
             {"table_ptr": "*i64", "owner_ptr": "*i32", "packed_ptr": data, "gradient_ptr": "*fp32"},
-            {"BACKWARD": backward, "BLOCK": 256} | ({} if backward else {"gradient_ptr": None}), {}, (),
+            {"BACKWARD": backward, "BLOCK": 64} | ({} if backward else {"gradient_ptr": None}), {}, (),
         )  # fmt: skip
 
 
@@ -148,10 +157,11 @@ def cases(capability: int) -> Iterator[Case]:
     pointer = pointer_tiles(torch.bfloat16, capability)
     exact = pointer_tiles(torch.float32, capability)
     yield from _matrix_cases("bf16", pointer)
-    yield from _matrix_cases("bf16", pointer[-2:], full=False)
+    yield from _matrix_cases("bf16", pointer[1:2], "left over")
+    yield from _matrix_cases("bf16", pointer[-1:], "odd")
     yield from _matrix_cases("fp16", pointer[:1])
     yield from _matrix_cases("fp32", exact)
-    yield from _matrix_cases("fp32", exact[-1:], full=False)
+    yield from _matrix_cases("fp32", exact[-1:], "odd")
     yield from _matrix_cases("tf32", exact)
     yield from _matrix_cases("bf16", tma_tiles(torch.bfloat16, capability))
     yield from _matrix_cases("fp16", tma_tiles(torch.float16, capability)[:1])

@@ -100,15 +100,15 @@ def _check_tile(kind: str, shape: Sequence[int], tile: tiles.AnyTile, dtype: tor
     table = random_tensor(len(x), 3, 3, skip, skip, shape[4], seed=7, dtype=dtype) if skip else None
     settings = {"kind": kind, "activation": "elu", "alpha": 0.7}
 
-    def forward(values: list[Tensor | None]) -> list[Tensor]:
+    def forward(values: Sequence[Tensor | None]) -> list[Tensor]:
         a, b, c, d = values
         assert a is not None and b is not None
         return [tiers.forward(a, b, c, d, **settings, how="plain")]
 
     def backward(d: Tensor, y: Tensor, w: Tensor) -> list[Tensor]:
-        found = tiers.input_gradient(d, y, w, **settings, how="plain")
-        assert found[1] is not None
-        return [*found]
+        dx, db = tiers.input_gradient(d, y, w, **settings, how="plain")
+        assert db is not None
+        return [dx, db]
 
     given = [x, weight, bias, table]
     got = launch.layer(*given, **settings, tile=tile)
@@ -118,7 +118,9 @@ def _check_tile(kind: str, shape: Sequence[int], tile: tiles.AnyTile, dtype: tor
     assert db is not None
     compare([dx, db], backward(dz, y, weight), backward(dz.double(), y.double(), weight.double()), dtype)
     plain, none = launch.input_gradient(dz, weight, kind=kind, size=x.shape[2:], tile=tile)
-    exact = tiers.input_gradient(dz.double(), x.double(), weight.double(), kind=kind, activation=None, alpha=1, how="plain")
+    exact = tiers.input_gradient(
+        dz.double(), x.double(), weight.double(), kind=kind, activation=None, alpha=1, how="plain"
+    )
     assert none is None and (plain - exact[0]).abs().max() <= 1e-2 * exact[0].abs().max()
 
 
@@ -190,13 +192,17 @@ def test_what_descriptor_kernels_do_not_take() -> None:
 
 
 def test_tiles_shrink_with_the_layer() -> None:
-    pick = tiles.pick_tile
-    assert pick(torch.bfloat16, 1 << 20, 128, 128, 80) == tiles.HALF[0]
-    assert pick(torch.bfloat16, 1 << 20, 128, 128, 100) == tiles.HALF[1]
-    assert pick(torch.bfloat16, 1 << 20, 64, 64, 90) == tiles.HALF[1]
-    assert pick(torch.bfloat16, 1024, 128, 128, 90).block_m == 64
-    assert pick(torch.float32, 1 << 20, 128, 3, 80) == tiles.FULL[-1]
-    widths = [pick(torch.bfloat16, 1 << 20, 128, k, 80).block_k for k in (3, 16, 64, 128, 256)]
+    def pick(dtype: torch.dtype, height: int, channels: int, outputs: int, capability: int) -> tiles.Tile:
+        product = launch.product_of((16, channels, height, 256), (outputs, channels, 3, 3), "same", backward=False)
+        return tiles.pick_tile(product, dtype, capability)
+
+    assert pick(torch.bfloat16, 256, 128, 128, 80) == tiles.HALF[0]
+    assert pick(torch.bfloat16, 256, 128, 128, 100) == tiles.HALF[1]
+    assert pick(torch.bfloat16, 256, 64, 64, 90) == tiles.HALF[1]
+    assert pick(torch.bfloat16, 1, 128, 128, 90).block_m == 64
+    assert pick(torch.float32, 256, 128, 3, 80) == tiles.FULL[-1]
+    assert pick(torch.bfloat16, 256, 3, 128, 90) == pick(torch.bfloat16, 256, 100, 128, 90) == tiles.HALF[-1]
+    widths = [pick(torch.bfloat16, 256, 128, k, 80).block_k for k in (3, 16, 64, 128, 256)]
     assert all(a <= b for a, b in pairwise(widths))
 
 
@@ -245,9 +251,7 @@ def _stage(
     count: int, skip: int, channels: int, dtype: torch.dtype
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     widths = [channels + 4 * number for number in range(count + 1)]
-    weights = [
-        random_tensor(b, a, 3, 3, seed=10 + a, dtype=dtype, scale=(9 * a) ** -0.5) for a, b in pairwise(widths)
-    ]
+    weights = [random_tensor(b, a, 3, 3, seed=10 + a, dtype=dtype, scale=(9 * a) ** -0.5) for a, b in pairwise(widths)]
     biases = [random_tensor(b, seed=30 + b, dtype=dtype) for b in widths[1:]]
     table = random_tensor(2, 3, 3, max(skip, 1), max(skip, 1), widths[-1], seed=4, dtype=dtype)
     return random_tensor(2, channels, 8, 6, seed=1, dtype=dtype), weights, biases, table
@@ -287,6 +291,7 @@ def test_a_stage_is_captured_as_a_graph(kinds: list[str]) -> None:
     def step() -> list[Tensor]:
         return list(torch.autograd.grad(conv_stage(x, weights, biases, kinds=kinds, impl="fused").sum(), leaves))
 
+    expected: list[Tensor] = []
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):

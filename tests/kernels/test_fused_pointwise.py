@@ -45,20 +45,22 @@ def test_l1_reconstruction_loss_with_a_detached_target() -> None:
 @pytest.mark.parametrize("scale", [-0.3, [0.5, 0.0, -2.0]])
 def test_loss_and_gradients_in_one_pass(scale: float | list[float], eta: int, dtype: torch.dtype) -> None:
     """The same as autograd gives for the sum of the scaled losses, in both forms."""
-    pair = [random_tensor(3, 3, 7, 6, seed=s, dtype=dtype) for s in (1, 2)]
+    prediction, target = (random_tensor(3, 3, 7, 6, seed=s, dtype=dtype) for s in (1, 2))
     factors = torch.tensor(scale, device=DEVICE)
 
     def by_autograd(dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [value.to(dtype).requires_grad_() for value in pair]
+        leaves = [value.to(dtype).requires_grad_() for value in (prediction, target)]
         loss = reference.l1_reconstruction_loss(*leaves, eta=eta)
         return [loss.detach(), *torch.autograd.grad((factors.to(loss.dtype) * loss).sum(), leaves)]
 
     own, exact = by_autograd(dtype), by_autograd(torch.float64)
     for impl in ("fused", "algebraic"):
-        loss, *gradients = l1_reconstruction_loss_with_gradients(*pair, factors, eta=eta, to_target=True, impl=impl)
+        loss, *gradients = l1_reconstruction_loss_with_gradients(
+            prediction, target, factors, eta=eta, to_target=True, impl=impl
+        )
         assert [g is not None and g.dtype for g in gradients] == [dtype, dtype] and loss.dtype == torch.float32
         compare([loss, *(g for g in gradients if g is not None)], own, exact, dtype)
-        assert l1_reconstruction_loss_with_gradients(*pair, factors, eta=eta, impl=impl)[2] is None
+        assert l1_reconstruction_loss_with_gradients(prediction, target, factors, eta=eta, impl=impl)[2] is None
 
 
 def test_a_wrong_scale_is_named() -> None:

@@ -152,9 +152,8 @@ def test_compiles_without_graph_breaks(op: Callable[..., Tensor]) -> None:
         run = lambda: fold(leaves, ["conv", "up"], impl="fused")[1]  # noqa: E731
     elif op is conv_stage:
         _, leaves = _layer(conv2d_elu)
-        run = lambda: conv_stage(  # noqa: E731
-            leaves[0], (leaves[1], leaves[1][:, :5]), (leaves[2],) * 2, kinds=("same", "up"), impl="fused"
-        )
+        pair = (leaves[1], leaves[1][:, :5])
+        run = lambda: conv_stage(leaves[0], pair, (leaves[2],) * 2, kinds=("same", "up"), impl="fused")  # noqa: E731
     else:
         run, leaves = _layer(op)
     expected = torch.autograd.grad(run().square().sum(), leaves, allow_unused=True)

@@ -178,15 +178,15 @@ def _fold_kernel(table_ptr, owner_ptr, packed_ptr, gradient_ptr, BACKWARD: tl.co
     """
     program = tl.program_id(0)
     row = table_ptr + tl.load(owner_ptr + program) * 12
-    kind = tl.load(row + 1)
-    K = tl.load(row + 2)
-    C = tl.load(row + 3)
-    size = tl.load(row + 4)
-    i = ((program - tl.load(row + 5)) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    s_k = tl.load(row + 6)
-    s_c = tl.load(row + 7)
-    s_h = tl.load(row + 8)
-    s_w = tl.load(row + 9)
+    kind = tl.load(row + 1).to(tl.int32)
+    K = tl.load(row + 2).to(tl.int32)
+    C = tl.load(row + 3).to(tl.int32)
+    size = tl.load(row + 4).to(tl.int32)
+    i = ((program - tl.load(row + 5).to(tl.int32)) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    s_k = tl.load(row + 6).to(tl.int32)
+    s_c = tl.load(row + 7).to(tl.int32)
+    s_h = tl.load(row + 8).to(tl.int32)
+    s_w = tl.load(row + 9).to(tl.int32)
     packed = packed_ptr + tl.load(row + 10)
     step = tl.arange(0, 16)[None, :]
     if BACKWARD:
@@ -205,8 +205,8 @@ def _fold_kernel(table_ptr, owner_ptr, packed_ptr, gradient_ptr, BACKWARD: tl.co
         at = tl.where(kind == 0, conv, tl.where(kind == 1, up, skip))
         last = tl.where(kind == 0, 1, tl.where(kind == 1, 2, 3))
         values = tl.load(packed + at, mask=(k < K) & (u < last) & (v < last), other=0.0).to(tl.float32)
-        at = tl.load(row + 11) + k * s_k + c * s_c + a * s_h + b * s_w
-        tl.store(gradient_ptr + at, tl.sum(values, 1)[:, None], mask=k < K)
+        at = k * s_k + c * s_c + a * s_h + b * s_w
+        tl.store(gradient_ptr + tl.load(row + 11) + at, tl.sum(values, 1)[:, None], mask=k < K)
     else:
         inner = tl.where(kind == 1, K, C)
         window = tl.where(kind == 0, size, tl.where(kind == 1, 4, 1))

@@ -59,22 +59,33 @@ def skip_entry(n, oh, ow, out_h, out_w, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _load_pair(x_base, w_base, inside, x_shift, w_shift, c_start, c, C, w_stride, FULL_C: tl.constexpr):
+def _existing(i, size, ALIGNED: tl.constexpr):
+    """i where it is below `size`, else 0; ALIGNED (`size` is a multiple of 8): in runs of 8 that one copy can take."""
+    i = tl.where(i < size, i, 0)
+    if ALIGNED:
+        i = tl.max_contiguous(tl.multiple_of(i, 8), 8)
+    return i
+
+
+@triton.jit
+def _load_pair(
+    x_base, w_base, inside, x_shift, w_shift, c_start, c, C, w_stride, FULL_C: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Pixels [BLOCK_M, BLOCK_C] moved by `x_shift` pixels, zero where not `inside`, and weights [BLOCK_C, BLOCK_K].
 
     Pixels outside are not only masked: their address stays where it started, on a valid pixel, since masked
-    asynchronous copies have been seen to touch the address they were given.
+    asynchronous copies have been seen to touch the address they were given. So do channels past the last.
     """
-    x_at = x_base + tl.where(inside, x_shift, 0)[:, None] * C + c_start
-    w_at = w_base + w_shift + c_start * w_stride
+    x_at = x_base + tl.where(inside, x_shift, 0)[:, None] * C
+    w_at = w_base + w_shift
     if FULL_C:
-        x = tl.load(x_at, mask=inside[:, None], other=0.0)
-        w = tl.load(w_at)
-    else:  # the last block is partly empty: step back to channels that exist
+        x = tl.load(x_at + c_start + c[None, :], mask=inside[:, None], other=0.0)
+        w = tl.load(w_at + (c_start + c)[:, None] * w_stride)
+    else:
         c_ok = c_start + c < C
-        back = tl.where(c_ok, 0, c_start + c)
-        x = tl.load(x_at - back[None, :], mask=inside[:, None] & c_ok[None, :], other=0.0)
-        w = tl.load(w_at - back[:, None] * w_stride, mask=c_ok[:, None], other=0.0)
+        c = _existing(c_start + c, C, ALIGNED)
+        x = tl.load(x_at + c[None, :], mask=inside[:, None] & c_ok[None, :], other=0.0)
+        w = tl.load(w_at + c[:, None] * w_stride, mask=c_ok[:, None], other=0.0)
     return x, w
 
 
@@ -107,8 +118,8 @@ def _conv_kernel(
     x_ptr, w_ptr, b_ptr, y_prev_ptr, out_ptr, db_ptr,
     pixels, in_h, in_w, out_h, out_w, C, K, c_blocks, alpha,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, TURNED: tl.constexpr, FULL_C: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[m, k] = epilogue(sum over taps t and channels c of x[pixel(m, t), c] w[k, t, c]).
 
@@ -121,10 +132,10 @@ def _conv_kernel(
     oh = (m // out_w) % out_h
     start = tl.where(m_ok, (m // (out_w * out_h) * in_h + oh * STRIDE) * in_w + ow * STRIDE, 0)
     c = tl.arange(0, BLOCK_C)
-    x_base = x_ptr + start.to(tl.int64)[:, None] * C + c[None, :]
+    x_base = x_ptr + start.to(tl.int64)[:, None] * C
     TAPS: tl.constexpr = KERNEL * KERNEL
     w_stride = TAPS * K if TURNED else 1
-    w_base = w_ptr + tl.where(k < K, k, 0)[None, :] * (1 if TURNED else TAPS * C) + c[:, None] * w_stride
+    w_base = w_ptr + _existing(k, K, ALIGNED)[None, :] * (1 if TURNED else TAPS * C)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for step in tl.range(0, TAPS * c_blocks, num_stages=STAGES):
         tap = step // c_blocks
@@ -135,7 +146,7 @@ def _conv_kernel(
         iw = ow * STRIDE + dw
         inside = m_ok & (ih >= 0) & (ih < in_h) & (iw >= 0) & (iw < in_w)
         w_shift = (TAPS - 1 - tap) * K if TURNED else tap * C
-        x, w = _load_pair(x_base, w_base, inside, dh * in_w + dw, w_shift, c_start, c, C, w_stride, FULL_C)
+        x, w = _load_pair(x_base, w_base, inside, dh * in_w + dw, w_shift, c_start, c, C, w_stride, FULL_C, ALIGNED)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     _store(
         acc, m.to(tl.int64), m_ok, k, K, b_ptr, y_prev_ptr, out_ptr, db_ptr, tl.program_id(0), alpha,
@@ -147,7 +158,7 @@ def _conv_kernel(
 def _conv_transpose_kernel(
     x_ptr, w_ptr, b_ptr, skip_ptr, y_prev_ptr, out_ptr, db_ptr,
     pixels, in_h, in_w, out_h, out_w, C, K, c_blocks, alpha,
-    KERNEL: tl.constexpr, FULL_C: tl.constexpr, HAS_BIAS: tl.constexpr, SKIP_SIZE: tl.constexpr,
+    KERNEL: tl.constexpr, FULL_C: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, SKIP_SIZE: tl.constexpr,
     ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -164,9 +175,9 @@ def _conv_transpose_kernel(
     j = m % in_w
     i = tl.where(m_ok, (m // in_w) % in_h, -2)  # rows past the end are outside for every tap
     c = tl.arange(0, BLOCK_C)
-    x_base = x_ptr + tl.where(m_ok, m, 0).to(tl.int64)[:, None] * C + c[None, :]
+    x_base = x_ptr + tl.where(m_ok, m, 0).to(tl.int64)[:, None] * C
     w_stride = KERNEL * KERNEL * K
-    w_base = w_ptr + tl.where(k < K, k, 0)[None, :] + c[:, None] * w_stride
+    w_base = w_ptr + _existing(k, K, ALIGNED)[None, :]
     taps_h = 2 if KERNEL == 4 else 1 + py
     taps_w = 2 if KERNEL == 4 else 1 + px
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -177,7 +188,7 @@ def _conv_transpose_kernel(
         dw = tap % taps_w + (px - 1 if KERNEL == 4 else 0)
         inside = (i + dh >= 0) & (i + dh < in_h) & (j + dw >= 0) & (j + dw < in_w)
         w_shift = ((1 + py - 2 * dh) * KERNEL + 1 + px - 2 * dw) * K
-        x, w = _load_pair(x_base, w_base, inside, dh * in_w + dw, w_shift, c_start, c, C, w_stride, FULL_C)
+        x, w = _load_pair(x_base, w_base, inside, dh * in_w + dw, w_shift, c_start, c, C, w_stride, FULL_C, ALIGNED)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     # computed again, so that only i and j have to live through the loop
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

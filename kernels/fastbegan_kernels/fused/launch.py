@@ -4,8 +4,8 @@
 
 Inputs are on one device and of one dtype (biases may be float32). Images and weights are made channels_last, which
 costs nothing where they are. A layer's kind is "same" (stride 1), "down" (stride 2) or "up" (nearest x2 before a 3x3
-kernel, given by its folded weights [C, K, 4, 4]). Sums across programs (bias gradients, losses) are written as float32 partials
-and added in a fixed order, so results do not vary between runs.
+kernel, given by its folded weights [C, K, 4, 4]). Sums across programs (bias gradients, losses) are written as float32
+partials and added in a fixed order, so results do not vary between runs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 import triton
 from torch import Tensor
 
+from ..dispatch import allows_tf32
 from . import elementwise, implicit_gemm
 from .tiles import AnyTile, Product, TmaTile, tiles_for
 
 Result = TypeVar("Result")
 
 _BLOCK = 1024  # values a program of the elementwise kernels takes
-_FOLD_BLOCK = 256  # and of the folding kernel, which reads sixteen for each
+_FOLD_BLOCK = 64  # and of the folding kernel, which reads sixteen for each
 FOLDS = ("conv", "up", "skip")  # kinds of packed weights; see fold
 
 
@@ -50,17 +51,6 @@ def _flags(x: Tensor | None) -> Tensor | None:
 def _skip_memory(table: Tensor | None) -> Tensor | None:
     """A phase table [N, 3, 3, S, S, K] as [N, S, S, 3, 3, K], which is how a convolution lays it out."""
     return None if table is None else table.permute(0, 3, 4, 1, 2, 5).contiguous()
-
-
-def _precision(x: Tensor) -> str:
-    """Exact float32 unless the caller allowed TF32 for convolutions."""
-    if not x.is_cuda:
-        return "ieee"
-    try:
-        allowed = torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # set through torch's newer fp32_precision
-        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
-    return "tf32" if allowed else "ieee"
 
 
 def on_device(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -182,7 +172,8 @@ def _run_pointer(
         product.out_channels, triton.cdiv(product.channels, tile.block_c), alpha,
     )  # fmt: skip
     settings = epilogue | {
-        "KERNEL": product.kernel, "FULL_C": product.channels % tile.block_c == 0, "PRECISION": _precision(x),
+        "KERNEL": product.kernel, "FULL_C": product.channels % tile.block_c == 0,
+        "ALIGNED": product.aligned, "PRECISION": "tf32" if x.is_cuda and allows_tf32() else "ieee",
         "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "STAGES": tile.stages,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
@@ -246,7 +237,7 @@ def _rows(y: Tensor) -> tuple[int, int, int, dict[str, int]]:
     """Rows and channels of y as a matrix, programs over the rows, and block sizes of a row-wise kernel."""
     rows, channels = y.shape[0] * y.shape[2] * y.shape[3], y.shape[1]
     block_k = min(128, triton.next_power_of_2(channels))
-    block_m = max(1, 4096 // block_k)
+    block_m = max(1, 2048 // block_k)
     return rows, channels, triton.cdiv(rows, block_m), {"BLOCK_M": block_m, "BLOCK_K": block_k}
 
 
@@ -287,7 +278,7 @@ def skip_gradient(dz: Tensor, size: int) -> Tensor:
     batch, channels, height, width = dz.shape
     out = torch.empty((batch, size, size, 3, 3, channels), dtype=dz.dtype, device=dz.device)
     if out.numel():
-        block_k = min(64, triton.next_power_of_2(channels))
+        block_k = min(32, triton.next_power_of_2(channels))
         elementwise._skip_gradient_kernel[(batch * size * size, triton.cdiv(channels, block_k))](
             dz, out, height, width, channels, SIZE=size, BLOCK_W=triton.next_power_of_2(width // size), BLOCK_K=block_k
         )

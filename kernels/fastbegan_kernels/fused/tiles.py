@@ -74,6 +74,11 @@ class Product:
         """Pixels of the product, of one phase where there are four."""
         return self.batch * (self.in_h * self.in_w if self.transpose else self.out_h * self.out_w)
 
+    @property
+    def aligned(self) -> bool:
+        """Whether rows of both factors come in runs of eight values."""
+        return self.channels % 8 == 0 == self.out_channels % 8
+
     def tiles(self, tile: AnyTile) -> int:
         """Programs needed for the pixels."""
         if isinstance(tile, Tile):
@@ -87,7 +92,7 @@ class Product:
         Rows must be multiples of 16 bytes; where a view joins two pixels, sizes must be even and blocks whole.
         """
         height, width = (self.in_h, self.in_w) if self.transpose else (self.out_h, self.out_w)
-        if self.channels % 8 or self.out_channels % 8 or tile.block_k > max(64, self.out_channels):
+        if not self.aligned or tile.block_k > max(64, self.out_channels):
             return False
         if tile.height > max(8, height) or tile.width > max(8, width) or (tile.samples > 1 and height * width > 256):
             return False
@@ -98,7 +103,14 @@ class Product:
 
 # What the cross-compile gate holds to its ceilings (tests/kernels/test_cross_compile.py), the widest first.
 # None was timed on a GPU yet.
-HALF = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(64, 16, 32, 4, 3))
+HALF = (
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 64, 64, 4, 3),
+    Tile(64, 64, 64, 4, 3),
+    Tile(64, 32, 32, 4, 3),
+    Tile(64, 16, 32, 4, 3),
+    Tile(64, 16, 16, 4, 3),
+)
 FULL = (Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 3), Tile(64, 16, 16, 4, 2))
 TMA = (
     TmaTile(1, 16, 16, 128, 64, 8, 3),
@@ -125,18 +137,27 @@ def tma_tiles(dtype: torch.dtype, capability: int) -> tuple[TmaTile, ...]:
     return TMA if capability < 100 else tuple(tile for tile in TMA if tile.pixels < 256)  # those spill on sm_100
 
 
-def pick_tile(dtype: torch.dtype, rows: int, channels: int, out_channels: int, capability: int) -> Tile:
-    """The pointer tile to use unmeasured: no wider than the channels there are, and small where pixels are few."""
+def pick_tile(product: Product, dtype: torch.dtype, capability: int) -> Tile:
+    """The pointer tile to use unmeasured: no wider than the channels there are, and small where pixels are few.
+
+    Channel counts that are no multiples of 8 are loaded one by one, which only the last tile has registers for.
+    """
     table = pointer_tiles(dtype, capability)
-    fitting = [tile for tile in table if tile.block_k < 2 * out_channels and tile.block_c < 2 * max(channels, 9)]
-    if rows < _FEW_PIXELS:
+    if not product.aligned:
+        return table[-1]
+    fitting = [
+        tile for tile in table if tile.block_k < 2 * product.out_channels and tile.block_c < 2 * product.channels
+    ]
+    if product.rows < _FEW_PIXELS:
         fitting = [tile for tile in fitting if tile.block_m <= 64] or fitting
     return fitting[0] if fitting else table[-1]
 
 
 def tiles_for(product: Product, dtype: torch.dtype, capability: int, *, descriptors: bool) -> list[AnyTile]:
     """The tiles worth trying for a product, the one to use unmeasured first."""
-    first = pick_tile(dtype, product.rows, product.channels, product.out_channels, capability)
+    first = pick_tile(product, dtype, capability)
+    if not product.aligned:
+        return [first]
     near = [
         tile
         for tile in pointer_tiles(dtype, capability)

@@ -1,0 +1,106 @@
+"""`fastbegan doctor`: what this machine runs for every op, and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastbegan_kernels import dispatch, problems, tuning
+from fastbegan_kernels.problems import Layer, Pointwise
+
+from .device import pick_device, pick_precision
+from .errors import UserError
+
+Row = tuple[str, str, str]
+
+
+def doctor(*, device: str, precision: str, filters: int, size: int, batch_size: int) -> int:
+    """Print the machine's facts and a row for each op; layers have `filters` channels on maps of `size` x `size`.
+
+    On a GPU every form is tried and timed now, whatever was chosen before. Raises UserError for bad values.
+    """
+    for name, value in (("filters", filters), ("size", size), ("batch-size", batch_size)):
+        if value < 1 or (name == "size" and value % 2):
+            raise UserError(f"{name} is {value}; accepted: {'even ' if name == 'size' else ''}numbers from 1 on")
+    where, line = pick_device(device)
+    used, dtype = pick_precision(precision, where)
+    facts = [
+        ("device", line),
+        ("precision", f"{used}{' (as nothing else was asked for)' if precision == 'auto' else ''}"),
+        ("software", f"Python {platform.python_version()}, {tuning.environment(where)}"),
+        ("asked for", f"FASTBEGAN_IMPL={os.environ.get('FASTBEGAN_IMPL') or '(unset: automatic)'}"),
+        ("choices in", str(tuning.cache_file())),
+    ]
+    for name, value in facts:
+        print(f"{name:<12}{value}")
+    name = str(dtype or torch.float32).removeprefix("torch.")
+    table = Table("op", "runs", "why", title=f"{filters} channels, {batch_size} maps of {size} x {size}, {name}")
+    for row in _rows(where, name, filters, size, batch_size):
+        table.add_row(*row)
+    Console().print(table)
+    return 0
+
+
+def layers(dtype: str, filters: int, size: int, batch_size: int, *, tf32: bool = False) -> list[Layer]:
+    """Each kind of layer, forward and back to the layer before it."""
+    found = []
+    for kind, window in (("same", 3), ("down", 3), ("up", 4)):
+        x, weight = (batch_size, filters, size, size), (filters, filters, window, window)
+        found += [Layer(kind, backward, dtype, x, weight, tf32=tf32) for backward in (False, True)]
+    return found
+
+
+def _rows(device: torch.device, dtype: str, filters: int, size: int, batch_size: int) -> list[Row]:
+    asked = dispatch.asked_for(None)
+    tf32 = dtype == "float32" and device.type == "cuda" and dispatch.allows_tf32()
+    layered: list[Layer] = layers(dtype, filters, size, batch_size, tf32=tf32)
+    ops = {
+        problem: f"{_LAYER_OPS[problem.kind]}{', input gradient' if problem.backward else ''}" for problem in layered
+    }
+    pointed = [
+        Pointwise(op, "float32" if op in ("equilibrium_update", "normalize_images") else dtype)
+        for op in problems.POINTWISE
+    ]
+    reason = _no_kernels(device, asked)
+    if reason is not None:
+        plain = "reference" if asked == "reference" else "plain PyTorch"
+        folded = "algebraic: folded weights, transposed convolution"
+        rows = [
+            (op, folded if problem.kind == "up" and asked != "reference" else plain, reason)
+            for problem, op in ops.items()
+            if not problem.backward
+        ]
+        return rows + [(problem.op, plain, reason) for problem in pointed]
+    rows = [(op, *_verdict(problem, device, asked or "auto")) for problem, op in ops.items()]
+    return rows + [(problem.op, *_verdict(problem, device, asked or "auto")) for problem in pointed]
+
+
+_LAYER_OPS = {"same": "conv2d_elu", "down": "conv2d_elu, stride 2", "up": "upsample_conv2d_elu"}
+
+
+def _no_kernels(device: torch.device, asked: str | None) -> str | None:
+    """Why no kernel of ours runs here at all, None where some do."""
+    if asked == "reference":
+        return "FASTBEGAN_IMPL asks for it"
+    if not dispatch.HAS_TRITON:
+        return "Triton is not installed"
+    if device.type != "cuda":
+        return "no GPU: the kernels are for CUDA devices"
+    return None
+
+
+def _verdict(problem: Layer | Pointwise, device: torch.device, impl: str) -> tuple[str, str]:
+    hows = tuning.forms(problem, device, impl)
+    found = tuning.outcomes(problem, device, hows, always_measure=True)
+    right = [outcome for outcome in found if outcome.fault is None]
+    notes = [f"{outcome.how} {outcome.fault}" for outcome in found if outcome.fault]
+    if not right:
+        return "plain PyTorch", "; ".join(notes) or "no kernel takes this"
+    best = min(right, key=lambda outcome: outcome.seconds or 0.0)
+    timed = sorted((outcome.seconds, outcome.how) for outcome in right if outcome.seconds is not None)
+    notes = [f"{how} {seconds * 1e6:.0f} us" for seconds, how in timed] + notes
+    return best.how, "right; " + ", ".join(notes) if notes else "right"

@@ -1,0 +1,268 @@
+"""The measured and verified choice: what is wrong is dropped, what is slow is not taken, what crashes crashes alone.
+
+Run on whatever there is: the machinery is the same on a CPU, where kernels are interpreted and times are the host's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbegan_kernels import problems, tiers, tuning
+from fastbegan_kernels.problems import Layer, Pointwise
+from tests.kernels.oracle import DEVICE
+
+pytest.importorskip("triton")
+PROBLEM = Layer("same", False, "float32", (2, 16, 6, 6), (16, 16, 3, 3))
+FORMS = ["pointer 64x16x16 w4 s2", "algebraic"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("FASTBEGAN_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_warned", set())
+    yield
+
+
+@pytest.fixture
+def _trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No child processes: every form is taken to have run."""
+    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows: list(hows))
+
+
+def _patched(monkeypatch: pytest.MonkeyPatch, how: str, change: Callable[[Tensor], Tensor]) -> None:
+    """What `how` gives goes through `change`."""
+    forward = tiers.forward
+
+    def changed(*arguments: Tensor, **options: str) -> Tensor:
+        result = forward(*arguments, **options)  # type: ignore[arg-type]
+        return change(result) if options["how"] == how else result
+
+    monkeypatch.setattr(tiers, "forward", changed)
+
+
+def _slow(result: Tensor) -> Tensor:
+    time.sleep(0.2)
+    return result
+
+
+@pytest.mark.usefixtures("_trusting")
+@pytest.mark.parametrize("slow", FORMS)
+def test_the_fastest_right_form_is_chosen_and_kept(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _patched(monkeypatch, slow, _slow)
+    (fast,) = (how for how in FORMS if how != slow)
+    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == fast
+    monkeypatch.setattr(tuning, "outcomes", _unwanted)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == fast  # from the disk
+    assert fast in tuning.cache_file().read_text()
+
+
+def _unwanted(*_: object, **__: object) -> str:
+    raise AssertionError("measured again")
+
+
+@pytest.mark.usefixtures("_trusting")
+@pytest.mark.parametrize("change", [lambda y: y * 1.01, lambda y: y * float("nan"), lambda y: y[:1]])
+def test_a_wrong_form_is_dropped_with_one_warning(
+    change: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _patched(monkeypatch, "algebraic", _slow)
+    _patched(monkeypatch, FORMS[0], change)
+    with pytest.warns(RuntimeWarning, match=rf"same forward float32 .*{FORMS[0]} gave wrong values") as caught:
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "algebraic"
+    assert len(caught) == 1
+
+
+@pytest.mark.usefixtures("_trusting")
+def test_an_unsteady_form_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = iter(range(100))
+    _patched(monkeypatch, FORMS[0], lambda y: y * (1 + 1e-7 * next(noise)))
+    with pytest.warns(RuntimeWarning, match="gave other values the second time"):
+        assert tuning.choose(PROBLEM, DEVICE, FORMS[:1], "auto") == "plain"
+
+
+@pytest.mark.usefixtures("_trusting")
+def test_a_form_that_does_not_compile_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(y: Tensor) -> Tensor:
+        raise RuntimeError("out of registers")
+
+    _patched(monkeypatch, FORMS[0], broken)
+    with pytest.warns(RuntimeWarning, match="failed .out of registers."):
+        assert tuning.choose(PROBLEM, DEVICE, FORMS[:1], "auto") == "plain"
+
+
+@pytest.mark.usefixtures("_trusting")
+def test_forcing_what_is_wrong_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    _patched(monkeypatch, FORMS[0], lambda y: y + 1)
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match=r"no kernel for same forward .* was right"):
+        tuning.choose(PROBLEM, DEVICE, FORMS[:1], "fused")
+
+
+def test_a_child_tries_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuning.survivors(PROBLEM, DEVICE, FORMS) == FORMS
+    monkeypatch.setattr(tuning, "_try_in_child", _unwanted)
+    assert tuning.survivors(PROBLEM, DEVICE, FORMS) == FORMS
+    other = Layer("same", False, "float32", (4, 16, 20, 20), (16, 16, 3, 3))  # sizes are no new kernel
+    assert tuning.survivors(other, DEVICE, FORMS) == FORMS
+    with pytest.raises(AssertionError, match="measured again"):
+        tuning.survivors(Layer("down", False, "float32", (2, 16, 6, 6), (16, 16, 3, 3)), DEVICE, FORMS)
+
+
+CRASHING = """
+import os, sys, json
+from pathlib import Path
+from fastbegan_kernels import tiers, trial
+real = tiers.forward
+def forward(*arguments, **options):
+    if options["how"] == "algebraic":
+        os.kill(os.getpid(), 11)
+    return real(*arguments, **options)
+tiers.forward = forward
+trial.trial(json.loads(sys.argv[3]), Path(sys.argv[4]))
+"""
+
+
+def test_a_crash_is_the_childs_alone_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = subprocess.run
+    ended: list[int] = []
+
+    def child(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        done = run([command[0], "-c", CRASHING, *command[1:]], **options)  # type: ignore[call-overload]
+        ended.append(done.returncode)
+        return done
+
+    monkeypatch.setattr(subprocess, "run", child)
+    forms = [FORMS[0], "algebraic", "plain"]  # one before it and one behind
+    assert tuning.survivors(PROBLEM, DEVICE, forms) == [FORMS[0], "plain"]
+    assert ended == [-11, 0]
+    assert tuning.survivors(PROBLEM, DEVICE, forms) == [FORMS[0], "plain"] and len(ended) == 2
+    with pytest.warns(RuntimeWarning, match="algebraic crashed or hung in a trial"):
+        assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "plain"
+
+
+def test_a_child_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_SECONDS", 0.0)
+    with pytest.warns(RuntimeWarning, match="no child process to try kernels in"):
+        assert tuning.survivors(PROBLEM, DEVICE, FORMS) == []
+
+
+def test_the_trial_runs_as_a_program(tmp_path: Path) -> None:
+    task = {
+        "type": "Pointwise",
+        "problem": {"op": "fold", "dtype": "float32"},
+        "hows": ["fused"],
+        "device": str(DEVICE),
+    }
+    log = tmp_path / "log"
+    environment = {**os.environ, "PYTHONPATH": str(Path(tuning.__file__).parent.parent)}
+    command = [sys.executable, "-m", "fastbegan_kernels.trial", json.dumps(task), str(log)]
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
+    assert log.read_text() == "begin fused\nran fused\n"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"x": 1}', "null"])
+def test_a_spoiled_cache_is_measured_anew(text: str) -> None:
+    tuning.cache_file().parent.mkdir(parents=True, exist_ok=True)
+    tuning.cache_file().write_text(text)
+    tuning.adopt(DEVICE, {f"{PROBLEM!r} auto": FORMS[0]})
+    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == FORMS[0]
+    assert tuning.choices(DEVICE) == {f"{PROBLEM!r} auto": FORMS[0]}
+
+
+def test_a_cache_that_cannot_be_written_only_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("FASTBEGAN_CACHE", str(file))
+    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome("algebraic", None)])
+    with pytest.warns(RuntimeWarning, match="cannot be kept"):
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "algebraic"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuning.choose(Layer(**{**vars(PROBLEM), "alpha": 0.5}), DEVICE, FORMS, "auto") == "algebraic"
+
+
+@pytest.mark.usefixtures("_trusting")
+def test_deterministic_algorithms_are_not_chosen_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 7)
+    monkeypatch.setattr(tuning, "_tiles", lambda *_: ["a", "b"])
+    assert tuning.forms(PROBLEM, gpu, "auto") == ["algebraic", "a", "b"]
+    assert tuning.forms(PROBLEM, gpu, "algebraic") == ["algebraic"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert tuning.forms(PROBLEM, gpu, "fused") == ["a"]
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(tuning, "choose", lambda problem, device, hows, impl: f"{hows} {impl}")
+        assert tuning.layer(PROBLEM, gpu, "auto") == "['algebraic'] algebraic"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_during_capture_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 7)
+    monkeypatch.setattr(tuning, "_tiles", lambda *_: ["a"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(tuning, "outcomes", _unwanted)
+    with pytest.warns(RuntimeWarning, match="first met during graph capture"):
+        assert tuning.layer(PROBLEM, gpu, "auto") == "plain"
+    with pytest.warns(RuntimeWarning, match="fold was first met during graph capture"):
+        assert not tuning.pointwise("fold", torch.float32, gpu, "auto")
+    tuning._chosen[gpu, PROBLEM, "auto"] = "a"  # met before
+    assert tuning.layer(PROBLEM, gpu, "auto") == "a"
+
+
+def test_the_key_tells_machines_and_sources_apart() -> None:
+    facts = tuning.environment(DEVICE)
+    assert all(word in facts for word in (f"torch {torch.__version__}", "triton ", "kernels ", DEVICE.type))
+
+
+def test_every_problem_has_a_right_plain_form() -> None:
+    """The checks themselves can be passed, and be failed."""
+    layers = [
+        Layer(kind, backward, "float32", (2, 16, 6, 8), weight, skip=2 if kind == "up" else 0, activation=activation)
+        for kind, weight in (("same", (12, 16, 3, 3)), ("down", (12, 16, 3, 3)), ("up", (16, 12, 4, 4)))
+        for backward, activation in ((False, "elu"), (True, "elu"), (True, None))
+    ]
+    for problem in layers:
+        own, exact = problem.expected(DEVICE)
+        assert all(problems.excess(*three) <= 1 for three in zip(own, own, exact, strict=True))
+        assert problems.excess(own[0] * 1.001, own[0], exact[0]) > 1
+
+
+@pytest.mark.parametrize("op", problems.POINTWISE)
+def test_every_pointwise_kernel_passes_its_check(op: str) -> None:
+    for dtype in ("float32", "float16"):
+        if op == "equilibrium_update" and dtype != "float32":
+            continue
+        problem = Pointwise(op, dtype)
+        own, exact = problem.expected(DEVICE)
+        got = problem.results("fused", DEVICE)
+        assert len(got) == len(exact)
+        assert all(problems.excess(*three) <= 1 for three in zip(got, own, exact, strict=True))
+
+
+def test_a_large_batch_is_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problems, "_VALUES", 3 * 16 * 36)
+    problem = Layer("same", True, "float32", (9, 16, 6, 6), (8, 16, 3, 3))
+    part, whole = (problem.tensors(DEVICE, whole=w)["dz"] for w in (False, True))
+    assert part is not None and whole is not None and (len(part), len(whole)) == (3, 9)
+
+
+@pytest.mark.parametrize(("impl", "expected"), [("fused", "pointer 64x16x16 w4 s2"), ("auto", "plain")])
+def test_without_a_gpu_nothing_is_measured(impl: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "outcomes", _unwanted)
+    cpu = torch.device("cpu")
+    small = Layer("same", False, "float32", (2, 16, 6, 6), (3, 16, 3, 3))
+    assert tuning.layer(small, cpu, impl) == expected
+    assert tuning.pointwise("fold", torch.float32, cpu, impl) == (impl == "fused")

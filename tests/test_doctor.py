@@ -1,0 +1,53 @@
+"""`fastbegan doctor` says what runs and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbegan import doctor
+from fastbegan.cli import main
+from fastbegan_kernels import tiers, tuning
+from fastbegan_kernels.problems import POINTWISE, Pointwise
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("impl", "reason"), [(None, "no GPU"), ("algebraic", "no GPU"), ("reference", "FASTBEGAN_IMPL asks for it")]
+)
+def test_every_op_has_a_row(
+    impl: str | None, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("FASTBEGAN_IMPL", impl or "")
+    assert main(["doctor", "--device", "cpu", "--precision", "float32"]) == 0
+    shown = capsys.readouterr().out
+    assert all(op in shown for op in ("conv2d_elu, stride 2", "upsample_conv2d_elu", *POINTWISE))
+    assert shown.count(reason) == 3 + len(POINTWISE) and f"torch {torch.__version__}" in shown
+
+
+def test_bad_values_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--size", "7"]) == 2
+    assert "size is 7; accepted: even numbers" in capsys.readouterr().err
+    assert main(["doctor", "--filters", "0"]) == 2
+    assert "filters is 0" in capsys.readouterr().err
+
+
+def test_a_verdict_names_times_and_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's rows say, on the interpreter: the forms of a forced tier, tried and timed."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FASTBEGAN_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows: list(hows))
+    problem = doctor.layers("float32", 16, 4, 1)[0]
+    how, why = doctor._verdict(problem, CPU, "fused")
+    assert how in tuning.forms(problem, CPU, "fused") and why.startswith("right; ") and " us" in why
+    assert doctor._verdict(Pointwise("fold", "float32"), CPU, "auto") == ("fused", "right")
+    forward = tiers.forward
+    monkeypatch.setattr(tiers, "forward", lambda *a, **o: forward(*a, **o) + (o["how"] != "plain"))
+    how, why = doctor._verdict(problem, CPU, "fused")
+    assert how == "plain PyTorch" and "gave wrong values" in why
+    monkeypatch.setattr(tuning, "survivors", lambda *_: [])
+    assert "crashed or hung in a trial" in doctor._verdict(problem, CPU, "fused")[1]
