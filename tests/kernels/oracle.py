@@ -1,9 +1,10 @@
 """How far a kernel may be from float64, and what it is given.
 
-The largest error may be twice that of PyTorch's own op in the same dtype, plus 1e-6 (of the largest value, where that
-is above 1); four times for up-convolutions in half precision, whose weights are rounded once folded. The interpreter
-multiplies bf16 matrices wrongly, so bf16 products are tested on GPUs only; and it cuts float32 off to bf16 where GPUs
-round, so it may be off by a whole unit of bf16 there.
+The largest error may be twice that of PyTorch's own op in the same dtype, plus 1e-6; four times for up-convolutions in
+half precision, whose weights are rounded once folded. The interpreter differs from a GPU in three ways: it multiplies
+bf16 matrices wrongly, so bf16 products are tested on GPUs only; it cuts float32 off to bf16 where GPUs round, so it may
+be off by a whole unit of bf16; and it adds the rows of a block one after another (NumPy's sum over the first axis) where
+GPUs add pairs of pairs, so the 1e-6 is of the largest value there, where that is above 1.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def compare(got: list[Tensor], own: list[Tensor], exact: list[Tensor], dtype: to
     """Hold `got` to the rule above; a gradient, which comes after the output, may add 2^-9 in half precision."""
     for number, (a, b, c) in enumerate(zip(got, own, exact, strict=True)):
         largest = c.abs().max().item()
-        allowed = factor * (b - c).abs().max().item() + 1e-6 * max(1.0, largest)
+        allowed = factor * (b - c).abs().max().item() + 1e-6 * (1.0 if ON_GPU else max(1.0, largest))
         if dtype != torch.float32 and number:
             allowed += 2**-9 * largest
         if dtype == torch.bfloat16 and not ON_GPU:
@@ -58,10 +59,12 @@ def check(
     compare(outputs_and_gradients(fused, inputs, grad), own, exact, dtype, factor)
 
 
-def layer_inputs(n: int, c: int, h: int, w: int, k: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def layer_inputs(
+    n: int, c: int, h: int, w: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[Tensor]:
     """x, 3x3 weights and bias."""
     return [
-        random_tensor(n, c, h, w, seed=1, dtype=dtype),
-        random_tensor(k, c, 3, 3, seed=2, dtype=dtype, scale=(9 * c) ** -0.5),
-        random_tensor(k, seed=3, dtype=dtype),
+        random_tensor(n, c, h, w, seed=10 * seed + 1, dtype=dtype),
+        random_tensor(k, c, 3, 3, seed=10 * seed + 2, dtype=dtype, scale=(9 * c) ** -0.5),
+        random_tensor(k, seed=10 * seed + 3, dtype=dtype),
     ]

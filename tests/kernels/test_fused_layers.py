@@ -26,14 +26,15 @@ SHAPES = [  # N, C, H, W, K
 ]
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_conv2d_elu(shape: tuple[int, ...], stride: int, dtype: torch.dtype) -> None:
+def test_conv2d_elu(shape: tuple[int, ...], stride: int, dtype: torch.dtype, seed: int) -> None:
     check(
         lambda x, w, b: conv2d_elu(x, w, b, stride=stride, impl="fused"),
         lambda x, w, b: reference.conv2d_elu(x, w, b, stride=stride),
-        layer_inputs(*shape, dtype=dtype),
+        layer_inputs(*shape, dtype=dtype, seed=seed),
     )
 
 
@@ -47,13 +48,14 @@ def test_conv2d_elu_1x1_without_bias(stride: int) -> None:
     )
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_upsample_conv2d_elu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_upsample_conv2d_elu(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
     check(
         lambda x, w, b: upsample_conv2d_elu(x, w, b, impl="fused"),
         reference.upsample_conv2d_elu,
-        layer_inputs(*shape, dtype=dtype),
+        layer_inputs(*shape, dtype=dtype, seed=seed),
         factor=2.0 if dtype == torch.float32 else 4.0,
     )
 

@@ -39,6 +39,11 @@ def _empty(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def _total(partial: Tensor, dim: int) -> Tensor:
+    """The programs' partial sums added in a fixed order; in float64, as there may be thousands of them."""
+    return partial.sum(dim, dtype=torch.float64).float()
+
+
 def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -159,7 +164,7 @@ def _run(
         epilogue = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "BACKWARD": y_prev is not None}
         run = _run_tma if isinstance(tile, TmaTile) else _run_pointer
         run(product, x, weight, _dense(bias), _skip_memory(skip), y_prev, out, partial, alpha, tile, epilogue)
-    return out, None if partial is None else partial.sum(0)
+    return out, None if partial is None else _total(partial, 0)
 
 
 def _run_pointer(
@@ -268,7 +273,7 @@ def activation_backward(grad: Tensor, y: Tensor, *, activation: str, alpha: floa
         elementwise._activation_backward_kernel[(programs, triton.cdiv(channels, blocks["BLOCK_K"]))](
             grad, y, out, partial, rows, channels, alpha, ACTIVATION=activation, **blocks
         )
-    return out, partial.sum(0)
+    return out, _total(partial, 0)
 
 
 @on_device
@@ -314,7 +319,7 @@ def l1_reconstruction_loss(
             d_target, values, ETA=eta, LOSS=loss, GRADIENT=scale is not None, TO_TARGET=d_target is not None,
             BLOCK=_BLOCK,
         )  # fmt: skip
-    return None if partial is None else partial.sum(1) / values, d_prediction, d_target
+    return None if partial is None else _total(partial, 1) / values, d_prediction, d_target
 
 
 @on_device
