@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastbegan_kernels import tuning
+
 from .checkpoint import load_latest, save_checkpoint
 from .counter import Z_D, Z_G, latents
 from .data.loader import PackedLoader
@@ -205,6 +207,7 @@ class Training:
             "seconds": self.seconds,
             "data_crc32": self.data_crc32,
             "schedule": self.schedule.state_dict(),
+            "kernels": tuning.choices(self.device),
             **self.step.training_state(),
         }
         self.folder.write_weights(self.step.average, self.step.discriminator)
@@ -234,6 +237,7 @@ class Training:
                 f"data {self.config.train.data!r} is not what {self.folder.path} was trained on so far (other pixels); "
                 "restore it, or give another --out"
             )
+        tuning.adopt(self.device, state["kernels"])  # the same kernels as before, not those that are fastest today
         self.step.load_training_state(state)
         self.schedule.load_state_dict(state["schedule"])
         if stored.train.lr != self.config.train.lr:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -18,11 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig, UserError
-from fastbegan.checkpoint import list_checkpoints
+from fastbegan.checkpoint import list_checkpoints, save_checkpoint
 from fastbegan.counter import Z_D
 from fastbegan.report import Report
 from fastbegan.run import RunConfig, RunFolder
 from fastbegan.train import NOT_FINITE, StopRequest, Training, train
+from fastbegan_kernels import tuning
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -117,6 +119,19 @@ def test_twenty_and_twenty_are_forty(forty: Path, tmp_path: Path) -> None:
     assert _train(tmp_path / "run", steps=40) == 0
     _assert_same(_last_state(tmp_path / "run"), _last_state(forty))
     assert RunFolder(tmp_path / "run").read_metrics()[-1]["step"] == 40
+
+
+def test_a_continued_run_keeps_its_kernels(forty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which kernel is fastest may be measured otherwise today; the run goes on with those it had."""
+    folder = Path(shutil.copytree(forty, tmp_path / "run"))
+    state = _last_state(folder)
+    assert state["kernels"]["environment"].startswith("cpu, torch ")
+    state["kernels"]["choices"] = {"a layer": "a form"}
+    save_checkpoint(folder / "checkpoints", state["step"], state)
+    adopted: list[tuple[object, ...]] = []
+    monkeypatch.setattr(tuning, "adopt", lambda *given: adopted.append(given))
+    assert _train(folder) == 0
+    assert adopted == [(torch.device("cpu"), state["kernels"])]
 
 
 def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

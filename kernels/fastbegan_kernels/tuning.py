@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import statistics
@@ -28,11 +29,13 @@ from typing import Any
 
 import torch
 
+from .dispatch import HAS_TRITON
 from .problems import Layer, Pointwise, dtype_named, excess
 
 Problem = Layer | Pointwise
 _SECONDS = 120.0  # a child that takes longer hangs
 _chosen: dict[tuple[torch.device, Problem, str], str] = {}
+_adopted: dict[str, str] = {}
 _warned: set[str] = set()
 
 
@@ -94,7 +97,7 @@ def choose(problem: Problem, device: torch.device, hows: Sequence[str], impl: st
     Raises RuntimeError instead where `impl` is "fused".
     """
     key = f"{problem!r} {impl}"
-    how = _read(device)["choices"].get(key)
+    how = _adopted.get(key) or _read(device)["choices"].get(key)
     if how not in (*hows, "plain"):
         how = _fastest(problem, device, hows)
         _write(device, "choices", {key: how})
@@ -104,15 +107,17 @@ def choose(problem: Problem, device: torch.device, hows: Sequence[str], impl: st
     return how
 
 
-def choices(device: torch.device) -> dict[str, str]:
-    """What was chosen in this process for a device, by problem: to be kept with a run, or sent to other ranks."""
-    return {f"{problem!r} {impl}": how for (d, problem, impl), how in _chosen.items() if d == device}
+def choices(device: torch.device) -> dict[str, Any]:
+    """What was chosen in this process for a device, to be kept with a run or sent to other ranks."""
+    found = {f"{problem!r} {impl}": how for (d, problem, impl), how in _chosen.items() if d == device}
+    return {"environment": environment(device), "choices": found}
 
 
-def adopt(device: torch.device, found: dict[str, str]) -> None:
-    """Take choices made elsewhere on the same kind of machine instead of measuring."""
-    _write(device, "choices", found)
-    _chosen.clear()
+def adopt(device: torch.device, found: dict[str, Any]) -> None:
+    """Take what `choices` gave elsewhere instead of measuring; nothing on another kind of machine."""
+    if found.get("environment") == environment(device) and isinstance(found.get("choices"), dict):
+        _adopted.update(found["choices"])
+        _chosen.clear()
 
 
 def _fastest(problem: Problem, device: torch.device, hows: Sequence[str]) -> str:
@@ -253,12 +258,9 @@ def environment(device: torch.device) -> str:
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         source.update(path.read_bytes())
     facts = [f"torch {torch.__version__}", f"kernels {source.hexdigest()[:16]}"]
-    try:
-        import triton
-
-        facts.append(f"triton {triton.__version__}")
-    except ImportError:
-        facts.append("no triton")
+    names = ("triton", "pytorch-triton", "triton-windows")
+    found = [distribution.version for name in names for distribution in importlib.metadata.distributions(name=name)]
+    facts.append(f"triton {found[0] if found else 'unknown'}" if HAS_TRITON else "no triton")
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         facts += [torch.cuda.get_device_name(device), f"sm_{major}{minor}", f"cuda {torch.version.cuda}"]

@@ -31,6 +31,7 @@ FORMS = ["pointer 64x16x16 w4 s2", "algebraic"]
 def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FASTBEGAN_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_adopted", {})
     monkeypatch.setattr(tuning, "_warned", set())
     yield
 
@@ -172,13 +173,34 @@ def test_the_trial_runs_as_a_program(tmp_path: Path) -> None:
     assert log.read_text() == "begin fused\nran fused\n"
 
 
+@pytest.mark.usefixtures("_trusting")
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"x": 1}', "null"])
 def test_a_spoiled_cache_is_measured_anew(text: str) -> None:
     tuning.cache_file().parent.mkdir(parents=True, exist_ok=True)
     tuning.cache_file().write_text(text)
-    tuning.adopt(DEVICE, {f"{PROBLEM!r} auto": FORMS[0]})
-    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == FORMS[0]
-    assert tuning.choices(DEVICE) == {f"{PROBLEM!r} auto": FORMS[0]}
+    assert tuning.choose(PROBLEM, DEVICE, FORMS[:1], "auto") == FORMS[0]
+    assert json.loads(tuning.cache_file().read_text())[tuning.environment(DEVICE)]["choices"]
+
+
+@pytest.mark.parametrize("how", ["no such form", 5, None])
+def test_a_form_that_does_not_exist_is_not_taken_from_the_cache(how: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning._write(DEVICE, "choices", {f"{PROBLEM!r} auto": how})
+    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome("algebraic", None)])
+    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "algebraic"
+
+
+def test_choices_travel_to_machines_of_the_same_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome(FORMS[1], None)])
+    tuning.choose(PROBLEM, DEVICE, FORMS, "auto")
+    sent = json.loads(json.dumps(tuning.choices(DEVICE)))
+    tuning.cache_file().unlink()
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome(FORMS[0], None)])
+    tuning.adopt(DEVICE, {**sent, "environment": "another GPU"})
+    tuning.adopt(DEVICE, {"environment": sent["environment"], "choices": "spoiled"})
+    assert not tuning._adopted
+    tuning.adopt(DEVICE, sent)
+    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == FORMS[1]
 
 
 def test_a_cache_that_cannot_be_written_only_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
