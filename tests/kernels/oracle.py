@@ -1,10 +1,12 @@
 """How far a kernel may be from float64, and what it is given.
 
 The largest error may be twice that of PyTorch's own op in the same dtype, plus 1e-6; four times for up-convolutions in
-half precision, whose weights are rounded once folded. The interpreter differs from a GPU in three ways. It multiplies
-bf16 matrices wrongly: bf16 products are tested on GPUs only. It cuts float32 off to bf16 where GPUs round: a whole unit
-of bf16 is allowed. It adds the rows of a block one after another (NumPy's sum over the first axis) where GPUs add pairs of
-pairs: the 1e-6 is of the largest value, where that is above 1.
+half precision, whose weights are rounded once folded.
+
+The interpreter differs from a GPU in three ways. It multiplies bf16 matrices wrongly: bf16 products are tested on GPUs
+only. It cuts float32 off to bf16 where GPUs round: a whole unit of bf16 is allowed. It adds the rows of a block one
+after another (NumPy's sum over the first axis) where GPUs add pairs of pairs: the 1e-6 is of the largest value there,
+if that is above 1.
 """
 
 from __future__ import annotations
