@@ -136,15 +136,11 @@ def _(
     alpha: float, impl: str,
 ) -> list[Tensor]:  # fmt: skip
     outputs: list[Tensor] = []
-    height, width = x.shape[2:]
+    size: Sequence[int] = x.shape[2:]
     for weight, kind in zip(weights, kinds.split(), strict=True):
-        if kind == "up":
-            height, width = 2 * height, 2 * width
-        elif kind == "down":
-            height, width = (height + 1) // 2, (width + 1) // 2
-        shape = (x.shape[0], weight.shape[1 if kind == "up" else 0], height, width)
-        like = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
-        outputs.append(torch.empty(shape, **like))
+        size = reference.output_size(size, kind)
+        shape = (x.shape[0], weight.shape[1 if kind == "up" else 0], *size)
+        outputs.append(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
     return outputs
 
 

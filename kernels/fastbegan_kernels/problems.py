@@ -69,8 +69,7 @@ class Layer:
         batch, channels, height, width = self.x
         up = self.kind == "up"
         outputs = self.weight[1 if up else 0]
-        stride = 2 if self.kind == "down" else 1
-        out_h, out_w = (2 * height, 2 * width) if up else (-(-height // stride), -(-width // stride))
+        out_h, out_w = reference.output_size((height, width), self.kind)
         if not whole:
             largest = max(channels * height * width, outputs * out_h * out_w)
             batch = max(1, min(batch, _VALUES // largest))

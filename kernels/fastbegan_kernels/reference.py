@@ -88,8 +88,12 @@ def check_shapes(
         if kind != "up" or min(cells) < 2 or skip.shape != (x[0], 3, 3, size, size, outputs):
             accepted = f"[{x[0]}, 3, 3, S, S, {outputs}] after an upsampling, S a divisor of {x[2]} and {x[3]}"
             raise ValueError(f"skip is {list(skip.shape)}; accepted: {accepted}")
-    scale = {"same": (1, 1), "down": (1, 2), "up": (2, 1)}[kind]
-    return [x[0], outputs, *(-(-side * scale[0] // scale[1]) for side in x[2:])]
+    return [x[0], outputs, *output_size(x[2:], kind)]
+
+
+def output_size(size: Sequence[int], kind: str) -> tuple[int, ...]:
+    """Height and width of a layer's output from those of its input."""
+    return tuple({"same": side, "down": (side + 1) // 2, "up": 2 * side}[kind] for side in size)
 
 
 def blend(x: Tensor, y: Tensor, carry: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from ..dispatch import allows_tf32
+from ..reference import output_size
 from . import elementwise, implicit_gemm
 from .tiles import AnyTile, Product, TmaTile, tiles_for
 
@@ -95,8 +96,7 @@ def _descriptor(x: Tensor, shape: Sequence[int], block: Sequence[int]) -> Any:
 def product_of(x: Sequence[int], weight: Sequence[int], kind: str, *, backward: bool) -> Product:
     """What computes a layer, or its input gradient, from the shapes of its input and its packed weight."""
     batch, _, *given = x
-    scale = {"same": (1, 1), "down": (1, 2), "up": (2, 1)}[kind]
-    made = [-(-size * scale[0] // scale[1]) for size in given]
+    made = output_size(given, kind)
     transpose = kind == ("down" if backward else "up")
     first = transpose or (backward and kind == "same")  # sums run over the weight's first dimension
     channels, out_channels = weight[:2] if first else weight[1::-1]

@@ -1,0 +1,52 @@
+"""FLOP formulas of the ops for torch.utils.flop_counter.FlopCounterMode: import this module before counting.
+
+They count what the algebraic tier counts: multiply-adds of convolutions as two, four taps an output pixel of an
+up-convolution, nothing for what is pointwise. The fused kernels do the same products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import conv_stage  # noqa: F401  (defines the ops)
+from .reference import output_size
+
+Shape = Sequence[int]
+_OPS = torch.ops.fastbegan
+
+
+def _layer_flops(x: Shape, weights: Sequence[Shape], kinds: str) -> list[int]:
+    """Of each layer's forward; its input and its weight gradient need as many each."""
+    found = []
+    size = tuple(x[2:])
+    for weight, kind in zip(weights, kinds.split(), strict=True):
+        made = output_size(size, kind)
+        pixels = prod(size) if kind == "up" else prod(made)  # a transposed convolution spreads each input pixel
+        found.append(2 * x[0] * pixels * prod(weight))
+        size = made
+    return found
+
+
+@register_flop_formula(_OPS.conv_stage)
+def conv_stage_flops(x: Shape, weights: Sequence[Shape], biases: Any, skip: Any, kinds: str, *_: Any, **__: Any) -> int:
+    return sum(_layer_flops(x, weights, kinds))
+
+
+@register_flop_formula(_OPS.conv_stage_backward)
+def conv_stage_backward_flops(
+    grad: Shape, x: Shape, weights: Sequence[Shape], outputs: Any, skip_size: int, has_bias: bool, kinds: str,
+    activation: str, alpha: float, impl: str, needs: Sequence[bool], **_: Any,
+) -> int:  # fmt: skip
+    """An input gradient for every layer behind the first that needs anything, a weight gradient where it is needed."""
+    flops = _layer_flops(x, weights, kinds)
+    need_w, need_b = needs[2 : 2 + len(flops)], needs[2 + len(flops) :] or [False] * len(flops)
+    total = 0
+    for number, count in enumerate(flops):
+        below = needs[0] or any(need_w[:number]) or any(need_b[:number])
+        total += count * (int(need_w[number]) + int(below))
+    return total

@@ -1,0 +1,40 @@
+"""The registered FLOP formulas equal what the algebraic tier counts in plain operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastbegan_kernels import conv_stage, flops, fold
+
+CASES = [("same same", 3), ("same down", 3), ("same same up", 3), ("up", 3), ("down up same", 3), ("same", 1)]
+
+
+@pytest.mark.parametrize(("kinds", "window"), CASES)
+@pytest.mark.parametrize("needed", ["x", "weights", "all", "last bias"])
+def test_formulas_are_those_of_the_algebraic_tier(kinds: str, window: int, needed: str) -> None:
+    assert flops is not None
+    names = kinds.split()
+    widths = [6 + 2 * number for number in range(len(names) + 1)]
+    x = torch.empty(2, widths[0], 7, 6, device="meta", requires_grad=needed in ("x", "all"))
+    weights, biases = [], []
+    for number, kind in enumerate(names):
+        last = needed == "last bias" and number == len(names) - 1
+        wanted = needed in ("weights", "all")
+        weight = torch.empty(widths[number + 1], widths[number], window, window, device="meta")
+        folded = fold([weight], ["up" if kind == "up" else "conv"])[0].detach()
+        weights.append(folded.requires_grad_(wanted))
+        biases.append(torch.empty(widths[number + 1], device="meta", requires_grad=wanted or last))
+    counts = []
+    for op in (
+        lambda: conv_stage(x, weights, biases, kinds=names),
+        lambda: torch.ops.fastbegan.conv_stage(x, weights, biases, None, kinds, "elu", 1.0, "auto")[-1],
+    ):
+        with FlopCounterMode(display=False) as forward:
+            result = op()
+        with FlopCounterMode(display=False) as backward:
+            result.sum().backward()
+        counts.append((forward.get_total_flops(), backward.get_total_flops()))
+    assert counts[0] == counts[1] and counts[0][0] > 0
+    assert (counts[0][1] > 0) == (needed != "last bias")
