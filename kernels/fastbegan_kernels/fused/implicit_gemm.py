@@ -17,6 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# run-time numbers even where they are 1 or divisible by 16: no other binary, and no loop of known length
+SIZES = ("in_h", "in_w", "out_h", "out_w", "c_blocks")
+
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr, alpha):
@@ -113,7 +116,7 @@ def _store(
     tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", *SIZES])
 def _conv_kernel(
     x_ptr, w_ptr, b_ptr, y_prev_ptr, out_ptr, db_ptr,
     pixels, in_h, in_w, out_h, out_w, C, K, c_blocks, alpha,
@@ -154,7 +157,7 @@ def _conv_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", *SIZES])
 def _conv_transpose_kernel(
     x_ptr, w_ptr, b_ptr, skip_ptr, y_prev_ptr, out_ptr, db_ptr,
     pixels, in_h, in_w, out_h, out_w, C, K, c_blocks, alpha,

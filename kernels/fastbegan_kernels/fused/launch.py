@@ -29,6 +29,7 @@ Result = TypeVar("Result")
 _BLOCK = 1024  # values a program of the elementwise kernels takes
 _FOLD_BLOCK = 64  # and of the folding kernel, which reads sixteen for each
 FOLDS = ("conv", "up", "skip")  # kinds of packed weights; see fold
+_captured: list[tuple[Tensor, Tensor]] = []  # tables that graphs read: a graph does not keep what it reads alive
 
 
 def _nhwc(x: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ def _run(
     activation: str, alpha: float, tile: AnyTile | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """One matrix product with its epilogue; the second result is the bias gradient where y_prev is given."""
-    x, weight = _nhwc(x), _nhwc(weight.to(x.dtype))
+    x, weight, alpha = _nhwc(x), _nhwc(weight.to(x.dtype)), float(alpha)  # an integer would be another binary
     if tile is None:
         tile = tiles_for(product, x.dtype, _capability(x.device), descriptors=False)[0]
     out = _empty(x, product.out_channels, product.out_h, product.out_w)
@@ -363,7 +364,7 @@ def _fold_table(
 ) -> tuple[Tensor, Tensor]:
     """Table and owners of `_fold_kernel` for (address, kind, shape, strides) of each weight, on the device.
 
-    Kept, so that a captured step finds what its warm-up made: nothing is copied from the host again.
+    Kept, so that a captured step finds what its warm-up made: a graph cannot copy it from the host.
     """
     rows: list[list[int]] = []
     owners: list[int] = []
@@ -375,6 +376,15 @@ def _fold_table(
         packed, gradient = packed + size, gradient + weights
     table = torch.tensor(rows, dtype=torch.int64)
     return table.to(device), torch.tensor(owners, dtype=torch.int32).to(device)
+
+
+def _tables(
+    weights: Sequence[Tensor], kinds: Sequence[str], device: torch.device, *, backward: bool
+) -> tuple[Tensor, Tensor]:
+    found = _fold_table(_fold_layers(weights, kinds, not backward), backward, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
+    return found
 
 
 def _fold_layers(weights: Sequence[Tensor], kinds: Sequence[str], address: bool) -> tuple[Any, ...]:
@@ -390,7 +400,7 @@ def fold(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtype) ->
     sizes = [packed_size(w.shape, kind) for w, kind in zip(weights, kinds, strict=True)]
     packed = torch.empty(sum(sizes), dtype=dtype, device=device)
     with torch.cuda.device_of(packed):
-        table, owner = _fold_table(_fold_layers(weights, kinds, True), False, device)
+        table, owner = _tables(weights, kinds, device, backward=False)
         if len(owner):
             elementwise._fold_kernel[(len(owner),)](table, owner, packed, None, BACKWARD=False, BLOCK=_FOLD_BLOCK)
     return packed
@@ -400,7 +410,7 @@ def fold_backward(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str])
     """float32 gradients, flat and one after another, each in its weight's order of dimensions."""
     out = torch.empty(sum(w.numel() for w in weights), dtype=torch.float32, device=grad.device)
     with torch.cuda.device_of(grad):
-        table, owner = _fold_table(_fold_layers(weights, kinds, False), True, grad.device)
+        table, owner = _tables(weights, kinds, grad.device, backward=True)
         if len(owner):
             elementwise._fold_kernel[(len(owner),)](
                 table, owner, grad.contiguous(), out, BACKWARD=True, BLOCK=_FOLD_BLOCK

@@ -33,7 +33,7 @@ def _finish(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "out_h", "out_w", "c_blocks"])
 def _conv_tma_kernel(
     x_desc, w_desc, b_ptr, y_prev_desc, out_desc, db_ptr,
     batch, out_h, out_w, C, K, c_blocks, alpha,
@@ -82,7 +82,7 @@ def _conv_tma_kernel(
     out_desc.store([n0, h0, w0, k0], acc.to(out_desc.dtype).T.reshape(SAMPLES, HEIGHT, WIDTH, BLOCK_K))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "in_h", "in_w", "c_blocks"])
 def _conv_transpose_tma_kernel(
     x_desc, w_desc, b_ptr, skip_ptr, y_prev_desc, out_desc, db_ptr,
     batch, in_h, in_w, K, c_blocks, alpha,
