@@ -51,7 +51,7 @@ def _spawn(cases: list[Case], deadline: float, grace: float = 25) -> tuple[list[
                 end = "timed out"
                 os.killpg(process.pid, signal.SIGKILL)  # compiler workers of the child go with it
                 process.wait()
-        words = (folder / "errors").read_text(errors="replace").strip()[-400:]
+        words = (folder / "errors").read_text(errors="replace").strip()[-400:] or f"exit status {process.returncode}"
         return [json.loads(line) for line in (folder / "results").read_text().splitlines()], end, words
 
 
@@ -74,8 +74,8 @@ def work_together(groups: Iterable[list[Case]], deadline: float) -> list[Outcome
     """Groups of cases side by side, a child each: most of their time goes to compiling."""
     groups = list(groups)
     if DRY:  # starting a child takes longer than its cases
-        groups = [list(itertools.chain.from_iterable(groups[first::2])) for first in (0, 1)]
-    with ThreadPoolExecutor(1 if DRY else max(2, min(14, os.cpu_count() or 2))) as pool:
+        groups = [list(itertools.chain.from_iterable(groups))]
+    with ThreadPoolExecutor(max(2, min(14, os.cpu_count() or 2))) as pool:
         return [outcome for group in pool.map(partial(work, deadline=deadline), groups) for outcome in group]
 
 
@@ -89,7 +89,7 @@ def child(folder: Path, deadline: float) -> None:
     parts |= {"pointwise": pointwise, "tuning": tuned}
     with (folder / "results").open("a") as log:
         for fields in json.loads((folder / "cases").read_text()):
-            case = case_of(fields)
+            case, start = case_of(fields), time.perf_counter()
             try:
                 late = time.time() + case.needs > deadline
                 outcome = {"status": "skipped", "note": "no time left"} if late else parts[case.part](case)
@@ -97,7 +97,8 @@ def child(folder: Path, deadline: float) -> None:
             except Exception as error:
                 wait()
                 outcome = {"status": "failed", "note": named(error)}
-            print(json.dumps(outcome), file=log, flush=True)
+            took = {"took_s": round(time.perf_counter() - start, 3)}
+            print(json.dumps(outcome | took), file=log, flush=True)
 
 
 if __name__ == "__main__":

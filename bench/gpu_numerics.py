@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bench.gpu_cases import DEVICE, DRY, Case, Outcome, Shape, fold_kinds, tile_of
+from bench.poison import poisoned
 from fastbegan_kernels import equilibrium_update, problems, reference, tiers, tuning
 from fastbegan_kernels.fold import fold_flat, unfold_flat
 from fastbegan_kernels.fused import launch
@@ -20,28 +19,6 @@ from fastbegan_kernels.problems import Layer, Pointwise
 
 Given = dict[str, Any]  # tensors, lists of tensors, or None
 Results = list[Tensor]
-
-
-class _Poisoning:
-    """torch, but memory that it hands out is NaN until something is written."""
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(torch, name)
-        if name not in ("empty", "empty_like"):
-            return value
-
-        def made(*arguments: Any, **options: Any) -> Tensor:
-            tensor = value(*arguments, **options)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return made
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory that a kernel should have written, and did not, is NaN; the launchers' alone, torch's own stays."""
-    with mock.patch.object(launch, "torch", _Poisoning()):
-        yield
 
 
 class Draw:
@@ -77,7 +54,7 @@ def _table(case: Case, draw: Draw) -> Tensor | None:
 def _layer_inputs(case: Case, draw: Draw) -> Given:
     """Scaled so that outputs are about 1."""
     n, c, h, w, k = case.shape
-    out = {"same": (h, w), "down": (-(-h // 2), -(-w // 2)), "up": (2 * h, 2 * w)}[case.op]
+    out = reference.output_size((h, w), case.op)
     taps = 4 if case.op == "up" and not case.backward else case.weight_shape[2] ** 2
     x = draw(n, c, h, w)
     weight = draw(*case.weight_shape, scale=(taps * (k if case.backward else c)) ** -0.5)
@@ -124,14 +101,15 @@ def _layer(case: Case, given: Given, fused: bool) -> list[Tensor | None]:
         return [*launch.input_gradient(dz, weight, y_prev, size=size, tile=tile_of(case.tile), **settings)]
     if not case.backward:
         return [tiers.forward(**given, **settings, how="plain")]
-    return [*tiers.input_gradient(**given, **settings | ({} if case.extra else {"activation": None}), how="plain")]
+    settings["activation"] = case.activation if case.extra else None
+    return [*tiers.input_gradient(**given, **settings, how="plain")]
 
 
 def _activation(case: Case, given: Given, fused: bool) -> list[Tensor | None]:
     if fused:  # writes over what it is given
         settings: dict[str, Any] = {"activation": case.activation, "alpha": case.alpha}
-        return [launch.activation(**given | {"y": given["y"].clone()}, **settings)]
-    y, bias, skip = given["y"], given["bias"], given["skip"]
+        return [launch.activation(given["y"].clone(), given["bias"], given["skip"], **settings)]
+    y, bias, skip = given.values()
     y = y if bias is None else y + bias.to(y.dtype)[:, None, None]
     y = y if skip is None else y + reference.expand_phase_table(skip, y.shape[2], y.shape[3])
     return [reference.activate(y, case.activation, case.alpha)]
@@ -160,7 +138,10 @@ def _loss(case: Case, given: Given, fused: bool) -> list[Tensor | None]:
 
 
 def _normalize(case: Case, given: Given, fused: bool) -> list[Tensor | None]:
-    return [(launch if fused else reference).normalize_images(**given)]
+    images, index, flip, dtype = given.values()
+    if fused:
+        return [launch.normalize_images(images, index, flip, dtype)]
+    return [reference.normalize_images(images, index, flip, dtype=dtype)]
 
 
 def _fold(case: Case, given: Given, fused: bool) -> list[Tensor | None]:
@@ -204,12 +185,17 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def _excess(got: Tensor, own: Tensor, exact: Tensor, mode: str) -> float:
+    """Largest error over the allowed one; above 1 is wrong."""
+    cut = DRY and mode == "bf16"  # the interpreter cuts bf16 off where GPUs round: half of what that takes is put back
+    if cut and got.dtype == torch.bfloat16:
+        got = got.double() * (1 + 2**-9)
+    return problems.excess(got, own, exact, tf32=cut or mode == "tf32")
+
+
 def _verdict(got: Results, again: Results, own: Results, exact: Results, mode: str) -> Outcome:
     """Right, wrong, or unsteady where two runs differ in a bit."""
-    # the interpreter cuts float32 off to bf16 where GPUs round, which is twice as far
-    factor = 4.0 if DRY and mode == "bf16" else 2.0
-    triples = zip(got, own, exact, strict=True)
-    worst = max(problems.excess(*three, tf32=mode == "tf32", factor=factor) for three in triples)
+    worst = max(_excess(*three, mode) for three in zip(got, own, exact, strict=True))
     same = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
     return {"status": "wrong" if worst > 1 else "right" if same else "unsteady", "excess": worst}
 
@@ -246,7 +232,7 @@ def tuned(case: Case) -> Outcome:
         warnings.simplefilter("always")
         how = tuning.choose(problem, DEVICE, tuning.forms(problem, DEVICE, "auto"), "auto")
     notes = [str(one.message) for one in told if "fastbegan_kernels" in str(one.message)]
-    kept = tuning.choices(DEVICE).get(f"{problem!r} auto") == how and how in tuning.cache_file().read_text()
+    kept = tuning.choices(DEVICE)["choices"].get(f"{problem!r} auto") == how and how in tuning.cache_file().read_text()
     notes += [] if kept else ["the choice was not kept"]
     chosen = {"chosen": how, "seconds": time.perf_counter() - start}
     return {"status": "wrong" if notes or how == "plain" else "right", "note": "; ".join(notes), **chosen}

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .dispatch import HAS_TRITON
 from .problems import Layer, Pointwise, dtype_named, excess
@@ -109,15 +110,23 @@ def choose(problem: Problem, device: torch.device, hows: Sequence[str], impl: st
 
 def choices(device: torch.device) -> dict[str, Any]:
     """What was chosen in this process for a device, to be kept with a run or sent to other ranks."""
+    device = _numbered(device)
     found = {f"{problem!r} {impl}": how for (d, problem, impl), how in _chosen.items() if d == device}
     return {"environment": environment(device), "choices": found}
 
 
 def adopt(device: torch.device, found: dict[str, Any]) -> None:
     """Take what `choices` gave elsewhere instead of measuring; nothing on another kind of machine."""
-    if found.get("environment") == environment(device) and isinstance(found.get("choices"), dict):
+    if found.get("environment") == environment(_numbered(device)) and isinstance(found.get("choices"), dict):
         _adopted.update(found["choices"])
         _chosen.clear()
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """Tensors say cuda:0 where users say cuda."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _fastest(problem: Problem, device: torch.device, hows: Sequence[str]) -> str:
@@ -135,7 +144,10 @@ def outcomes(
 ) -> list[Outcome]:
     """Each form tried, checked and, where more than one is right (or `always_measure`), timed."""
     safe = survivors(problem, device, hows)
-    faults = {how: _fault(problem, device, how) if how in safe else "crashed or hung in a trial" for how in hows}
+    own, exact = problem.expected(device) if safe else ([], [])
+    faults = {
+        how: _fault(problem, device, how, own, exact) if how in safe else "crashed or hung in a trial" for how in hows
+    }
     right = [how for how in hows if faults[how] is None]
     took: dict[str, float] = {}
     if isinstance(problem, Layer) and (len(right) > 1 or always_measure):
@@ -147,10 +159,11 @@ def outcomes(
     return [Outcome(how, faults[how], took.get(how)) for how in hows]
 
 
-def _fault(problem: Problem, device: torch.device, how: str) -> str | None:
+def _fault(
+    problem: Problem, device: torch.device, how: str, own: list[Tensor], exact: list[Tensor]
+) -> str | None:  # fmt: skip
     """What is wrong with a form, None where nothing is."""
     try:
-        own, exact = problem.expected(device)
         got, again = problem.results(how, device), problem.results(how, device)
     except torch.OutOfMemoryError:
         raise

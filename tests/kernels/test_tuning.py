@@ -255,6 +255,17 @@ def test_during_capture_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
     assert tuning.layer(PROBLEM, gpu, "auto") == "a"
 
 
+def test_choices_are_found_whatever_the_device_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors are on cuda:0, and a command line says cuda."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuning, "environment", lambda device: f"machine of {device}")
+    tuning._chosen[torch.device("cuda", 0), PROBLEM, "auto"] = "a"
+    found = tuning.choices(torch.device("cuda"))
+    assert found == {"environment": "machine of cuda:0", "choices": {f"{PROBLEM!r} auto": "a"}}
+    tuning.adopt(torch.device("cuda"), found)
+    assert tuning._adopted == found["choices"]
+
+
 def test_the_key_tells_machines_and_sources_apart() -> None:
     facts = tuning.environment(DEVICE)
     assert all(word in facts for word in (f"torch {torch.__version__}", "triton ", "kernels ", DEVICE.type))
