@@ -237,7 +237,9 @@ class Training:
                 f"data {self.config.train.data!r} is not what {self.folder.path} was trained on so far (other pixels); "
                 "restore it, or give another --out"
             )
-        tuning.adopt(self.device, state["kernels"])  # the same kernels as before, not those that are fastest today
+        tuning.adopt(
+            self.device, state.get("kernels", {})
+        )  # the same kernels as before, not those that are fastest today
         self.step.load_training_state(state)
         self.schedule.load_state_dict(state["schedule"])
         if stored.train.lr != self.config.train.lr:

@@ -40,7 +40,7 @@ def test_a_verdict_names_times_and_faults(tmp_path: Path, monkeypatch: pytest.Mo
     """What a GPU's rows say, on the interpreter: the forms of a forced tier, tried and timed."""
     pytest.importorskip("triton")
     monkeypatch.setenv("FASTBEGAN_CACHE", str(tmp_path))
-    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows: list(hows))
+    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows: dict.fromkeys(hows))
     problem = doctor.layers("float32", 16, 4, 1)[0]
     how, why = doctor._verdict(problem, CPU, "fused")
     assert how in tuning.forms(problem, CPU, "fused") and why.startswith("right; ") and " us" in why
@@ -49,5 +49,5 @@ def test_a_verdict_names_times_and_faults(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(tiers, "forward", lambda *a, **o: forward(*a, **o) + (o["how"] != "plain"))
     how, why = doctor._verdict(problem, CPU, "fused")
     assert how == "plain PyTorch" and "gave wrong values" in why
-    monkeypatch.setattr(tuning, "survivors", lambda *_: [])
-    assert "crashed or hung in a trial" in doctor._verdict(problem, CPU, "fused")[1]
+    monkeypatch.setattr(tuning, "survivors", lambda p, d, hows: dict.fromkeys(hows, "crashed in a trial"))
+    assert "crashed in a trial" in doctor._verdict(problem, CPU, "fused")[1]

@@ -88,7 +88,9 @@ def run(
     packed: list[Tensor] = []
     for weight, kind in zip(weights, kinds, strict=True):
         if kind == "up" and weight.shape[2] == 3:
-            packed += fold([weight], ["up"], dtype=x.dtype, impl=None if weight.dtype == torch.float32 else "reference")
+            packing = None if impl == "auto" else impl
+            packing = packing if weight.dtype == torch.float32 else "reference"
+            packed += fold([weight], ["up"], dtype=x.dtype, impl=packing)
         else:
             packed.append(weight.to(dtype=x.dtype, memory_format=torch.channels_last))
     skip = None if skip is None else skip.to(x.dtype)

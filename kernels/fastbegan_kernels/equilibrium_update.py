@@ -24,6 +24,16 @@ def equilibrium_update(
     """As `reference.equilibrium_update`, in place; the fused tier is one launch fed by per-sample losses [N]."""
     if loss_real.shape != loss_fake.shape and loss_real.numel() != loss_fake.numel():
         raise ValueError(f"loss_real is {list(loss_real.shape)} but loss_fake {list(loss_fake.shape)}; they must match")
+    for name, given, size, dtype in (
+        ("k", k, 1, None),
+        ("sums", sums, 6, k.dtype),
+        ("window", window, 2, torch.float64),
+    ):
+        if given.numel() != size or not given.is_contiguous() or (dtype is not None and given.dtype != dtype):
+            accepted = f"{size} dense values of {dtype or 'a floating-point type'}"
+            raise ValueError(f"{name} is {given.dtype} {list(given.shape)}; accepted: {accepted}")
+    if skip is not None and (skip.dtype != torch.bool or skip.numel() != 1):
+        raise ValueError(f"skip is {skip.dtype} {list(skip.shape)}; accepted: one torch.bool")
     mode = op_impl(impl, (loss_real, loss_fake, k), (torch.float32,))
     if mode is None:
         reference.equilibrium_update(loss_real, loss_fake, k, sums, window, skip, gamma=gamma, lambda_k=lambda_k)

@@ -81,7 +81,24 @@ def _fold_taps(weight: Tensor, dim: int) -> Tensor:
     return torch.stack((last, middle + last, first + middle, first), dim)
 
 
+def _unfold_upsample(grad: Tensor) -> Tensor:
+    """The transpose of `fold_upsample`."""
+    return _unfold_taps(_unfold_taps(grad, 2), 3).transpose(0, 1)
+
+
+def _unfold_taps(grad: Tensor, dim: int) -> Tensor:
+    a, b, c, d = grad.unbind(dim)
+    return torch.stack((c + d, b + c, a + b), dim)
+
+
+def _unfold_skip(grad: Tensor) -> Tensor:
+    """The transpose of `fold_skip`."""
+    sums = torch.tensor(SKIP_SUMS, dtype=grad.dtype, device=grad.device)
+    return torch.einsum("ua,vb,uvkc->kcab", sums, sums, grad.flatten(1).unflatten(0, (5, 5, -1)))
+
+
 _PLAIN = {"conv": lambda weight: weight, "up": fold_upsample, "skip": fold_skip}
+_TRANSPOSES = {"conv": lambda grad: grad, "up": _unfold_upsample, "skip": _unfold_skip}
 
 
 def fold_flat(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtype, *, fused: bool) -> Tensor:
@@ -100,13 +117,13 @@ def unfold_flat(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str], *
         from .fused import launch
 
         return launch.fold_backward(grad, weights, kinds)
-    with torch.enable_grad():
-        leaves = [weight.detach().requires_grad_() for weight in weights]
-        flat = fold_flat(leaves, kinds, grad.dtype, fused=False)
-    found = torch.autograd.grad(flat, leaves, grad)
-    return torch.cat(
-        [torch.empty_like(w).copy_(g).as_strided((w.numel(),), (1,)) for w, g in zip(weights, found, strict=True)]
-    )
+    found, start = [], 0
+    for weight, kind in zip(weights, kinds, strict=True):
+        a, b, h, w = packed_shape(weight.shape, kind)
+        part = grad[start : start + a * b * h * w].to(weight.dtype).view(a, h, w, b).permute(0, 3, 1, 2)
+        start += part.numel()
+        found.append(torch.empty_like(weight).copy_(_TRANSPOSES[kind](part)).as_strided((weight.numel(),), (1,)))
+    return torch.cat(found)
 
 
 def _is_fused(weights: Sequence[Tensor], dtype: torch.dtype, impl: str) -> bool:

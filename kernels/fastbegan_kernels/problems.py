@@ -7,6 +7,7 @@ cuDNN may round them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class Layer:
         block = 64 if channels % 64 == 0 else 32 if channels % 32 == 0 else 16 if channels % 16 == 0 else 1
         facts = (
             self.kind, "backward" if self.backward else "forward", self.dtype, "tf32" if self.tf32 else "exact",
-            self.weight[2], self.activation, self.bias, self.skip, block, outputs % 16 == 0, how,
+            self.weight[2], self.activation, self.bias, self.skip, block, outputs % 16 == 0,
+            channels % 8 == 0 == outputs % 8, how,
         )  # fmt: skip
         return " ".join(map(str, facts))
 
@@ -155,28 +157,42 @@ def _draw(device: torch.device, dtype: torch.dtype, seed: int, *shape: int) -> T
     return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
 
 
+_SHAPES = ((3, 37, 9, 7), (2, 32, 16, 16))  # what no block divides, and what all do: Triton compiles them apart
+
+
 def _activation_backward(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Tensor]:
-    grad, y = (_draw(device, dtype, seed, 3, 37, 9, 7) for seed in (0, 1))
-    y = y.clamp(min=-1)
-    how = "algebraic" if fused else "plain"
-    return list(tiers.activation_backward(grad, y, activation="elu", alpha=1.0, how=how))
+    found: list[Tensor] = []
+    for shape, activation in itertools.product(_SHAPES, ("elu", "relu", "leaky_relu", "none")):
+        grad, y = (_draw(device, dtype, seed, *shape) for seed in (0, 1))
+        y = reference.activate(y, activation, 0.25).to(torch.bfloat16).to(torch.float16).to(dtype)
+        how = "algebraic" if fused else "plain"
+        found += tiers.activation_backward(grad, y, activation=activation, alpha=0.25, how=how)
+    return found
 
 
 def _skip_gradient(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Tensor]:
-    dz = _draw(device, dtype, 0, 2, 37, 12, 18)
-    return [tiers.skip_gradient(dz, size, how="algebraic" if fused else "plain") for size in (2, 6)]
+    how = "algebraic" if fused else "plain"
+    small, large = _draw(device, dtype, 0, 2, 37, 12, 18), _draw(device, dtype, 1, 2, 32, 32, 32)
+    return [tiers.skip_gradient(dz, size, how=how) for dz, size in ((small, 2), (small, 6), (large, 8))]
 
 
 def _l1(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Tensor]:
+    """Loss and gradients in one pass, and each alone, as autograd asks for them."""
     from .l1_reconstruction_loss import loss_and_gradients
 
-    prediction, target = (_draw(device, dtype, seed, 3, 5, 19, 23) for seed in (0, 1))
-    scale = torch.tensor([1.0, -0.5, 0.25], device=device)
-    found = [
-        value
-        for eta in (1, 2)
-        for value in loss_and_gradients(prediction, target, scale, eta=eta, to_target=True, fused=fused)
-    ]
+    found: list[Tensor | None] = []
+    for shape, eta in itertools.product(_SHAPES, (1, 2)):
+        prediction, target = (_draw(device, dtype, seed, *shape) for seed in (0, 1))
+        scale = torch.tensor([1.0, -0.5, 0.25][: shape[0]], device=device)
+        both = loss_and_gradients(prediction, target, scale, eta=eta, to_target=True, fused=fused)
+        found += both
+        if fused:
+            from .fused import launch
+
+            found.append(launch.l1_reconstruction_loss(prediction, target, eta=eta)[0])
+            found += launch.l1_reconstruction_loss(prediction, target, scale, eta=eta, loss=False)[1:2]
+        else:
+            found += both[:2]
     return [value for value in found if value is not None]
 
 
@@ -191,12 +207,15 @@ def _normalize(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Te
 def _equilibrium(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Tensor]:
     from .equilibrium_update import update
 
-    real, fake = (_draw(device, dtype, seed, 300).abs() for seed in (0, 1))
-    k, sums = torch.full((), 0.25, dtype=dtype, device=device), torch.ones(6, dtype=dtype, device=device)
-    window = torch.ones(2, dtype=torch.float64, device=device)
-    for skip in (None, torch.tensor(True, device=device), torch.tensor(False, device=device)):
-        update(real, fake, k, sums, window, skip, 0.5, 0.125, fused)
-    return [k, sums, window]
+    found: list[Tensor] = []
+    for samples in (1, 16, 300):
+        real, fake = (_draw(device, dtype, seed, samples).abs() for seed in (0, 1))
+        k, sums = torch.full((), 0.25, dtype=dtype, device=device), torch.ones(6, dtype=dtype, device=device)
+        window = torch.ones(2, dtype=torch.float64, device=device)
+        for skip in (None, torch.tensor(True, device=device), torch.tensor(False, device=device)):
+            update(real, fake, k, sums, window, skip, 0.5, 0.125, fused)
+        found += [k, sums, window]
+    return found
 
 
 def _fold(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Tensor]:

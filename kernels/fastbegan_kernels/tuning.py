@@ -10,7 +10,6 @@ the algebraic tier runs.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -35,6 +34,8 @@ from .problems import Layer, Pointwise, dtype_named, excess
 
 Problem = Layer | Pointwise
 _SECONDS = 120.0  # a child that takes longer hangs
+_CHILD = "FASTBEGAN_TRIAL"  # set in the environment of children
+_UNTRIED = "could not be tried in a process of its own"
 _chosen: dict[tuple[torch.device, Problem, str], str] = {}
 _adopted: dict[str, str] = {}
 _warned: set[str] = set()
@@ -42,11 +43,15 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one form of a problem: `fault` is None where it is right, `seconds` None where not measured."""
+    """What became of one form of a problem: `fault` is None where it is right, `seconds` None where not measured.
+
+    A verdict is `lasting` where another try would end the same: no want of memory, of a process, of time.
+    """
 
     how: str
     fault: str | None
     seconds: float | None = None
+    lasting: bool = True
 
 
 def layer(problem: Layer, device: torch.device, impl: str) -> str:
@@ -100,8 +105,9 @@ def choose(problem: Problem, device: torch.device, hows: Sequence[str], impl: st
     key = f"{problem!r} {impl}"
     how = _adopted.get(key) or _read(device)["choices"].get(key)
     if how not in (*hows, "plain"):
-        how = _fastest(problem, device, hows)
-        _write(device, "choices", {key: how})
+        how, lasting = _fastest(problem, device, hows)
+        if lasting:
+            _write(device, "choices", {key: how})
     if impl == "fused" and how == "plain":
         raise RuntimeError(f"impl 'fused': no kernel for {problem.name} was right on {device} (use 'algebraic')")
     _chosen[device, problem, impl] = how
@@ -129,52 +135,68 @@ def _numbered(device: torch.device) -> torch.device:
     return device
 
 
-def _fastest(problem: Problem, device: torch.device, hows: Sequence[str]) -> str:
-    """Of those that are right; warns of the others."""
-    found = outcomes(problem, device, hows)
+def _fastest(problem: Problem, device: torch.device, hows: Sequence[str]) -> tuple[str, bool]:
+    """Of those that are right, and whether that is for good; warns of the others."""
+    try:
+        found = outcomes(problem, device, hows)
+    except Exception as error:  # the user's forward goes on whatever happens here
+        _warn(f"{problem.name}: nothing could be tried ({_short(error)}); the plain form runs")
+        return "plain", False
     for outcome in found:
         if outcome.fault:
             _warn(f"{problem.name}: {outcome.how} {outcome.fault} on this machine and is not used")
     right = [outcome for outcome in found if outcome.fault is None]
-    return min(right, key=lambda outcome: outcome.seconds or 0.0).how if right else "plain"
+    lasting = all(outcome.lasting for outcome in found)
+    return min(right, key=lambda outcome: outcome.seconds or 0.0).how if right else "plain", lasting
 
 
 def outcomes(
     problem: Problem, device: torch.device, hows: Sequence[str], *, always_measure: bool = False
 ) -> list[Outcome]:
     """Each form tried, checked and, where more than one is right (or `always_measure`), timed."""
-    safe = survivors(problem, device, hows)
-    own, exact = problem.expected(device) if safe else ([], [])
-    faults = {
-        how: _fault(problem, device, how, own, exact) if how in safe else "crashed or hung in a trial" for how in hows
-    }
-    right = [how for how in hows if faults[how] is None]
-    took: dict[str, float] = {}
+    trials = survivors(problem, device, hows)
+    own, exact = problem.expected(device) if None in trials.values() else ([], [])
+    found = {}
+    for how in hows:
+        fault = trials[how]
+        try:
+            fault = _fault(problem, device, how, own, exact) if fault is None else fault
+            found[how] = Outcome(how, fault, lasting=fault != _UNTRIED)
+        except torch.OutOfMemoryError:
+            found[how] = Outcome(how, "had not enough memory to be checked", lasting=False)
+    right = [how for how in hows if found[how].fault is None]
     if isinstance(problem, Layer) and (len(right) > 1 or always_measure):
         try:
             given = problem.tensors(device)
             took = measure({how: functools.partial(problem.run, how, given) for how in right}, device)
+            found |= {how: Outcome(how, None, took[how]) for how in right}
         except torch.OutOfMemoryError:
             _warn(f"{problem.name}: not enough memory to measure; it runs unmeasured")
-    return [Outcome(how, faults[how], took.get(how)) for how in hows]
+            found |= {how: Outcome(how, None, lasting=False) for how in right}
+    return list(found.values())
 
 
 def _fault(
     problem: Problem, device: torch.device, how: str, own: list[Tensor], exact: list[Tensor]
 ) -> str | None:  # fmt: skip
-    """What is wrong with a form, None where nothing is."""
+    """What is wrong with a form, None where nothing is. Raises OutOfMemoryError."""
     try:
         got, again = problem.results(how, device), problem.results(how, device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler that gives up is a kernel that does not run
-        return f"failed ({str(error)[:200]})"
+        return f"failed ({_short(error)})"
     tf32 = isinstance(problem, Layer) and problem.tf32
-    if any(excess(*three, tf32=tf32) > 1 for three in zip(got, own, exact, strict=True)):
+    if len(got) != len(exact) or any(excess(*three, tf32=tf32) > 1 for three in zip(got, own, exact, strict=True)):
         return "gave wrong values"
-    if not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
+    # our own kernels add in a fixed order; the library's may not, in either form
+    if how != "algebraic" and not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
         return "gave other values the second time"
     return None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def measure(runs: dict[str, Callable[[], object]], device: torch.device, rounds: int = 7) -> dict[str, float]:
@@ -188,13 +210,14 @@ def measure(runs: dict[str, Callable[[], object]], device: torch.device, rounds:
     return {how: statistics.median(found) for how, found in times.items()}
 
 
-def _seconds(run: Callable[[], object], device: torch.device, calls: int = 3) -> float:
+def _seconds(run: Callable[[], object], device: torch.device, calls: int = 5) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(device):
+        torch.cuda._sleep(2_000_000)  # about a millisecond in which the host gets ahead: its time is not the kernels'
         begin.record()
         for _ in range(calls):
             run()
@@ -203,37 +226,52 @@ def _seconds(run: Callable[[], object], device: torch.device, calls: int = 3) ->
     return begin.elapsed_time(end) / 1e3 / calls
 
 
-def survivors(problem: Problem, device: torch.device, hows: Sequence[str]) -> list[str]:
-    """Those of `hows` that ran to the end on this kind of machine, now or earlier; the new ones in child processes."""
+def survivors(problem: Problem, device: torch.device, hows: Sequence[str]) -> dict[str, str | None]:
+    """Why each form may not be run in this process, None where it may: it ran on this kind of machine before.
+
+    The new ones are tried in child processes. Only what ran, and what killed its child, is remembered.
+    """
     passed: dict[str, bool] = _read(device)["passed"]
-    new = [how for how in hows if problem.variant(how) not in passed]
-    while new:
-        ran, tried = _try_in_child(problem, device, new)
-        found = {problem.variant(how): how in ran for how in tried}
-        if not found:  # no child could be started: nothing is known, so nothing is trusted
-            _warn(f"{problem.name}: no child process to try kernels in; the plain form runs")
-            return []
-        _write(device, "passed", found)
-        passed = {**passed, **found}
-        new = [how for how in new if how not in tried]
-    return [how for how in hows if passed[problem.variant(how)]]
+    verdicts = {how: passed.get(problem.variant(how)) for how in hows}
+    starved: set[str] = set()
+    while new := [how for how in hows if verdicts[how] is None and how not in starved]:
+        told = _try_in_child(problem, device, new)
+        found = dict.fromkeys(told["ran"], True) | dict.fromkeys(told["broken"], False)
+        _write(device, "passed", {problem.variant(how): verdict for how, verdict in found.items()})
+        verdicts |= found
+        starved.update(told["starved"])
+        if not any(told.values()):  # no child, no device, no time: nothing is known, so nothing is trusted
+            break
+    faults = {True: None, False: "failed or crashed in a trial", None: _UNTRIED}
+    return {how: faults[verdicts[how]] for how in hows}
 
 
-def _try_in_child(problem: Problem, device: torch.device, hows: Sequence[str]) -> tuple[set[str], set[str]]:
-    """Run forms in one child. Returns those that ran, and those that were begun: at most one more, where it died."""
+def _try_in_child(problem: Problem, device: torch.device, hows: Sequence[str]) -> dict[str, list[str]]:
+    """Forms that "ran" in one child, that are "broken" (the last may have killed it), that were "starved" of memory."""
+    told: dict[str, list[str]] = {"ran": [], "broken": [], "starved": []}
+    if os.environ.get(_CHILD):  # a trial does not begin trials, nor does a frozen program that was started as one
+        return told
     task = {"type": type(problem).__name__, "problem": asdict(problem), "hows": list(hows), "device": str(device)}
-    environment = {name: value for name, value in os.environ.items() if name != "FASTBEGAN_IMPL"}
+    environment = {name: value for name, value in os.environ.items() if name != "FASTBEGAN_IMPL"} | {_CHILD: "1"}
     packages = str(Path(__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (packages, os.environ.get("PYTHONPATH"))))
+    timed_out = False
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = [sys.executable, "-m", "fastbegan_kernels.trial", json.dumps(task), str(log)]
         quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+        try:
             subprocess.run(command, env=environment, timeout=_SECONDS, check=False, **quiet)
+        except (subprocess.TimeoutExpired, OSError):
+            timed_out = True  # may have been compiling: no verdict
         lines = log.read_text().splitlines() if log.exists() else []
-    tried = {line.removeprefix("begin ") for line in lines if line.startswith("begin ")}
-    return {line.removeprefix("ran ") for line in lines if line.startswith("ran ")}, tried
+    begun: list[str] = []
+    for line in lines:
+        word, _, how = line.partition(" ")
+        told.get(word, begun if word == "begin" else []).append(how)
+    if begun and not timed_out and not any(begun[-1] in hows for hows in told.values()):
+        told["broken"].append(begun[-1])
+    return told
 
 
 def _tiles(problem: Layer, device: torch.device) -> list[str]:
@@ -293,7 +331,7 @@ def _file() -> dict[str, Any]:
     """What is on disk, for all environments; nothing where it cannot be read."""
     try:
         found = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # the last where there is no home folder
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -306,14 +344,14 @@ def _read(device: torch.device) -> dict[str, dict[str, Any]]:
 
 def _write(device: torch.device, section: str, entries: dict[str, Any]) -> None:
     """Add entries; a machine whose cache cannot be written measures again next time, so may two that write at once."""
-    path = cache_file()
     here = _read(device)
     here[section].update(entries)
     try:
+        path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".kernels.")
         with os.fdopen(handle, "w") as file:
             json.dump({**_file(), environment(device): here}, file, indent=1)
         Path(name).replace(path)
-    except OSError as error:
-        _warn(f"choices of kernels cannot be kept in {path}: {error}")
+    except (OSError, RuntimeError) as error:
+        _warn(f"choices of kernels cannot be kept: {_short(error)}")

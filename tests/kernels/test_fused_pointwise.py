@@ -114,6 +114,31 @@ def test_equilibrium_update_takes_scalars_and_refuses_unlike_shapes() -> None:
         equilibrium_update(real, fake.expand(3), k, sums, window, gamma=0.5, lambda_k=0.001, impl="fused")
 
 
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_a_loss_that_is_nan_shows_in_k(impl: str) -> None:
+    k, sums = torch.tensor(0.5, device=DEVICE), torch.zeros(6, device=DEVICE)
+    window = torch.zeros(2, dtype=torch.float64, device=DEVICE)
+    losses = torch.tensor([float("nan"), 1.0], device=DEVICE)
+    equilibrium_update(losses, losses, k, sums, window, gamma=0.5, lambda_k=0.1, impl=impl)
+    assert k.isnan()
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_a_controllers_wrong_state_is_named(impl: str) -> None:
+    losses = torch.ones(2, device=DEVICE)
+    right = {"k": torch.zeros(()), "sums": torch.zeros(6), "window": torch.zeros(2, dtype=torch.float64), "skip": None}
+    wrong = {
+        "k": torch.zeros(2),
+        "sums": torch.zeros(6, 2)[:, 0],
+        "window": torch.zeros(2),
+        "skip": torch.ones(1),
+    }
+    for name, value in wrong.items():
+        state = {**right, name: value}
+        with pytest.raises(ValueError, match=rf"{name} is torch.float32 \[.*accepted: "):
+            equilibrium_update(losses, losses, **state, gamma=0.5, lambda_k=0.1, impl=impl)
+
+
 def test_k_is_clamped() -> None:
     k, sums, window = torch.tensor(0.999, device=DEVICE), torch.zeros(6, device=DEVICE), torch.zeros(2, device=DEVICE)
     losses = torch.tensor([1.0], device=DEVICE), torch.tensor([0.0], device=DEVICE)

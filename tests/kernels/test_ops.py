@@ -95,6 +95,33 @@ def test_empty_batches(op: Callable[..., Tensor], impl: str) -> None:
     assert not any(g.count_nonzero() for g in gradients)
 
 
+@pytest.mark.parametrize("activation", ["elu", "relu", "leaky_relu", "none"])
+@pytest.mark.parametrize("op", LAYERS)
+def test_nan_stays_nan(op: Callable[..., Tensor], activation: str) -> None:
+    """A step that is not finite must be seen at its end."""
+    x, weight, bias = layer_inputs(1, 6, 4, 4, 5)
+    x[0, 0, 1, 1] = float("nan")
+    got = op(x, weight, bias, activation=activation, impl="fused")
+    assert torch.equal(got.isnan(), op(x, weight, bias, activation=activation, impl="reference").isnan())
+    assert got.isnan().any() and not got.isnan().all()
+
+
+@pytest.mark.parametrize("impl", ["auto", "algebraic"])
+def test_the_ops_run_without_a_kernel_too(impl: str) -> None:
+    """What a GPU whose kernels were found wrong does: plain operations inside the op, with the op's own backward."""
+    x, weight, bias = layer_inputs(2, 6, 4, 4, 6)
+    leaves = [value.requires_grad_() for value in (x, weight, bias)]
+    folded = torch.ops.fastbegan.fold([weight, weight], "conv up", torch.float32, impl)
+    split = folded.split([324, 576])
+    packed = [split[0].view(6, 3, 3, 6).permute(0, 3, 1, 2), split[1].view(6, 4, 4, 6).permute(0, 3, 1, 2)]
+    got = torch.ops.fastbegan.conv_stage(x, packed, [bias, bias], None, "same up", "elu", 1.0, impl)[-1]
+    expected = reference.conv_stage(x, (weight, weight), (bias, bias), kinds=("same", "up"))
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(expected)
+    for a, b in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("op", LAYERS)
 def test_strided_inputs_and_gradients(op: Callable[..., Tensor]) -> None:
     wide = random_tensor(2, 12, 4, 8, seed=1)
@@ -152,8 +179,11 @@ def test_compiles_without_graph_breaks(op: Callable[..., Tensor]) -> None:
         run = lambda: fold(leaves, ["conv", "up"], impl="fused")[1]  # noqa: E731
     elif op is conv_stage:
         _, leaves = _layer(conv2d_elu)
-        pair = (leaves[1], leaves[1][:, :5])
-        run = lambda: conv_stage(leaves[0], pair, (leaves[2],) * 2, kinds=("same", "up"), impl="fused")  # noqa: E731
+
+        def run() -> Tensor:
+            pair = (leaves[1], leaves[1][:, :5])
+            return conv_stage(leaves[0], pair, (leaves[2],) * 2, kinds=("same", "up"), impl="fused")
+
     else:
         run, leaves = _layer(op)
     expected = torch.autograd.grad(run().square().sum(), leaves, allow_unused=True)
@@ -195,7 +225,9 @@ def test_opcheck() -> None:
         (ops.equilibrium_update, (losses, losses + 1, k, sums, window, None, 0.5, 0.1, "fused")),
     ]
     for op, arguments in calls:
-        torch.library.opcheck(op.default, arguments)
+        for impl in ("fused", "algebraic", "auto"):  # where the kernels do not run, plain operations do, in the same op
+            changed = tuple(impl if value == "fused" else value for value in arguments)
+            torch.library.opcheck(op.default, changed)
 
 
 def test_what_the_kernels_cannot_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

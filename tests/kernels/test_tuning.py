@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def _trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """No child processes: every form is taken to have run."""
-    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows: list(hows))
+    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows: dict.fromkeys(hows))
 
 
 def _patched(monkeypatch: pytest.MonkeyPatch, how: str, change: Callable[[Tensor], Tensor]) -> None:
@@ -111,7 +112,7 @@ def test_a_form_that_does_not_compile_is_dropped(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("out of registers")
 
     _patched(monkeypatch, FORMS[0], broken)
-    with pytest.warns(RuntimeWarning, match="failed .out of registers."):
+    with pytest.warns(RuntimeWarning, match=r"failed \(RuntimeError: out of registers\)"):
         assert tuning.choose(PROBLEM, DEVICE, FORMS[:1], "auto") == "plain"
 
 
@@ -123,11 +124,12 @@ def test_forcing_what_is_wrong_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_child_tries_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tuning.survivors(PROBLEM, DEVICE, FORMS) == FORMS
+    fine = dict.fromkeys(FORMS)
+    assert tuning.survivors(PROBLEM, DEVICE, FORMS) == fine
     monkeypatch.setattr(tuning, "_try_in_child", _unwanted)
-    assert tuning.survivors(PROBLEM, DEVICE, FORMS) == FORMS
+    assert tuning.survivors(PROBLEM, DEVICE, FORMS) == fine
     other = Layer("same", False, "float32", (4, 16, 20, 20), (16, 16, 3, 3))  # sizes are no new kernel
-    assert tuning.survivors(other, DEVICE, FORMS) == FORMS
+    assert tuning.survivors(other, DEVICE, FORMS) == fine
     with pytest.raises(AssertionError, match="measured again"):
         tuning.survivors(Layer("down", False, "float32", (2, 16, 6, 6), (16, 16, 3, 3)), DEVICE, FORMS)
 
@@ -157,17 +159,52 @@ def test_a_crash_is_the_childs_alone_and_remembered(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(subprocess, "run", child)
     forms = [FORMS[0], "algebraic", "plain"]  # one before it and one behind
-    assert tuning.survivors(PROBLEM, DEVICE, forms) == [FORMS[0], "plain"]
+    expected = {FORMS[0]: None, "algebraic": "failed or crashed in a trial", "plain": None}
+    assert tuning.survivors(PROBLEM, DEVICE, forms) == expected
     assert ended == [-11, 0]
-    assert tuning.survivors(PROBLEM, DEVICE, forms) == [FORMS[0], "plain"] and len(ended) == 2
-    with pytest.warns(RuntimeWarning, match="algebraic crashed or hung in a trial"):
+    assert tuning.survivors(PROBLEM, DEVICE, forms) == expected and len(ended) == 2
+    with pytest.warns(RuntimeWarning, match="algebraic failed or crashed in a trial"):
         assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "plain"
 
 
-def test_a_child_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_SECONDS", 0.0)
-    with pytest.warns(RuntimeWarning, match="no child process to try kernels in"):
-        assert tuning.survivors(PROBLEM, DEVICE, FORMS) == []
+def _no_process(*_: object, **__: object) -> None:
+    raise BlockingIOError("no more processes")
+
+
+@pytest.mark.parametrize("harm", ["hangs", "no process", "no device", "no folder", "is a child itself"])
+def test_what_could_not_be_tried_is_not_used_and_not_remembered(
+    harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine must not decide for good: only the plain form runs, and the next process tries again."""
+    if harm == "hangs":
+        monkeypatch.setattr(tuning, "_SECONDS", 0.0)
+    elif harm == "no process":
+        monkeypatch.setattr(subprocess, "run", _no_process)
+    elif harm == "no device":
+        monkeypatch.setattr(tuning, "asdict", lambda problem: {**vars(problem), "op": "nothing"})
+    elif harm == "no folder":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    else:
+        monkeypatch.setenv(tuning._CHILD, "1")
+    with pytest.warns(RuntimeWarning, match="could not be tried|nothing could be tried"):
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "plain"
+    kept = tuning._read(DEVICE)
+    assert not kept["choices"] and not kept["passed"]
+
+
+def test_want_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def starving(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows: dict.fromkeys(hows))
+    monkeypatch.setattr(tuning, "_fault", starving)
+    with pytest.warns(RuntimeWarning, match="had not enough memory"):
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "plain"
+    monkeypatch.setattr(tuning, "_fault", lambda *_: None)
+    monkeypatch.setattr(tuning, "measure", starving)
+    with pytest.warns(RuntimeWarning, match="not enough memory to measure"):
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == FORMS[0]
+    assert not tuning._read(DEVICE)["choices"]
 
 
 def test_the_trial_runs_as_a_program(tmp_path: Path) -> None:
@@ -181,7 +218,7 @@ def test_the_trial_runs_as_a_program(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(tuning.__file__).parent.parent)}
     command = [sys.executable, "-m", "fastbegan_kernels.trial", json.dumps(task), str(log)]
     assert subprocess.run(command, env=environment, check=False).returncode == 0
-    assert log.read_text() == "begin fused\nran fused\n"
+    assert log.read_text() == "ready\nbegin fused\nran fused\n"
 
 
 @pytest.mark.usefixtures("_trusting")
@@ -219,7 +256,7 @@ def test_a_cache_that_cannot_be_written_only_warns(tmp_path: Path, monkeypatch: 
     file.touch()
     monkeypatch.setenv("FASTBEGAN_CACHE", str(file))
     monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome("algebraic", None)])
-    with pytest.warns(RuntimeWarning, match="cannot be kept"):
+    with pytest.warns(RuntimeWarning, match="choices of kernels cannot be kept"):
         assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "algebraic"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -295,6 +332,41 @@ def test_every_pointwise_kernel_passes_its_check(op: str) -> None:
         got = problem.results("fused", DEVICE)
         assert len(got) == len(exact)
         assert all(problems.excess(*three) <= 1 for three in zip(got, own, exact, strict=True))
+
+
+FUSED = {
+    "activation_backward": "activation_backward",
+    "skip_gradient": "skip_gradient",
+    "l1_reconstruction_loss": "l1_reconstruction_loss",
+    "normalize_images": "normalize_images",
+    "equilibrium_update": "equilibrium_update",
+    "fold": "fold",
+}
+
+
+@pytest.mark.parametrize("op", problems.POINTWISE)
+def test_checks_run_the_kernel_that_they_check(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastbegan_kernels.fused import launch
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("this is the kernel")
+
+    monkeypatch.setattr(launch, FUSED[op], broken)
+    problem = Pointwise(op, "float32")
+    own, exact = problem.expected(DEVICE)
+    assert "this is the kernel" in (tuning._fault(problem, DEVICE, "fused", own, exact) or "")
+
+
+def test_two_binaries_are_two_variants() -> None:
+    """Channels that come one by one are another kernel than those that come in eights."""
+    odd, whole = (
+        Layer("same", False, "float32", (2, channels, 6, 6), (16, channels, 3, 3)).variant(FORMS[0])
+        for channels in (3, 24)
+    )
+    assert odd != whole
+    half = Layer("same", False, "float16", (2, 24, 6, 6), (16, 24, 3, 3)).variant(FORMS[0])
+    back = Layer("same", True, "float32", (2, 24, 6, 6), (16, 24, 3, 3)).variant(FORMS[0])
+    assert len({whole, half, back}) == 3
 
 
 def test_a_large_batch_is_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:

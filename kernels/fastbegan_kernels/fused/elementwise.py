@@ -97,8 +97,9 @@ def _l1_kernel(
     LOSS: partial[sample, block] = sum of |prediction - target|^ETA. GRADIENT: that of the sample's mean times
     scale[sample] to prediction, and TO_TARGET its negative to target.
     """
-    sample = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(values, BLOCK)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     ok = i < values
     offset = sample * values + i
     prediction = tl.load(prediction_ptr + offset, mask=ok, other=0.0).to(tl.float32)
@@ -106,7 +107,7 @@ def _l1_kernel(
     difference = prediction - target
     if LOSS:
         error = tl.abs(difference) if ETA == 1 else difference * difference
-        tl.store(partial_ptr + sample * tl.num_programs(1) + tl.program_id(1), tl.sum(error, 0))
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(error, 0))
     if GRADIENT:
         gradient = _slope(difference, ETA) * (tl.load(scale_ptr + sample).to(tl.float32) / values)
         tl.store(d_prediction_ptr + offset, gradient.to(d_prediction_ptr.dtype.element_ty), mask=ok)
@@ -120,9 +121,10 @@ def _normalize_images_kernel(
     C: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_FLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[n] = images[index[n]], mirrored where flip[n], from 0..255 to -1..1; both NHWC in memory."""
-    n = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values = height * width * C
+    blocks = tl.cdiv(values, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     ok = i < values
     source = tl.load(index_ptr + n) if HAS_INDEX else n
     read = i
@@ -165,7 +167,8 @@ def _equilibrium_update_kernel(
     tl.store(sums_ptr + 5, tl.load(sums_ptr + 5) + 1.0, mask=go)
     tl.store(window_ptr + 0, tl.load(window_ptr + 0) + measure.to(tl.float64), mask=go)
     tl.store(window_ptr + 1, tl.load(window_ptr + 1) + 1.0, mask=go)
-    tl.store(k_ptr, tl.minimum(tl.maximum(k + lambda_k * balance, 0.0), 1.0), mask=go)
+    new_k = tl.maximum(k + lambda_k * balance, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(k_ptr, tl.minimum(new_k, 1.0, propagate_nan=tl.PropagateNan.ALL), mask=go)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ SIZES = ("in_h", "in_w", "out_h", "out_w", "c_blocks")
 def activate(z, ACTIVATION: tl.constexpr, alpha):
     """act(z) for elu, relu, leaky_relu and none, in float32."""
     if ACTIVATION == "elu":
-        y = tl.where(z > 0, z, alpha * (tl.exp(tl.minimum(z, 0.0)) - 1.0))
+        y = tl.where(z > 0, z, alpha * (tl.exp(z) - 1.0))  # NaN stays NaN, infinity is not taken
     elif ACTIVATION == "relu":
         y = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "leaky_relu":

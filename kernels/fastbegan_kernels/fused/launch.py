@@ -50,6 +50,11 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def _bias(bias: Tensor | None) -> Tensor | None:
+    """Dense and float32: one binary whatever the type of the rest."""
+    return None if bias is None else bias.float().contiguous()
+
+
 def _flags(x: Tensor | None) -> Tensor | None:
     """Booleans as bytes, without a copy."""
     return None if x is None else x.contiguous().view(torch.uint8)
@@ -80,7 +85,7 @@ def _capability(device: torch.device) -> int:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Descriptors want memory that begins at a multiple of 16 bytes."""
+    """Descriptors want memory that begins at a multiple of 16 bytes, and one binary is enough for the others."""
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
@@ -156,7 +161,8 @@ def _run(
     if tile is None:
         tile = tiles_for(product, x.dtype, _capability(x.device), descriptors=False)[0]
     out = _empty(x, product.out_channels, product.out_h, product.out_w)
-    y_prev = None if y_prev is None else _nhwc(y_prev)
+    x, weight = _aligned(x), _aligned(weight)
+    y_prev = None if y_prev is None else _aligned(_nhwc(y_prev))
     programs = product.tiles(tile) * (4 if product.transpose else 1)
     partial = None
     if y_prev is not None:
@@ -164,7 +170,7 @@ def _run(
     if out.numel():
         epilogue = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "BACKWARD": y_prev is not None}
         run = _run_tma if isinstance(tile, TmaTile) else _run_pointer
-        run(product, x, weight, _dense(bias), _skip_memory(skip), y_prev, out, partial, alpha, tile, epilogue)
+        run(product, x, weight, _bias(bias), _skip_memory(skip), y_prev, out, partial, alpha, tile, epilogue)
     return out, None if partial is None else _total(partial, 0)
 
 
@@ -200,8 +206,6 @@ def _run_tma(
     out: Tensor, partial: Tensor | None, alpha: float, tile: TmaTile, epilogue: dict[str, Any],
 ) -> None:  # fmt: skip
     from . import tma
-
-    x, weight, y_prev = _aligned(x), _aligned(weight), None if y_prev is None else _aligned(y_prev)
 
     def image(t: Tensor, channels: int, height: int, width: int, block_c: int, halves: bool) -> Any:
         batch, area = t.shape[0], (tile.height, tile.width)
@@ -257,7 +261,7 @@ def activation(
     if y.numel():
         skip = _skip_memory(skip)
         elementwise._activation_kernel[(programs, triton.cdiv(channels, blocks["BLOCK_K"]))](
-            y, _dense(bias), skip, rows, y.shape[2], y.shape[3], channels, alpha, HAS_BIAS=bias is not None,
+            y, _bias(bias), skip, rows, y.shape[2], y.shape[3], channels, alpha, HAS_BIAS=bias is not None,
             SKIP_SIZE=0 if skip is None else skip.shape[1], ACTIVATION=activation, **blocks,
         )  # fmt: skip
     return y
@@ -315,7 +319,7 @@ def l1_reconstruction_loss(
     d_prediction = None if scale is None else torch.empty_like(prediction)
     d_target = torch.empty_like(target) if to_target and scale is not None else None
     if samples and values:
-        elementwise._l1_kernel[(samples, blocks)](
+        elementwise._l1_kernel[(samples * blocks,)](
             prediction, target, None if scale is None else scale.expand(samples).contiguous(), partial, d_prediction,
             d_target, values, ETA=eta, LOSS=loss, GRADIENT=scale is not None, TO_TARGET=d_target is not None,
             BLOCK=_BLOCK,
@@ -333,7 +337,7 @@ def normalize_images(images: Tensor, index: Tensor | None, flip: Tensor | None, 
     out = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
     values = height * width * channels
     if count and values:
-        elementwise._normalize_images_kernel[(count, triton.cdiv(values, _BLOCK))](
+        elementwise._normalize_images_kernel[(count * triton.cdiv(values, _BLOCK),)](
             images, _dense(index), _flags(flip), out, height, width,
             C=channels, HAS_INDEX=index is not None, HAS_FLIP=flip is not None, BLOCK=_BLOCK,
         )  # fmt: skip
@@ -381,9 +385,17 @@ def _fold_table(
 def _tables(
     weights: Sequence[Tensor], kinds: Sequence[str], device: torch.device, *, backward: bool
 ) -> tuple[Tensor, Tensor]:
-    found = _fold_table(_fold_layers(weights, kinds, not backward), backward, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(found)
+    layers = _fold_layers(weights, kinds, not backward)
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return _fold_table(layers, backward, device)
+    misses = _fold_table.cache_info().misses
+    try:
+        found = _fold_table(layers, backward, device)
+    except RuntimeError as error:
+        if _fold_table.cache_info().misses == misses:
+            raise
+        raise RuntimeError("fold met weights at new addresses during graph capture; run it once before") from error
+    _captured.append(found)
     return found
 
 
