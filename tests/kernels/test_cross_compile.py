@@ -28,13 +28,13 @@ def _compiled(capability: int, site: Path | None = None) -> list[dict[str, Any]]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # interpreted code has no binary
     environment |= {"PYTHONPATH": os.pathsep.join(reversed(paths)), "TRITON_DEFAULT_FP_FUSION": "1"}
     command = [sys.executable, str(HERE / "cross_compile.py"), str(capability)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1100, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
 def _check(rows: list[dict[str, Any]], capability: int) -> None:
-    assert len(rows) >= (12 if capability < 80 else 130)
+    assert len(rows) >= (12 if capability < 80 else 120)
     for row in rows:
         assert row["stack"] == row["LDL"] == row["STL"] == 0, row
         assert row["registers"] <= 255 and row["shared"] <= SHARED[capability], row
@@ -48,6 +48,7 @@ def _check(rows: list[dict[str, Any]], capability: int) -> None:
             assert all(row[word] for word in MATRIX.get(capability, ())), row
 
 
+@pytest.mark.timeout(1200)  # with nothing in Triton's cache, beside another worker
 @pytest.mark.parametrize("capability", SHARED)
 def test_every_configuration_compiles_without_spilling(capability: int) -> None:
     rows = _compiled(capability)
@@ -63,6 +64,7 @@ def test_every_configuration_compiles_without_spilling(capability: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_also_with_the_triton_of_common_images(capability: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "triton==3.6.0"]
