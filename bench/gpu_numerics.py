@@ -14,7 +14,7 @@ from bench.gpu_cases import DEVICE, DRY, Case, Outcome, Shape, fold_kinds, tile_
 from bench.poison import poisoned
 from fastbegan_kernels import equilibrium_update, problems, reference, tiers, tuning
 from fastbegan_kernels.fold import fold_flat, unfold_flat
-from fastbegan_kernels.fused import launch
+from fastbegan_kernels.fused import launch, packing
 from fastbegan_kernels.problems import Layer, Pointwise
 
 Given = dict[str, Any]  # tensors, lists of tensors, or None
@@ -86,7 +86,7 @@ def inputs(case: Case) -> Given:
         master = Draw(torch.float32, case.seed)
         weights = [master(k, c, 3, 3) for _ in fold_kinds(case)]
         weights[0] = weights[0].contiguous()  # the others are channels_last
-        size = sum(launch.packed_size(v.shape, kind) for v, kind in zip(weights, fold_kinds(case), strict=True))
+        size = sum(packing.packed_size(v.shape, kind) for v, kind in zip(weights, fold_kinds(case), strict=True))
         return {"weights": weights, "grad": draw(size)}
     return {"real": draw(n).abs(), "fake": draw(n).abs()}
 

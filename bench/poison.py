@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastbegan_kernels.fused import launch
+from fastbegan_kernels.fused import launch, packing
 
 
 class _Poisoning:
@@ -31,5 +31,6 @@ class _Poisoning:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Inside, the launchers get such memory; torch's own functions do not, as torch would keep the patched ones."""
-    with mock.patch.object(launch, "torch", _Poisoning()):
+    poison = _Poisoning()
+    with mock.patch.object(launch, "torch", poison), mock.patch.object(packing, "torch", poison):
         yield

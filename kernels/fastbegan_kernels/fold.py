@@ -104,9 +104,9 @@ _TRANSPOSES = {"conv": lambda grad: grad, "up": _unfold_upsample, "skip": _unfol
 def fold_flat(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtype, *, fused: bool) -> Tensor:
     """The packed forms one after another, in the order of their memory, in the form that is named."""
     if fused:
-        from .fused import launch
+        from .fused import packing
 
-        return launch.fold(weights, kinds, dtype)
+        return packing.fold(weights, kinds, dtype)
     packed = (_PLAIN[kind](weight).to(dtype) for weight, kind in zip(weights, kinds, strict=True))
     return torch.cat([weight.permute(0, 2, 3, 1).flatten() for weight in packed])
 
@@ -114,9 +114,9 @@ def fold_flat(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtyp
 def unfold_flat(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str], *, fused: bool) -> Tensor:
     """The transpose of `fold_flat`: each weight's gradient, in the order of the weight's memory."""
     if fused:
-        from .fused import launch
+        from .fused import packing
 
-        return launch.fold_backward(grad, weights, kinds)
+        return packing.fold_backward(grad, weights, kinds)
     found, start = [], 0
     for weight, kind in zip(weights, kinds, strict=True):
         a, b, h, w = packed_shape(weight.shape, kind)

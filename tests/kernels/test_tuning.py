@@ -334,24 +334,14 @@ def test_every_pointwise_kernel_passes_its_check(op: str) -> None:
         assert all(problems.excess(*three) <= 1 for three in zip(got, own, exact, strict=True))
 
 
-FUSED = {
-    "activation_backward": "activation_backward",
-    "skip_gradient": "skip_gradient",
-    "l1_reconstruction_loss": "l1_reconstruction_loss",
-    "normalize_images": "normalize_images",
-    "equilibrium_update": "equilibrium_update",
-    "fold": "fold",
-}
-
-
 @pytest.mark.parametrize("op", problems.POINTWISE)
 def test_checks_run_the_kernel_that_they_check(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastbegan_kernels.fused import launch
+    from fastbegan_kernels.fused import launch, packing
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("this is the kernel")
 
-    monkeypatch.setattr(launch, FUSED[op], broken)
+    monkeypatch.setattr(packing if op == "fold" else launch, op, broken)
     problem = Pointwise(op, "float32")
     own, exact = problem.expected(DEVICE)
     assert "this is the kernel" in (tuning._fault(problem, DEVICE, "fused", own, exact) or "")

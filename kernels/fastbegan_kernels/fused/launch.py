@@ -27,9 +27,6 @@ from .tiles import AnyTile, Product, TmaTile, tiles_for
 Result = TypeVar("Result")
 
 _BLOCK = 1024  # values a program of the elementwise kernels takes
-_FOLD_BLOCK = 64  # and of the folding kernel, which reads sixteen for each
-FOLDS = ("conv", "up", "skip")  # kinds of packed weights; see fold
-_captured: list[tuple[Tensor, Tensor]] = []  # tables that graphs read: a graph does not keep what it reads alive
 
 
 def _nhwc(x: Tensor) -> Tensor:
@@ -354,77 +351,3 @@ def equilibrium_update(
         loss_real.contiguous(), loss_fake.contiguous(), _flags(skip), k, sums, window,
         loss_real.numel(), gamma, lambda_k, HAS_SKIP=skip is not None, BLOCK=256,
     )  # fmt: skip
-
-
-def packed_size(shape: Sequence[int], kind: str) -> int:
-    """Values in the packed form of a weight [K, C, k, k]."""
-    out, channels, height, width = shape
-    return out * channels * {"conv": height * width, "up": 16, "skip": 25}[kind]
-
-
-@functools.lru_cache(maxsize=64)
-def _fold_table(
-    layers: tuple[tuple[int, str, tuple[int, ...], tuple[int, ...]], ...], backward: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Table and owners of `_fold_kernel` for (address, kind, shape, strides) of each weight, on the device.
-
-    Kept, so that a captured step finds what its warm-up made: a graph cannot copy it from the host.
-    """
-    rows: list[list[int]] = []
-    owners: list[int] = []
-    packed = gradient = 0
-    for number, (address, kind, shape, stride) in enumerate(layers):
-        size, weights = packed_size(shape, kind), shape[0] * shape[1] * shape[2] * shape[3]
-        rows.append([address, FOLDS.index(kind), *shape[:3], len(owners), *stride, packed, gradient])
-        owners += [number] * triton.cdiv(weights if backward else size, _FOLD_BLOCK)
-        packed, gradient = packed + size, gradient + weights
-    table = torch.tensor(rows, dtype=torch.int64)
-    return table.to(device), torch.tensor(owners, dtype=torch.int32).to(device)
-
-
-def _tables(
-    weights: Sequence[Tensor], kinds: Sequence[str], device: torch.device, *, backward: bool
-) -> tuple[Tensor, Tensor]:
-    layers = _fold_layers(weights, kinds, not backward)
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        return _fold_table(layers, backward, device)
-    misses = _fold_table.cache_info().misses
-    try:
-        found = _fold_table(layers, backward, device)
-    except RuntimeError as error:
-        if _fold_table.cache_info().misses == misses:
-            raise
-        raise RuntimeError("fold met weights at new addresses during graph capture; run it once before") from error
-    _captured.append(found)
-    return found
-
-
-def _fold_layers(weights: Sequence[Tensor], kinds: Sequence[str], address: bool) -> tuple[Any, ...]:
-    return tuple(
-        (w.data_ptr() if address else 0, kind, tuple(w.shape), w.stride())
-        for w, kind in zip(weights, kinds, strict=True)
-    )
-
-
-def fold(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtype) -> Tensor:
-    """The packed forms of float32 weights, dense but in any order of dimensions, one after another in a flat tensor."""
-    device = weights[0].device
-    sizes = [packed_size(w.shape, kind) for w, kind in zip(weights, kinds, strict=True)]
-    packed = torch.empty(sum(sizes), dtype=dtype, device=device)
-    with torch.cuda.device_of(packed):
-        table, owner = _tables(weights, kinds, device, backward=False)
-        if len(owner):
-            elementwise._fold_kernel[(len(owner),)](table, owner, packed, None, BACKWARD=False, BLOCK=_FOLD_BLOCK)
-    return packed
-
-
-def fold_backward(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str]) -> Tensor:
-    """float32 gradients, flat and one after another, each in its weight's order of dimensions."""
-    out = torch.empty(sum(w.numel() for w in weights), dtype=torch.float32, device=grad.device)
-    with torch.cuda.device_of(grad):
-        table, owner = _tables(weights, kinds, grad.device, backward=True)
-        if len(owner):
-            elementwise._fold_kernel[(len(owner),)](
-                table, owner, grad.contiguous(), out, BACKWARD=True, BLOCK=_FOLD_BLOCK
-            )
-    return out
