@@ -1,16 +1,25 @@
-"""The gradients of both players (paper §3.3): L_D = L(x) - k L(G(z_D)) on D and L_G = L(G(z_G)) on G."""
+"""The gradients of both players (paper §3.3): L_D = L(x) - k L(G(z_D)) on D and L_G = L(G(z_G)) on G, in several ways.
+
+All give the same gradients; they differ in how often D runs and in what it computes:
+- `Textbook`: the formulas literally, on plain PyTorch modules, D three times. The specification and the yardstick.
+- `SinglePass`: D runs once an image. Both players need gradients of the same two losses, so the backward of L(G(z))
+  leaves G's gradient on G and F on D, and D's gradient is that of L(x) minus k F. Never divided by k: it starts at 0.
+- `JointPass`: the same with x and G(z) as one batch, whose halves' weight gradients are kept apart.
+Where z_D and z_G are different draws, or D is updated in between, G's pass through D is one of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastbegan_kernels import l1_reconstruction_loss
+from fastbegan_kernels import l1_reconstruction_loss_with_gradients
 
-from .models import Discriminator, Generator
+from .models import Discriminator, Generator, Packed, to_plain
 
 
 @contextlib.contextmanager
@@ -27,10 +36,11 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 class Objective:
-    """Adds gradients to the `.grad` of both nets, scaled by `loss_scale` where one is given; updates nothing.
+    """Leaves gradients in the `.grad` of both nets, which must be None before; updates nothing.
 
-    `dtype` is the compute type of both nets under autocast (None: that of their weights). Losses are float32 (float64
-    for float64 nets), means over the batch, images in [-1, 1]. Every method returns losses without their graph.
+    `dtype` is the compute type of both nets (None: that of their weights). Images are [N, 3, H, W] in [-1, 1]. Losses
+    are means over the batch, float32 (float64 for float64 nets), without their graph. Gradients are scaled by
+    `loss_scale` where one is given. `compile_mode` is torch.compile's, None for none.
     """
 
     def __init__(
@@ -41,50 +51,209 @@ class Objective:
         eta: int = 1,
         dtype: torch.dtype | None = None,
         loss_scale: Tensor | None = None,
+        compile_mode: str | None = None,
     ) -> None:
-        self.generator, self.discriminator = generator, discriminator
         self.eta, self.dtype, self.loss_scale = eta, dtype, loss_scale
+        self.generator, self.discriminator = generator, discriminator
+        self.generate, self.reconstruct = self._runners(compile_mode)
+
+    def _runners(self, compile_mode: str | None) -> tuple[Any, Any]:
+        nets = (self.generator, self.discriminator)
+        if compile_mode is None:
+            return nets
+        return tuple(_compiled(net, compile_mode) for net in nets)
 
     def shared(self, real: Tensor, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Both players' gradients for z_D = z_G at the same parameters; returns L(x) and L(G(z)).
-
-        Both need the gradients of the same two losses, so D runs once an image: the backward of L(G(z)) leaves G's
-        gradient on G and F on D; D's is scaled by -k; the backward of L(x) adds R, and D holds R - k F. Never divided
-        by k, which starts at 0. D's `.grad` must be None before.
-        """
-        loss_fake = self.loss(self._run(self.generator, z))
-        self._backward(loss_fake)
-        gradients = [p.grad for p in self.discriminator.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, k.neg().to(gradients[0].dtype))
-        loss_real = self.loss(real)
-        self._backward(loss_real)
-        return loss_real.detach(), loss_fake.detach()
+        """Both players' gradients for z_D = z_G at the same parameters; returns L(x) and L(G(z))."""
+        raise NotImplementedError
 
     def for_discriminator(self, real: Tensor, z: Tensor, k: Tensor) -> Tensor:
         """Gradient of L_D on D; returns L(x)."""
-        with torch.no_grad():
-            fake = self._run(self.generator, z)
-        loss_real = self.loss(real)
-        self._backward(loss_real - k * self.loss(fake))
-        return loss_real.detach()
+        raise NotImplementedError
 
     def for_generator(self, z: Tensor) -> Tensor:
         """Gradient of L_G on G, through both sides of |v - D(v)|; returns L(G(z))."""
+        raise NotImplementedError
+
+
+def _compiled(net: nn.Module, mode: str) -> Any:
+    # Inductor's own CUDA graphs do not nest in ours
+    name = {"max-autotune": "max-autotune-no-cudagraphs"}.get(mode, mode)
+    return torch.compile(net, fullgraph=True, dynamic=False, mode=name)
+
+
+class Textbook(Objective):
+    """D runs on x, on G(z) for itself and on G(z) for G; plain modules, the nets' own parameters, autocast."""
+
+    def _runners(self, compile_mode: str | None) -> tuple[Any, Any]:
+        self.plain_discriminator = to_plain(self.discriminator, share=True)
+        nets = (to_plain(self.generator, share=True), self.plain_discriminator)
+        if compile_mode is None:
+            return nets
+        return tuple(_compiled(net, compile_mode) for net in nets)
+
+    def shared(self, real: Tensor, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        fake = self._run(self.generate, z)
+        loss_real, loss_fake = self._loss(real), self._loss(fake.detach())
+        self._backward(loss_real - k * loss_fake)
         with frozen(self.discriminator):
-            loss = self.loss(self._run(self.generator, z))
+            self._backward(self._loss(fake))
+        return loss_real.detach(), loss_fake.detach()
+
+    def for_discriminator(self, real: Tensor, z: Tensor, k: Tensor) -> Tensor:
+        with torch.no_grad():
+            fake = self._run(self.generate, z)
+        loss_real = self._loss(real)
+        self._backward(loss_real - k * self._loss(fake))
+        return loss_real.detach()
+
+    def for_generator(self, z: Tensor) -> Tensor:
+        with frozen(self.discriminator):
+            loss = self._loss(self._run(self.generate, z))
             self._backward(loss)
         return loss.detach()
 
-    def loss(self, images: Tensor) -> Tensor:
-        """L(v), the mean reconstruction loss of images [N, 3, H, W], with its graph."""
-        prediction = self._run(self.discriminator, images)
-        return l1_reconstruction_loss(prediction, images, eta=self.eta).mean()
+    def _loss(self, images: Tensor) -> Tensor:
+        difference = images - self._run(self.reconstruct, images)
+        return (difference.abs() if self.eta == 1 else difference.square()).mean()
 
-    def _run(self, net: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, net: Any, x: Tensor) -> Tensor:
         if self.dtype is None:
             return net(x)
         with torch.autocast(x.device.type, self.dtype):
-            return net(x)
+            return net(x).float()
 
     def _backward(self, loss: Tensor) -> None:
         (loss if self.loss_scale is None else loss * self.loss_scale).backward()
+
+
+class Leaves:
+    """A net's packed weights as leaves of the step: graphs of passes end there, and their gradients go back once.
+
+    A graph through the packing would not survive a second backward, and would unfold the gradients of each.
+    """
+
+    def __init__(self, net: Generator | Discriminator, dtype: torch.dtype | None) -> None:
+        self._parameters = list(net.parameters())
+        self._made = net.pack(dtype)
+        self.weights = self.another()
+
+    def another(self) -> Packed:
+        """The same values as other leaves, to keep two parts' gradients apart."""
+        return {name: weight.detach().requires_grad_() for name, weight in self._made.items()}
+
+    def constant(self) -> Packed:
+        """The same values, that get no gradient."""
+        return {name: weight.detach() for name, weight in self._made.items()}
+
+    def of_parameters(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of the net's parameters, in their type and layout, from those of the leaves."""
+        found = torch.autograd.grad(list(self._made.values()), self._parameters, gradients, retain_graph=True)
+        return [
+            gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
+            for gradient, parameter in zip(found, self._parameters, strict=True)
+        ]
+
+    def give(self, gradients: Sequence[Tensor]) -> None:
+        """Make `gradients`, as `of_parameters` returns them, the parameters'."""
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+class SinglePass(Objective):
+    """One pass of D an image: on G(z) for both players, and on x."""
+
+    def shared(self, real: Tensor, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        on_g, on_d = self._leaves()
+        leaves = [*on_g.weights.values(), *on_d.weights.values()]
+        loss_fake, found = self._pass(self.generate(z, on_g.weights), [on_d.weights], leaves, to_images=True)
+        on_g.give(on_g.of_parameters(found[: len(on_g.weights)]))
+        loss_real = self._difference(real, found[len(on_g.weights) :], on_d, k)
+        return loss_real.mean(), loss_fake.mean()
+
+    def for_discriminator(self, real: Tensor, z: Tensor, k: Tensor) -> Tensor:
+        fake, on_d = self._draw(z), Leaves(self.discriminator, self.dtype)
+        _, found = self._pass(fake, [on_d.weights], list(on_d.weights.values()))
+        return self._difference(real, found, on_d, k).mean()
+
+    def for_generator(self, z: Tensor) -> Tensor:
+        on_g, on_d = self._leaves()
+        fake = self.generate(z, on_g.weights)
+        loss, found = self._pass(fake, [on_d.constant()], list(on_g.weights.values()), to_images=True)
+        on_g.give(on_g.of_parameters(found))
+        return loss.mean()
+
+    def _difference(self, real: Tensor, of_fake: Sequence[Tensor], on_d: Leaves, k: Tensor) -> Tensor:
+        """Give D the gradient of L(x) minus k times that of L(G(z)), `of_fake`; returns L(x) [N]."""
+        loss_real, of_real = self._pass(real, [on_d.weights], list(on_d.weights.values()))
+        on_d.give(_minus(on_d.of_parameters(of_real), k, on_d.of_parameters(of_fake)))
+        return loss_real
+
+    def _leaves(self) -> tuple[Leaves, Leaves]:
+        return Leaves(self.generator, self.dtype), Leaves(self.discriminator, self.dtype)
+
+    def _draw(self, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.generate(z, self.generator.pack(self.dtype))
+
+    def _pass(
+        self, images: Tensor, weights: Sequence[Packed], leaves: Sequence[Tensor], *, to_images: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """D forward and backward: losses [N], and the gradients at `leaves` of the sum of each part's mean loss.
+
+        The batch has a part for each of `weights`. With `to_images` gradients go on, through D and through its target,
+        to what made the images.
+        """
+        prediction = self.reconstruct(images, *weights)
+        target = images.detach().to(prediction.dtype)
+        scale = torch.full((), len(weights) / len(images), dtype=_wide(target.dtype), device=target.device)
+        if self.loss_scale is not None:
+            scale = scale * self.loss_scale
+        loss, on_prediction, on_images = l1_reconstruction_loss_with_gradients(
+            prediction.detach(), target, scale, eta=self.eta, to_target=to_images
+        )
+        if on_images is None:
+            return loss, torch.autograd.grad(prediction, leaves, on_prediction)
+        return loss, torch.autograd.grad([prediction, images], leaves, [on_prediction, on_images])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _minus(gradients: list[Tensor], k: Tensor, others: list[Tensor]) -> list[Tensor]:
+    """gradients - k * others, in place."""
+    torch._foreach_mul_(others, k.to(others[0].dtype))
+    torch._foreach_sub_(gradients, others)
+    return gradients
+
+
+class JointPass(SinglePass):
+    """x and G(z) through D as one batch; the gradients of D's weights are kept apart by halves."""
+
+    def shared(self, real: Tensor, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        on_g, on_d = self._leaves()
+        fake = self.generate(z, on_g.weights)
+        loss_real, loss_fake, found = self._both(real, fake, on_d, k, list(on_g.weights.values()))
+        on_g.give(on_g.of_parameters(found))
+        return loss_real, loss_fake
+
+    def for_discriminator(self, real: Tensor, z: Tensor, k: Tensor) -> Tensor:
+        return self._both(real, self._draw(z), Leaves(self.discriminator, self.dtype), k, [])[0]
+
+    def _both(
+        self, real: Tensor, fake: Tensor, on_d: Leaves, k: Tensor, leaves: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Give D its gradient; returns L(x), L(G(z)) and the gradients at `leaves`, which made the fake images."""
+        second, count = on_d.another(), len(leaves)
+        images = torch.cat((real.to(fake.dtype), fake)).contiguous(memory_format=torch.channels_last)
+        wanted = [*leaves, *on_d.weights.values(), *second.values()]
+        losses, found = self._pass(images, [on_d.weights, second], wanted, to_images=bool(leaves))
+        middle = count + len(second)
+        of_real, of_fake = (on_d.of_parameters(part) for part in (found[count:middle], found[middle:]))
+        on_d.give(_minus(of_real, k, of_fake))
+        loss_real, loss_fake = losses.chunk(2)
+        return loss_real.mean(), loss_fake.mean(), found[:count]
+
+
+OBJECTIVES: dict[str, type[Objective]] = {"textbook": Textbook, "single-pass": SinglePass, "joint": JointPass}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from .conv_stage import layer
+from .conv_stage import conv_stage
 from .dispatch import asked_for
 
 
@@ -31,5 +31,6 @@ def conv2d_elu(
     kind = "same" if stride == 1 else "down"
     if carry is not None:
         reference.check_layer(x, weight, bias, kind=kind, carry=carry)
-    y = layer(x, weight, bias, None, kind=kind, activation=activation, alpha=alpha, impl=impl)
+    biases = None if bias is None else [bias]
+    y = conv_stage(x, [weight], biases, kinds=[kind], activation=activation, alpha=alpha, impl=impl)
     return reference.blend(x, y, carry)

@@ -24,7 +24,7 @@ def _layer_flops(x: Shape, weights: Sequence[Shape], kinds: str) -> list[int]:
     """Of each layer's forward; its input and its weight gradient need as many each."""
     found = []
     size = tuple(x[2:])
-    for weight, kind in zip(weights, kinds.split(), strict=True):
+    for weight, kind in zip(weights, kinds.split(), strict=False):
         made = output_size(size, kind)
         pixels = prod(size) if kind == "up" else prod(made)  # a transposed convolution spreads each input pixel
         found.append(2 * x[0] * pixels * prod(weight))
@@ -34,19 +34,22 @@ def _layer_flops(x: Shape, weights: Sequence[Shape], kinds: str) -> list[int]:
 
 @register_flop_formula(_OPS.conv_stage)
 def conv_stage_flops(x: Shape, weights: Sequence[Shape], biases: Any, skip: Any, kinds: str, *_: Any, **__: Any) -> int:
+    """Of several copies of the weights one is used."""
     return sum(_layer_flops(x, weights, kinds))
 
 
 @register_flop_formula(_OPS.conv_stage_backward)
 def conv_stage_backward_flops(
     grad: Shape, x: Shape, weights: Sequence[Shape], outputs: Any, skip_size: int, has_bias: bool, kinds: str,
-    activation: str, alpha: float, impl: str, needs: Sequence[bool], **_: Any,
+    activation: str, alpha: float, impl: str, copies: int, needs: Sequence[bool], **_: Any,
 ) -> int:  # fmt: skip
     """An input gradient for every layer behind the first that needs anything, a weight gradient where it is needed."""
     flops = _layer_flops(x, weights, kinds)
-    need_w, need_b = needs[2 : 2 + len(flops)], needs[2 + len(flops) :] or [False] * len(flops)
+    layers = len(flops)
+    lists = [needs[start : start + layers] for start in range(2, len(needs), layers)]  # a copy's weights, or its biases
     total = 0
     for number, count in enumerate(flops):
-        below = needs[0] or any(need_w[:number]) or any(need_b[:number])
-        total += count * (int(need_w[number]) + int(below))
+        below = needs[0] or any(any(needed[:number]) for needed in lists)
+        weights_of = sum(needed[number] for needed in lists[:copies])
+        total += count * weights_of // copies + count * int(below)
     return total

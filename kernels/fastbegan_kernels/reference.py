@@ -161,13 +161,27 @@ def conv_stage(
     skip: Tensor | None = None,
     activation: str = "elu",
     alpha: float = 1.0,
+    copies: int = 1,
 ) -> Tensor:
     """Layers one after another: "same" and "down" are conv2d_elu of stride 1 and 2, "up" is upsample_conv2d_elu.
 
     weights and biases as those take them; `kinds` is "same" for all where None; `skip` belongs to the last layer, which
-    then must be "up". Raises ValueError for lists of unequal length and unknown kinds.
+    then must be "up". With `copies`, weights and biases hold as many copies of all layers', one after another, and the
+    batch has as many parts: each part's gradients go to its own copy. Raises ValueError for lists of unequal length,
+    unknown kinds and a batch that `copies` do not divide.
     """
-    kinds = check_stage(weights, biases, kinds, skip)
+    kinds = check_stage(x, weights, biases, kinds, skip, copies)
+    if copies > 1:
+        count = len(kinds)
+        tables = [None] * copies if skip is None else skip.chunk(copies)
+        parts = []
+        for number, (part, table) in enumerate(zip(x.chunk(copies), tables, strict=True)):
+            own = slice(number * count, (number + 1) * count)
+            bias = None if biases is None else biases[own]
+            parts.append(
+                conv_stage(part, weights[own], bias, kinds=kinds, skip=table, activation=activation, alpha=alpha)
+            )
+        return torch.cat(parts)
     for number, (weight, kind) in enumerate(zip(weights, kinds, strict=True)):
         bias = None if biases is None else biases[number]
         if kind == "up":
@@ -179,11 +193,14 @@ def conv_stage(
 
 
 def check_stage(
-    weights: Sequence[Tensor], biases: Sequence[Tensor] | None, kinds: Sequence[str] | None, skip: Tensor | None = None
-) -> list[str]:
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, kinds: Sequence[str] | None,
+    skip: Tensor | None = None, copies: int = 1,
+) -> list[str]:  # fmt: skip
     """The kinds of a stage's layers. Raises ValueError for lists of unequal length and unknown kinds."""
-    found = ["same"] * len(weights) if kinds is None else list(kinds)
-    if not weights or len(found) != len(weights) or (biases is not None and len(biases) != len(weights)):
+    if copies < 1 or len(x) % copies:
+        raise ValueError(f"copies is {copies} for x {list(x.shape)}; accepted: numbers that divide the batch")
+    found = ["same"] * (len(weights) // copies) if kinds is None else list(kinds)
+    if not weights or len(found) * copies != len(weights) or (biases is not None and len(biases) != len(weights)):
         given = f"{len(weights)} weights, {'no' if biases is None else len(biases)} biases, {len(found)} kinds"
         raise ValueError(f"a stage was given {given}; accepted: one or more weights, and as many biases and kinds")
     for number, kind in enumerate(found):

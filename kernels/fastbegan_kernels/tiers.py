@@ -7,6 +7,8 @@ around them; anything else names the tile of a fused kernel. Weights are packed 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,9 +35,31 @@ def forward(
         y = F.conv2d(x, weight, inside, 1 if kind == "same" else 2, weight.shape[2] // 2)
     if how == "algebraic":
         return _fused()[0].activation(y, bias, skip, activation=activation, alpha=alpha)
+    y = y.contiguous(memory_format=torch.channels_last)
     if skip is not None:
-        y = y + reference.expand_phase_table(skip, y.shape[2], y.shape[3])
-    return reference.activate(y, activation, alpha).contiguous(memory_format=torch.channels_last)
+        _add_phase_table(y, skip)
+    return _IN_PLACE[activation](y, alpha)
+
+
+# what a convolution has made is nobody else's, and its own backward does not read it
+_IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "elu": F.elu_,
+    "relu": lambda y, alpha: F.relu_(y),
+    "leaky_relu": F.leaky_relu_,
+    "none": lambda y, alpha: y,
+}
+
+
+def _add_phase_table(y: Tensor, table: Tensor) -> None:
+    """y [N, K, H, W] += the map whose cells `table` [N, 3, 3, S, S, K] describes, in one pass over y."""
+    size, (height, width) = table.shape[3], y.shape[2:]
+    first, inner, last = table.unsqueeze(5).unbind(2)  # [N, 3, S, S, 1, K]
+    inner = inner.expand(*inner.shape[:4], width // size - 2, -1)
+    rows = torch.cat((first, inner, last), 4).flatten(3, 4)  # [N, 3, S, W, K]
+    cells = y.permute(0, 2, 3, 1).unflatten(1, (size, height // size))  # [N, S, cell, W, K]
+    cells[:, :, 0] += rows[:, 0]
+    cells[:, :, 1:-1] += rows[:, 1, :, None]
+    cells[:, :, -1] += rows[:, 2]
 
 
 def activation_backward(
@@ -44,8 +68,16 @@ def activation_backward(
     """grad * act'(y), both [N, K, H, W], and its sum [K] in float32 (float64 for float64)."""
     if how != "plain":
         return _fused()[0].activation_backward(grad, y, activation=activation, alpha=alpha)
-    dz = (grad * reference.derivative(y, activation, alpha)).contiguous(memory_format=torch.channels_last)
-    return dz, dz.sum((0, 2, 3), dtype=torch.promote_types(dz.dtype, torch.float32))
+    dz = _DERIVATIVE[activation](grad, y, alpha).contiguous(memory_format=torch.channels_last)
+    return dz, bias_gradient(dz)
+
+
+_DERIVATIVE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "elu": lambda grad, y, alpha: torch.ops.aten.elu_backward(grad, alpha, 1.0, 1.0, True, y),
+    "relu": lambda grad, y, alpha: torch.ops.aten.threshold_backward(grad, y, 0),
+    "leaky_relu": lambda grad, y, alpha: torch.ops.aten.leaky_relu_backward(grad, y, alpha, True),
+    "none": lambda grad, y, alpha: grad,
+}
 
 
 def input_gradient(
@@ -68,6 +100,11 @@ def input_gradient(
     return activation_backward(dx, x, activation=activation, alpha=alpha, how=how)
 
 
+def bias_gradient(dz: Tensor) -> Tensor:
+    """The sum of dz [N, K, H, W] over all but its channels, in float32 (float64 for float64)."""
+    return dz.sum((0, 2, 3), dtype=torch.promote_types(dz.dtype, torch.float32))
+
+
 def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, *, kind: str) -> Tensor:
     """The gradient of a layer's packed weight, like it; always the library's."""
     dw = _library(dz, x, weight, kind, [False, True, False])[1]
@@ -78,17 +115,17 @@ def skip_gradient(dz: Tensor, size: int, *, how: str) -> Tensor:
     """Sums of dz [N, K, H, W] over what each entry of the phase table [N, 3, 3, size, size, K] was added to."""
     if how != "plain":
         return _fused()[0].skip_gradient(dz, size)
-    batch, channels, height, width = dz.shape
-    cells = dz.reshape(batch, channels, size, height // size, size, width // size)
-    rows = torch.stack((cells[:, :, :, 0], cells[:, :, :, 1:-1].sum(3), cells[:, :, :, -1]))  # [3, N, K, S, S, cell]
-    parts = torch.stack((rows[..., 0], rows[..., 1:-1].sum(-1), rows[..., -1]))  # [3 (w), 3 (h), N, K, S, S]
-    return parts.permute(2, 1, 0, 4, 5, 3)
+    cells = dz.permute(0, 2, 3, 1).unflatten(1, (size, -1))  # [N, S, cell, W, K]
+    rows = torch.stack((cells[:, :, 0], cells[:, :, 1:-1].sum(2), cells[:, :, -1]), 1)
+    rows = rows.unflatten(3, (size, -1))  # [N, 3, S, S, cell, K]
+    return torch.stack((rows[..., 0, :], rows[..., 1:-1, :].sum(4), rows[..., -1, :]), 2)
 
 
 def _library(dz: Tensor, x: Tensor, weight: Tensor, kind: str, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     if not dz.numel():  # oneDNN and cuDNN refuse empty gradients
         return torch.zeros_like(x), torch.zeros_like(weight), dz.new_empty(0)
-    stride, padding = (1, 1) if kind == "same" else (2, 2), [1, 1] if weight.shape[2] > 1 else [0, 0]
+    stride = [1, 1] if kind == "same" else [2, 2]
+    padding = [1, 1] if kind == "up" else [weight.shape[2] // 2] * 2
     return torch.ops.aten.convolution_backward(
         dz, x, weight, None, stride, padding, [1, 1], kind == "up", [0, 0], 1, mask
     )

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .conv_stage import layer
+from .conv_stage import conv_stage
 from .dispatch import asked_for
 
 
@@ -33,5 +33,6 @@ def upsample_conv2d_elu(
         )
     if carry is not None:
         reference.check_layer(x, weight, bias, kind="up", skip=skip, carry=carry)
-    y = layer(x, weight, bias, skip, kind="up", activation=activation, alpha=alpha, impl=impl)
+    biases = None if bias is None else [bias]
+    y = conv_stage(x, [weight], biases, kinds=["up"], skip=skip, activation=activation, alpha=alpha, impl=impl)
     return y if carry is None else reference.blend(F.interpolate(x, scale_factor=2.0, mode="nearest"), y, carry)
