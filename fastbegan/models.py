@@ -176,7 +176,8 @@ class Decoder(_Net):
         packed = packed or (self.pack(),)
         h0 = _linear(code.to(packed[0]["expand.weight"].dtype), packed, "expand")
         h0 = h0.unflatten(1, (8, 8, -1)).permute(0, 3, 1, 2)  # [N, n, 8, 8]
-        x, waiting = h0, dict[str, Conv2dELU]()
+        x = h0
+        waiting: dict[str, Conv2dELU] = {}
         for name, layer in _layers(self.levels).items():
             if name == "levels.1.0" and self.config.skips:
                 x, waiting = torch.cat((self._chain(x, packed, waiting), h0), 1), {}
