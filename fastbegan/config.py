@@ -108,6 +108,8 @@ class TrainConfig:
     """Halving stops here."""
     lr_window: int = 8000
     """Halve the learning rate when the mean of M over this many steps did not fall; 0 for never."""
+    passes: Literal["single-pass", "joint", "textbook"] = "single-pass"
+    """How often D runs: once for each image, once for both batches joined, or three times as the formulas stand."""
     updates: Literal["simultaneous", "alternating"] = "simultaneous"
     """Update D and G from the same parameters (paper), or D first and G through the updated D."""
     latents: Literal["shared", "independent"] = "shared"
@@ -122,6 +124,12 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device has it natively, else float32."""
+    compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
+    """torch.compile for the nets. auto: default, but off where a run is too short to gain from it."""
+    cuda_graph: Literal["auto", "off"] = "auto"
+    """auto: on a GPU a whole step is one CUDA graph."""
+    recompute: bool = False
+    """Compute the encoder's first level again going back instead of keeping it: less memory, more time."""
     deterministic: bool = False
     """Only operations whose results do not vary between runs."""
     log_every: int = 50
@@ -157,7 +165,7 @@ class TrainConfig:
 # may differ between a run and its continuation: they change how long, where and how often, not what is learned
 # `data` because the images' checksum says whether they are the same elsewhere, `lr` because a lower one cures NaN
 FREE_ON_RESUME = frozenset(
-    "images steps minutes data max_bad lr device log_every sample_every checkpoint_every keep tensorboard".split()
+    "images steps minutes data max_bad lr device passes compile cuda_graph recompute log_every sample_every checkpoint_every keep tensorboard".split()
 )
 
 

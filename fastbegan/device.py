@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import torch
 
+from fastbegan_kernels.dispatch import HAS_TRITON
+
 from .errors import UserError
 
 OLD_GPU_TORCH = "2.7.1"  # the last default wheel with CUDA 12.6 and code for sm_60
+_COMPILE_PAYS = 600.0  # seconds of a run that a cold compilation of 20 to 60 s is worth its while for
 _CPU_BF16 = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # cpuinfo's names, x86 and Arm
 
 
@@ -104,6 +108,25 @@ def _cpu_flags() -> list[str]:
     except OSError:
         return []
     return next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+
+
+def pick_compile(wanted: str, device: torch.device, seconds: float) -> tuple[str | None, str]:
+    """torch.compile's mode (None: off) and a few words on it, for a run of about `seconds`.
+
+    Raises UserError where compilation is asked for and cannot work.
+    """
+    if wanted == "off":
+        return None, "compile off"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    missing = None if shutil.which(compiler) else f"the compiler {compiler} is missing"
+    if device.type == "cuda" and not HAS_TRITON:
+        missing = "Triton is not installed"
+    if wanted != "auto" and missing:
+        raise UserError(f"compile is {wanted!r}, but {missing}; accepted here: auto, off")
+    if wanted == "auto" and (missing or seconds < _COMPILE_PAYS):
+        return None, f"compile off ({missing or 'a short run'})"
+    mode = "default" if wanted == "auto" else wanted
+    return mode, f"compile {mode}"
 
 
 def make_deterministic() -> None:

@@ -13,53 +13,73 @@ from torch.utils.flop_counter import FlopCounterMode
 from .checkpoint import damage, list_checkpoints
 from .config import PRESETS, ModelConfig, TrainConfig
 from .models import Discriminator, Generator, count_parameters
-from .objective import Objective
+from .objective import OBJECTIVES, SinglePass
 from .run import RunFolder
+
+# FLOP/s that a step can count on: measured with `fastbegan bench step` on two CPU cores, assumed for a GPU
+_CPU_RATE, _GPU_RATE = 8e10, 2e13
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one training step needs, counted without running it; bytes are those of float32."""
+    """What one training step needs, counted without running it."""
 
     parameters: int
     flops: int
+    kept: int
+    """Bytes of activations that one image's forward keeps for its backward."""
     memory: int
+    """Bytes in all, modelled: weights, gradients, Adam's two moments, the average, packed weights, activations."""
 
 
-def step_cost(model: ModelConfig, train: TrainConfig) -> StepCost:
-    """Count one simultaneous step on the meta device: no arithmetic is done and no memory is used.
+def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None = None) -> StepCost:
+    """Count one step with z_D = z_G on the meta device: no arithmetic is done and no memory is used.
 
-    `flops` counts a multiply-add as two, convolutions and matrix products only. `memory` is a model: weights,
-    gradients, Adam's two moments and the average, and all that the first backward keeps.
+    `dtype` is the compute type (None: float32). `flops` counts a multiply-add as two, convolutions and matrix products
+    only.
     """
     with torch.device("meta"):
         generator, discriminator = Generator(model), Discriminator(model)
-        objective = Objective(generator, discriminator, eta=train.eta)
+        discriminator.encoder.recompute = train.recompute
         real = torch.empty(train.batch_size, 3, model.size, model.size)
         z = torch.empty(train.batch_size, model.latent)
-        kept = _kept_by_backward(objective, z)
+        kept = _kept_by_backward(generator, discriminator, z, dtype) // train.batch_size
+        objective = OBJECTIVES[train.passes](generator, discriminator, eta=train.eta, dtype=dtype)
         with FlopCounterMode(display=False) as counter:
             objective.shared(real, z, torch.zeros(()))
+    parameters = count_parameters(generator, discriminator)
     # generator: weights, gradients, two moments, average; discriminator: all but the average
     weights = 4 * (5 * count_parameters(generator) + 4 * count_parameters(discriminator))
-    return StepCost(count_parameters(generator, discriminator), counter.get_total_flops(), weights + kept)
+    packed = 2 * (dtype or torch.float32).itemsize * parameters  # and their gradients
+    return StepCost(parameters, counter.get_total_flops(), kept, weights + packed + kept * train.batch_size)
 
 
-def _kept_by_backward(objective: Objective, z: torch.Tensor) -> int:
+def _kept_by_backward(
+    generator: Generator, discriminator: Discriminator, z: torch.Tensor, dtype: torch.dtype | None
+) -> int:
     """Bytes of activations that stay alive between forward and backward of L(G(z))."""
-    nets = (objective.generator, objective.discriminator)
-    weights = {parameter.untyped_storage()._cdata for net in nets for parameter in net.parameters()}
-    kept: dict[int, int] = {}
+    packed = [{name: part.detach().requires_grad_() for name, part in net.pack(dtype).items()} for net in (generator, discriminator)]
+    weights = {part.untyped_storage()._cdata for parts in packed for part in parts.values()}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        objective.loss(objective.generator(z))
-    return sum(kept.values())
+        discriminator(generator(z, packed[0]), packed[1])
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def run_seconds(model: ModelConfig, train: TrainConfig, device: torch.device) -> float:
+    """About how long a run takes, by its FLOPs."""
+    seconds = step_cost(model, train).flops / (_GPU_RATE if device.type == "cuda" else _CPU_RATE)
+    lengths = [60 * train.minutes] if train.minutes else []
+    lengths += [seconds * train.steps] if train.steps else []
+    lengths += [seconds * train.images / train.batch_size] if train.images else []
+    return min(lengths)
 
 
 def preset_table() -> list[tuple[str, ...]]:

@@ -55,6 +55,7 @@ class Objective:
     ) -> None:
         self.eta, self.dtype, self.loss_scale = eta, dtype, loss_scale
         self.generator, self.discriminator = generator, discriminator
+        self.compiled = compile_mode is not None
         self.generate, self.reconstruct = self._runners(compile_mode)
 
     def _runners(self, compile_mode: str | None) -> tuple[Any, Any]:
@@ -198,7 +199,7 @@ class SinglePass(Objective):
 
     def _pass(
         self, images: Tensor, weights: Sequence[Packed], leaves: Sequence[Tensor], *, to_images: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """D forward and backward: losses [N], and the gradients at `leaves` of the sum of each part's mean loss.
 
         The batch has a part for each of `weights`. With `to_images` gradients go on, through D and through its target,
@@ -213,8 +214,20 @@ class SinglePass(Objective):
             prediction.detach(), target, scale, eta=self.eta, to_target=to_images
         )
         if on_images is None:
-            return loss, torch.autograd.grad(prediction, leaves, on_prediction)
-        return loss, torch.autograd.grad([prediction, images], leaves, [on_prediction, on_images])
+            prediction.backward(on_prediction)
+        else:
+            torch.autograd.backward([prediction, images], [on_prediction, on_images])
+        return loss, _taken(leaves)
+
+
+def _taken(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients on `leaves`, taken off them."""
+    found = []
+    for leaf in leaves:
+        assert leaf.grad is not None
+        found.append(leaf.grad)
+        leaf.grad = None
+    return found
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -16,13 +16,15 @@ from fastbegan_kernels import tuning
 
 from .checkpoint import load_latest, save_checkpoint
 from .counter import Z_D, Z_G, latents
-from .data.loader import PackedLoader
+from .data.loader import PackedLoader, make_loader
 from .data.source import is_folder, load_images
-from .device import make_deterministic, pick_device, pick_precision
+from .device import make_deterministic, pick_compile, pick_device, pick_precision
 from .equilibrium import StallHalving
 from .errors import UserError
 from .files import make_folder, write_json
+from .graph import GraphedStep
 from .health import HealthMonitor
+from .info import run_seconds
 from .models import build, count_parameters
 from .plots import save_curves
 from .report import Report
@@ -84,6 +86,8 @@ class Training:
             make_deterministic()
         self.device, device_line = pick_device(train.device)
         precision, dtype = pick_precision(train.precision, self.device)
+        seconds = run_seconds(config.model, train, self.device) if train.compile == "auto" else 0.0
+        compile_mode, compile_line = pick_compile(train.compile, self.device, seconds)
         where = str(Path(train.data).resolve()) if is_folder(train.data) else train.data
         train = dataclasses.replace(train, precision=precision, data=where)  # what the run continues with elsewhere
         self.config = config = dataclasses.replace(config, train=train)
@@ -93,12 +97,13 @@ class Training:
             train.data, config.model.size, train.crop, report.preparing, minimum=train.batch_size, max_bad=train.max_bad
         )
         make_folder(out)
-        self.loader = PackedLoader(
+        self.loader, loader_line = make_loader(
             data.images, batch_size=train.batch_size, seed=train.seed, flip=train.flip, device=self.device
         )
         self.data_crc32 = data.crc32
         generator, discriminator = build(config.model, seed=train.seed, device=self.device)
-        self.step = TrainStep(generator, discriminator, train, dtype)
+        self.step = TrainStep(generator, discriminator, train, dtype, compile_mode)
+        self.advance = GraphedStep(self._work, self.device, enabled=train.cuda_graph == "auto")
         self.schedule = StallHalving(train.lr, train.lr_floor)
         self.health = HealthMonitor()
         self.done, self.images, self.seconds = 0, 0, 0.0  # totals over all sittings
@@ -116,7 +121,9 @@ class Training:
         size = f"{config.model.size} px, {parameters:,} parameters (D + G)"
         report.say(f"device     {device_line}; {precision}")
         report.say(f"networks   {config.preset}: {size}; {train.updates} updates, {train.latents} z")
-        report.say(f"data       {data.description}")
+        graph_line = "the whole step one CUDA graph" if self.advance.enabled else "no CUDA graph"
+        report.say(f"step       {self.step.describe()}; {compile_line}; {graph_line}")
+        report.say(f"data       {data.description}; {loader_line}")
         report.say(f"run        {out}" + (f", continued at step {self.done:,}" if self.done else ""))
 
     def run(self, stop: StopRequest) -> int:
@@ -127,7 +134,8 @@ class Training:
         stop.patient = True
         last = self.fraction() >= 1
         while not last:
-            self.step(self.loader.batch(self.images), *self._latents(), self.done + 1)
+            self.loader.prepare(self.images)
+            self.advance()
             self.done, self.images = self.done + 1, self.images + train.batch_size
             self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
             last = self.fraction() >= 1 or stop.signal is not None  # decided once: a signal may come at any line below
@@ -156,12 +164,14 @@ class Training:
         shares = ((self.images, train.images), (self.done, train.steps), (self.seconds / 60, train.minutes))
         return max(now / total for now, total in shares if total is not None)
 
-    def _latents(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _work(self) -> None:
+        """One step from its counter alone: the batch and the latents are those of the images seen so far."""
         train, width = self.config.train, self.config.model.latent
-        z_d = latents(train.seed, Z_D, self.images, train.batch_size, width, self.device)
-        if train.latents == "shared":
-            return z_d, z_d
-        return z_d, latents(train.seed, Z_G, self.images, train.batch_size, width, self.device)
+        position = self.step.number * train.batch_size
+        z_d = z_g = latents(train.seed, Z_D, position, train.batch_size, width, self.device)
+        if train.latents == "independent":
+            z_g = latents(train.seed, Z_G, position, train.batch_size, width, self.device)
+        self.step(self.loader.current(position), z_d, z_g)
 
     def _seconds_left(self) -> float:
         return max(0.0, self.seconds / max(self.fraction(), 1e-9) - self.seconds)

@@ -35,10 +35,10 @@ def test_overfits_sixteen_images() -> None:
     model = ModelConfig(size=32, filters=8)
     step = _step(replace(TRAIN, batch_size=16), model)
     real, z = _batch(16, 64)
-    step(real, z, z, 1)
+    step(real, z, z)
     first = step.equilibrium.read()["loss_real"]
     for number in range(2, 201):
-        step(real, z, z, number)
+        step(real, z, z)
         if number == 190:
             step.equilibrium.read()
     assert step.equilibrium.read()["loss_real"] < 0.5 * first
@@ -50,7 +50,7 @@ def test_every_mode_moves_everything(updates: str, latents: str) -> None:
     step = _step(replace(TRAIN, updates=updates, latents=latents))
     before = _weights(step)
     real, z = _batch()
-    step(real, z, z if latents == "shared" else -z, 1)
+    step(real, z, z if latents == "shared" else -z)
     assert all(not torch.equal(a, b) for a, b in zip(before, _weights(step), strict=True))
     assert step.equilibrium.k.item() != 0 and step.found_bad.item() == 0
 
@@ -59,7 +59,7 @@ def test_alternating_generator_sees_the_updated_discriminator() -> None:
     real, z = _batch()
     steps = {mode: _step(replace(TRAIN, updates=mode)) for mode in ("simultaneous", "alternating")}
     for step in steps.values():
-        step(real, z, z, 1)
+        step(real, z, z)
     both = list(steps.values())
     for name, value in both[0].discriminator.state_dict().items():  # the first update of D is the same
         torch.testing.assert_close(value, both[1].discriminator.state_dict()[name])
@@ -76,7 +76,7 @@ def test_alternating_generator_sees_the_updated_discriminator() -> None:
 def test_nan_stops_before_the_weights_change(where: str, updates: str) -> None:
     step = _step(replace(TRAIN, updates=updates))
     real, z = _batch()
-    step(real, z, z, 1)
+    step(real, z, z)
     if where == "image":
         real = real.clone()
         real[0, 0, 0, 0] = float("nan")
@@ -91,25 +91,25 @@ def test_nan_stops_before_the_weights_change(where: str, updates: str) -> None:
     if updates == "alternating" and where == "generator gradient":
         net = step.generator  # D's own update is sound and comes first
         before = [p.detach().clone() for p in net.parameters()]
-        step(real, z, z, 2)
+        step(real, z, z)
         after = [p.detach() for p in net.parameters()]
     else:
         before = _weights(step)
         moments = copy.deepcopy(step.optimizer_d.state_dict()["state"])
-        step(real, z, z, 2)
+        step(real, z, z)
         after = _weights(step)
         for number, state in step.optimizer_d.state_dict()["state"].items():
             assert all(torch.equal(state[name], moments[number][name]) for name in state)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert step.found_bad.item() == 1 and step.bad_step.item() == 2
-    step(*_batch(), z, 3)  # nothing moves afterwards either, and the first bad step is remembered
+    step(*_batch(), z)  # nothing moves afterwards either, and the first bad step is remembered
     assert step.bad_step.item() == 2
 
 
 def test_sound_steps_are_not_held_back_by_the_check() -> None:
     plain, checked = _step(), _step()
     real, z = _batch()
-    checked(real, z, z, 1)
+    checked(real, z, z)
     plain.objective.shared(real, z, plain.equilibrium.k)
     for net in (plain.discriminator, plain.generator):
         torch.optim.Adam(net.parameters(), lr=TRAIN.lr).step()
@@ -123,7 +123,8 @@ def test_average_follows_by_half_life() -> None:
     real, z = _batch()
     step.average.load_state_dict({name: torch.zeros_like(v) for name, v in step.average.state_dict().items()})
     images = 10_000  # long after the ramp
-    step(real, z, z, images // 4)
+    step.number.fill_(images // 4 - 1)
+    step(real, z, z)
     for average, weight in zip(step.average.parameters(), step.generator.parameters(), strict=True):
         torch.testing.assert_close(average, (1 - 0.5 ** (4 / 8)) * weight.detach())
 
@@ -131,7 +132,7 @@ def test_average_follows_by_half_life() -> None:
 def test_no_average_follows_at_once() -> None:
     step = _step(replace(TRAIN, ema_half_life=0.0))
     real, z = _batch()
-    step(real, z, z, 1)
+    step(real, z, z)
     for average, weight in zip(step.average.parameters(), step.generator.parameters(), strict=True):
         torch.testing.assert_close(average, weight.detach())
 
@@ -141,7 +142,7 @@ def test_learning_rate_takes_effect() -> None:
     step.set_lr(0.0)
     before = _weights(step)
     real, z = _batch()
-    step(real, z, z, 1)
+    step(real, z, z)
     assert all(torch.equal(a, b) for a, b in zip(before, _weights(step), strict=True))
 
 
@@ -150,7 +151,8 @@ def test_carry_fades() -> None:
     real, z = _batch()
     seen = []
     for number in (1, 6, 11, 20):
-        step(real, z, z, number)
+        step.number.fill_(number - 1)
+        step(real, z, z)
         assert step.generator.carry is not None and step.average.carry is not None
         assert step.generator.carry.item() == step.average.carry.item()
         seen.append(round(step.generator.carry.item(), 6))
@@ -163,7 +165,7 @@ def test_bf16_step_stays_near_float32() -> None:
     for dtype in (None, torch.bfloat16):
         step = _step(dtype=dtype)
         for number in range(1, 21):
-            step(real, z, z, number)
+            step(real, z, z)
         assert step.found_bad.item() == 0
         assert all(p.dtype == torch.float32 for p in step.parameters())
         rows.append(step.equilibrium.read())
@@ -177,11 +179,11 @@ def test_fp16_overflow_is_skipped_and_scaled_down() -> None:
     handle = next(step.generator.parameters()).register_hook(lambda gradient: gradient * float("inf"))
     before = [p.detach().clone() for p in step.generator.parameters()]
     real, z = _batch()
-    step(real, z, z, 1)
+    step(real, z, z)
     assert step.found_bad.item() == 0 and step.loss_scale.item() == scale / 2
     assert all(torch.equal(a, b) for a, b in zip(before, step.generator.parameters(), strict=True))
     handle.remove()
-    step(real, z, z, 2)
+    step(real, z, z)
     assert not torch.equal(before[0], next(step.generator.parameters()))
 
 
@@ -192,8 +194,8 @@ def test_fp16_that_overflows_at_every_scale_is_bad() -> None:
     next(step.discriminator.parameters()).register_hook(lambda gradient: gradient * float("nan"))
     real, z = _batch()
     before = _weights(step)
-    for number in range(1, 6):
-        step(real, z, z, number)
+    for _ in range(5):
+        step(real, z, z)
     assert step.found_bad.item() == 1 and step.bad_step.item() == 3
     assert all(torch.equal(a, b) for a, b in zip(before, _weights(step), strict=True))
 
@@ -204,7 +206,7 @@ def test_fp16_overflow_in_either_player_scales_down() -> None:
     step.loss_scale.fill_(8.0)
     next(step.discriminator.parameters()).register_hook(lambda gradient: gradient * float("inf"))
     real, z = _batch()
-    step(real, z, z, 1)
+    step(real, z, z)
     assert step.loss_scale.item() == 4 and step.equilibrium.k.item() == 0
 
 
@@ -212,10 +214,10 @@ def test_state_comes_back_bit_for_bit() -> None:
     real, z = _batch()
     first = _step()
     for number in (1, 2):
-        first(real, z, z, number)
+        first(real, z, z)
     second = _step(replace(TRAIN, lr=5e-4))
     second.load_training_state(copy.deepcopy(first.training_state()))
     for step in (first, second):
-        step(real, z, z, 3)
+        step(real, z, z)
     assert all(torch.equal(a, b) for a, b in zip(_weights(first), _weights(second), strict=True))
     assert torch.equal(first.equilibrium.k, second.equilibrium.k)

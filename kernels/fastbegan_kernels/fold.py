@@ -17,8 +17,6 @@ from . import tuning
 from .dispatch import op_impl
 
 KINDS = ("conv", "up", "skip")
-# the taps in each of the five sums a direction: above; own pixel from the first, an inner, the last row; below
-SKIP_SUMS = ((1, 0, 0), (0, 1, 1), (1, 1, 1), (1, 1, 0), (0, 0, 1))
 
 
 def fold(
@@ -70,9 +68,13 @@ def fold_upsample(weight: Tensor) -> Tensor:
 
 def fold_skip(weight: Tensor) -> Tensor:
     """3x3 weights [K, C, 3, 3] -> the 25 sums of taps [25 K, C, 1, 1] of a phase table."""
-    with torch.autocast(weight.device.type, enabled=False):
-        sums = torch.tensor(SKIP_SUMS, dtype=weight.dtype, device=weight.device)
-        return torch.einsum("ua,vb,kcab->uvkc", sums, sums, weight).flatten(0, 2)[:, :, None, None]
+    return _five_sums(_five_sums(weight, 2), 3).permute(2, 3, 0, 1).flatten(0, 2)[:, :, None, None]
+
+
+def _five_sums(weight: Tensor, dim: int) -> Tensor:
+    # above; own pixel from the first, an inner, the last row of its cell; below
+    first, middle, last = weight.unbind(dim)
+    return torch.stack((first, middle + last, first + middle + last, first + middle, last), dim)
 
 
 def _fold_taps(weight: Tensor, dim: int) -> Tensor:
@@ -93,8 +95,13 @@ def _unfold_taps(grad: Tensor, dim: int) -> Tensor:
 
 def _unfold_skip(grad: Tensor) -> Tensor:
     """The transpose of `fold_skip`."""
-    sums = torch.tensor(SKIP_SUMS, dtype=grad.dtype, device=grad.device)
-    return torch.einsum("ua,vb,uvkc->kcab", sums, sums, grad.flatten(1).unflatten(0, (5, 5, -1)))
+    sums = grad.flatten(1).unflatten(0, (5, 5, -1)).permute(2, 3, 0, 1)
+    return _unfold_sums(_unfold_sums(sums, 2), 3)
+
+
+def _unfold_sums(grad: Tensor, dim: int) -> Tensor:
+    a, b, c, d, e = grad.unbind(dim)
+    return torch.stack((a + c + d, b + c + d, b + c + e), dim)
 
 
 _PLAIN = {"conv": lambda weight: weight, "up": fold_upsample, "skip": fold_skip}

@@ -36,14 +36,22 @@ def forward(
     if how == "algebraic":
         return _fused()[0].activation(y, bias, skip, activation=activation, alpha=alpha)
     y = y.contiguous(memory_format=torch.channels_last)
-    if skip is not None:
+    if skip is not None and torch.compiler.is_compiling():  # a gather, which goes into the loop of the activation
+        y = y + reference.expand_phase_table(skip, y.shape[2], y.shape[3])
+    elif skip is not None:
         _add_phase_table(y, skip)
     return _IN_PLACE[activation](y, alpha)
 
 
+def _elu(y: Tensor, alpha: float) -> Tensor:
+    if torch.compiler.is_compiling():  # the C++ back end's exp costs half of its expm1, and is exact to 1 + y
+        return torch.where(y > 0, y, alpha * (torch.exp(y) - 1))
+    return F.elu_(y, alpha)
+
+
 # what a convolution has made is nobody else's, and its own backward does not read it
 _IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "elu": F.elu_,
+    "elu": _elu,
     "relu": lambda y, alpha: F.relu_(y),
     "leaky_relu": F.leaky_relu_,
     "none": lambda y, alpha: y,

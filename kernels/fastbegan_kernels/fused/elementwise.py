@@ -201,7 +201,7 @@ def _fold_kernel(table_ptr, owner_ptr, packed_ptr, gradient_ptr, BACKWARD: tl.co
         v = step % 3
         conv = ((k * size + a) * size + b) * C + c + 0 * step
         up = ((c * 4 + 3 - a - u) * 4 + 3 - b - v) * K + k
-        # tap 0 is in sums 0, 2, 3; tap 1 in 1, 2, 3; tap 2 in 1, 2, 4 (see fold.SKIP_SUMS)
+        # tap 0 is in sums 0, 2, 3; tap 1 in 1, 2, 3; tap 2 in 1, 2, 4 (see fold._five_sums)
         sum_h = tl.where(u == 1, 2, tl.where(u == 0, tl.where(a == 0, 0, 1), tl.where(a == 2, 4, 3)))
         sum_w = tl.where(v == 1, 2, tl.where(v == 0, tl.where(b == 0, 0, 1), tl.where(b == 2, 4, 3)))
         skip = ((sum_h * 5 + sum_w) * K + k) * C + c

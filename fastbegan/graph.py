@@ -1,0 +1,63 @@
+"""A step as one CUDA graph: the device does it without waiting for Python, in one launch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+_WARM_UP = 3  # steps that run as they are: kernels are chosen, torch.compile and cuDNN settle
+
+
+class GraphedStep:
+    """Calls `work`, first as it is, then as a graph replayed on the same stream and memory.
+
+    `work` must read what changes from tensors that stay where they are, and must not wait for the device. Every call is
+    one run of it: the warm-up's too. Where capture fails, a warning says why and `work` goes on as it is.
+    """
+
+    def __init__(self, work: Callable[[], None], device: torch.device, *, enabled: bool = True) -> None:
+        self.work, self.device = work, device
+        self.enabled = enabled and device.type == "cuda"
+        self._runs_left = _WARM_UP if self.enabled else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether calls replay a graph by now."""
+        return self._graph is not None
+
+    def __call__(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._runs_left is None:
+            self.work()
+        elif self._runs_left:
+            self._runs_left -= 1
+            self._beside(self.work)
+        else:
+            self._capture()
+            self()
+
+    def _beside(self, work: Callable[[], None]) -> None:
+        """Run on a stream of its own, as capture will: what settles there settles for it."""
+        here, stream = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            work()
+        here.wait_stream(stream)
+
+    def _capture(self) -> None:
+        self._runs_left = None
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.work()
+        except Exception as error:  # torch raises many types here; nothing of the step was run
+            torch.cuda.synchronize(self.device)
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"the step could not be captured as a CUDA graph, going on without: {reason}", stacklevel=4)
+            return
+        self._graph = graph
