@@ -165,7 +165,8 @@ class TrainConfig:
 # may differ between a run and its continuation: they change how long, where and how often, not what is learned
 # `data` because the images' checksum says whether they are the same elsewhere, `lr` because a lower one cures NaN
 FREE_ON_RESUME = frozenset(
-    "images steps minutes data max_bad lr device passes compile cuda_graph recompute log_every sample_every checkpoint_every keep tensorboard".split()
+    "images steps minutes data max_bad lr device passes compile cuda_graph recompute log_every sample_every "
+    "checkpoint_every keep tensorboard".split()
 )
 
 

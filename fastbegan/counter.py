@@ -54,6 +54,9 @@ def permutation(seed: int, stream: int, epoch: int, count: int) -> Tensor:
 def latents(
     seed: int, stream: int, position: int | Tensor, count: int, width: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """z of the images `position` (a number, or [] int64 on the device) to `position + count` of a run: uniform in [-1, 1), float32 [count, width]."""
+    """z of the images `position` to `position + count` of a run: uniform in [-1, 1), float32 [count, width].
+
+    `position` is a number, or [] int64 on the device.
+    """
     counters = torch.arange(count * width, dtype=torch.int64, device=device) + position * width
     return uniform(seed, stream, counters).mul_(2).sub_(1).view(count, width)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .checkpoint import damage, list_checkpoints
 from .config import PRESETS, ModelConfig, TrainConfig
 from .models import Discriminator, Generator, count_parameters
-from .objective import OBJECTIVES, SinglePass
+from .objective import OBJECTIVES
 from .run import RunFolder
 
 # FLOP/s that a step can count on: measured with `fastbegan bench step` on two CPU cores, assumed for a GPU
@@ -58,7 +58,10 @@ def _kept_by_backward(
     generator: Generator, discriminator: Discriminator, z: torch.Tensor, dtype: torch.dtype | None
 ) -> int:
     """Bytes of activations that stay alive between forward and backward of L(G(z))."""
-    packed = [{name: part.detach().requires_grad_() for name, part in net.pack(dtype).items()} for net in (generator, discriminator)]
+    packed = [
+        {name: part.detach().requires_grad_() for name, part in net.pack(dtype).items()}
+        for net in (generator, discriminator)
+    ]
     weights = {part.untyped_storage()._cdata for parts in packed for part in parts.values()}
     kept: dict[int, torch.UntypedStorage] = {}
 

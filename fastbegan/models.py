@@ -154,7 +154,11 @@ class Decoder(_Net):
     def parts(self) -> Iterator[Part]:
         n = self.config.filters
         # pixel by pixel instead of channel by channel: h0 comes out channels_last
-        yield "expand.weight", self.expand.weight.unflatten(0, (n, 64)).transpose(0, 1).flatten(0, 1)[..., None, None], "conv"
+        yield (
+            "expand.weight",
+            self.expand.weight.unflatten(0, (n, 64)).transpose(0, 1).flatten(0, 1)[..., None, None],
+            "conv",
+        )
         for name, layer in _layers(self.levels).items():
             if self._has_table(name):
                 yield f"{name}.weight", layer.weight[:, :n], "up"
@@ -261,8 +265,7 @@ def to_plain(net: Generator | Discriminator, *, share: bool = False) -> plain.Ge
     for path, value in values.items():
         owner, _, name = path.rpartition(".")
         module = made.get_submodule(owner)
-        value = value if share else copy.deepcopy(value)
-        (module._parameters if name in module._parameters else module._buffers)[name] = value
+        setattr(module, name, value if share else copy.deepcopy(value))
     return made
 
 

@@ -58,7 +58,7 @@ def _literal_decoder(net: Decoder, code: Tensor) -> Tensor:
     for index, level in enumerate(net.levels):
         if index:
             x = F.interpolate(x, scale_factor=2)
-            if net.skips:
+            if net.config.skips:
                 x = torch.cat((x, F.interpolate(h0, size=x.shape[2:])), 1)
         assert isinstance(level, nn.ModuleList)
         for conv in level:

@@ -164,7 +164,7 @@ def test_bf16_step_stays_near_float32() -> None:
     rows = []
     for dtype in (None, torch.bfloat16):
         step = _step(dtype=dtype)
-        for number in range(1, 21):
+        for _ in range(20):
             step(real, z, z)
         assert step.found_bad.item() == 0
         assert all(p.dtype == torch.float32 for p in step.parameters())
@@ -213,7 +213,7 @@ def test_fp16_overflow_in_either_player_scales_down() -> None:
 def test_state_comes_back_bit_for_bit() -> None:
     real, z = _batch()
     first = _step()
-    for number in (1, 2):
+    for _ in range(2):
         first(real, z, z)
     second = _step(replace(TRAIN, lr=5e-4))
     second.load_training_state(copy.deepcopy(first.training_state()))

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig, UserError
 from fastbegan.checkpoint import list_checkpoints, save_checkpoint
@@ -344,7 +345,11 @@ def test_independent_draws_are_other_draws(tmp_path: Path, latents: str) -> None
     with Report() as report:
         config = RunConfig("demo", SMALL, replace(SHORT, latents=latents))
         training = Training(config, tmp_path / "run", resume=True, report=report)
-    z_d, z_g = training._latents()
+    given: list[Tensor] = []
+    training.step.forward = lambda *tensors: given.extend(tensors)  # pyright: ignore[reportAttributeAccessIssue]
+    training.loader.prepare(0)
+    training.advance()
+    _, z_d, z_g = given
     assert torch.equal(z_d, z_g) == (latents == "shared")
     assert Z_D == 2  # part of the checkpoint format
 

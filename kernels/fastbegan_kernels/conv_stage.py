@@ -194,13 +194,13 @@ class _Plain(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         need_x, need_skip, *_ = needed = ctx.needs_input_grad
         needs = [need_x, need_skip, *needed[7:]]
+        kinds, activation, alpha, impl, copies = ctx.settings
         dx, d_skip, *rest = _gradients(
-            grads[0], x, saved[:own], saved[own:], ctx.skip_size, bool(ctx.bias_dtypes), *ctx.settings, needs
-        )
+            grads[0], x, saved[:own], saved[own:], ctx.skip_size, bool(ctx.bias_dtypes), kinds, activation, alpha, impl,
+            copies, needs,
+        )  # fmt: skip
         dtypes = [x.dtype] * ctx.count + ctx.bias_dtypes
-        rest = [
-            value.to(dtype) if keep else None for value, keep, dtype in zip(rest, needs[2:], dtypes, strict=True)
-        ]
+        rest = [value.to(dtype) if keep else None for value, keep, dtype in zip(rest, needs[2:], dtypes, strict=True)]
         return (dx if need_x else None, d_skip if need_skip else None, *[None] * 5, *rest)
 
 
