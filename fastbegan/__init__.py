@@ -2,11 +2,12 @@
 
 __version__ = "0.1.0"
 
+from . import plain
 from .config import PRESETS, ModelConfig, Preset, TrainConfig
 from .equilibrium import Equilibrium
 from .errors import UserError
 from .layers import Conv2dELU, UpsampleConv2dELU
-from .models import Decoder, Discriminator, Encoder, Generator
+from .models import Decoder, Discriminator, Encoder, Generator, to_plain
 from .step import TrainStep
 
 __all__ = [
@@ -23,4 +24,6 @@ __all__ = [
     "TrainStep",
     "UpsampleConv2dELU",
     "UserError",
+    "plain",
+    "to_plain",
 ]

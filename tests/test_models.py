@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbegan import PRESETS, Decoder, Discriminator, Encoder, Generator, ModelConfig, UserError
-from fastbegan.models import build, count_parameters
+from fastbegan import (
+    PRESETS,
+    Decoder,
+    Discriminator,
+    Encoder,
+    Generator,
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    plain,
+)
+from fastbegan.info import step_cost
+from fastbegan.models import build, count_parameters, to_plain
 
 
 @pytest.mark.parametrize(
@@ -51,14 +64,14 @@ def test_shapes(size: int, widths: tuple[int, ...] | None, repeats: int, skips: 
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def _literal_decoder(net: Decoder, code: Tensor) -> Tensor:
+def _literal_decoder(net: Decoder | plain.Decoder, skips: bool, code: Tensor) -> Tensor:
     """The paper's words: upsample, concatenate h0 upsampled to the new size, convolve."""
     h0 = F.linear(code, net.expand.weight, net.expand.bias).view(len(code), -1, 8, 8)
     x = h0
     for index, level in enumerate(net.levels):
         if index:
             x = F.interpolate(x, scale_factor=2)
-            if net.config.skips:
+            if skips:
                 x = torch.cat((x, F.interpolate(h0, size=x.shape[2:])), 1)
         assert isinstance(level, nn.ModuleList)
         for conv in level:
@@ -67,13 +80,106 @@ def _literal_decoder(net: Decoder, code: Tensor) -> Tensor:
     return F.conv2d(x, net.image.weight, net.image.bias, padding=1)
 
 
+@pytest.mark.parametrize("kind", [Decoder, plain.Decoder])
 @pytest.mark.parametrize("skips", [True, False])
-def test_decoder_equals_the_papers_words(skips: bool) -> None:
+def test_decoder_equals_the_papers_words(skips: bool, kind: type[Decoder | plain.Decoder]) -> None:
     config = ModelConfig(size=64, filters=3, hidden=6, skips=skips)
     torch.manual_seed(0)
-    net = Decoder(config).double()
+    net = kind(config).double()
     code = torch.randn(2, 6, dtype=torch.float64)
-    torch.testing.assert_close(net(code), _literal_decoder(net, code), rtol=0, atol=1e-12)
+    torch.testing.assert_close(net(code), _literal_decoder(net, skips, code), rtol=0, atol=1e-12)
+
+
+CONFIGS = [
+    ModelConfig(size=64, filters=3, hidden=6, latent=5),
+    ModelConfig(size=64, filters=3, hidden=6, latent=5, vanishing=True),
+    ModelConfig(size=32, filters=3, hidden=6, latent=5, skips=False, repeats=3, vanishing=True),
+    ModelConfig(size=32, filters=3, hidden=6, latent=5, repeats=1),
+    ModelConfig(size=8, filters=2, hidden=5, latent=3, widths=(2,)),
+]
+
+
+def _nets(config: ModelConfig) -> tuple[Generator, Discriminator]:
+    nets = build(config, seed=0)
+    for net in nets:
+        net.double()
+        for name, buffer in net.named_buffers():
+            assert name.endswith("carry")
+            buffer.fill_(0.3)
+    return nets
+
+
+def _values(output: Tensor, *nets: nn.Module) -> list[Tensor]:
+    return [output, *torch.autograd.grad(output.sin().sum(), [p for net in nets for p in net.parameters()])]
+
+
+def _check(got: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_both_nets_equal_the_plain_ones(config: ModelConfig) -> None:
+    generator, discriminator = _nets(config)
+    plain_g, plain_d = to_plain(generator), to_plain(discriminator)
+    z = torch.rand(4, config.latent, dtype=torch.float64)
+    expected = _values(plain_d(plain_g(z)), plain_g, plain_d)
+    _check(_values(discriminator(generator(z)), generator, discriminator), expected)
+    discriminator.encoder.recompute = True
+    _check(_values(discriminator(generator(z)), generator, discriminator), expected)
+
+
+def test_copies_of_the_weights_each_get_their_part() -> None:
+    config = CONFIGS[0]
+    discriminator = _nets(config)[1]
+    copies = [{n: w.detach().requires_grad_() for n, w in discriminator.pack().items()} for _ in range(2)]
+    images = torch.rand(4, 3, 64, 64, dtype=torch.float64)
+    discriminator(images, *copies).sin().sum().backward()
+    for part, packed in zip(images.chunk(2), copies, strict=True):
+        alone = {n: w.detach().requires_grad_() for n, w in packed.items()}
+        discriminator(part, alone).sin().sum().backward()
+        _check(
+            [w.grad for w in packed.values() if w.grad is not None],
+            [w.grad for w in alone.values() if w.grad is not None],
+        )
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_plain_modules_take_the_same_state(share: bool) -> None:
+    config = ModelConfig(size=32, filters=2, vanishing=True)
+    for net in build(config, seed=0):
+        made = to_plain(net, share=share)
+        assert list(made.state_dict()) == list(net.state_dict())
+        assert not any(type(module).__module__.startswith("fastbegan.layers") for module in made.modules())
+        same = [a is b for a, b in zip(made.parameters(), net.parameters(), strict=True)]
+        assert all(same) if share else not any(same)
+        net.load_state_dict(made.state_dict())
+        made.load_state_dict(net.state_dict())
+
+
+def test_recomputing_keeps_less() -> None:
+    train = TrainConfig(batch_size=2)
+    for size, filters in ((64, 128), (256, 128)):
+        model = ModelConfig(size=size, filters=filters)
+        kept = step_cost(model, train).kept
+        # every layer's output once, the images and a little more
+        outputs = 4 * _outputs(model)
+        assert outputs < kept < 1.1 * outputs
+        assert step_cost(model, replace(train, recompute=True)).kept < 0.9 * kept
+        assert step_cost(model, train, torch.bfloat16).kept == pytest.approx(kept / 2, rel=0.02)
+
+
+def _outputs(config: ModelConfig) -> int:
+    """Values that the layers of G and of D of one image give, D's image and the codes left out."""
+    n, side = config.filters, config.size
+    encoder, channels = n * side**2, n
+    for level, width in enumerate(config.level_channels):
+        encoder += channels * side**2
+        side = side if level == len(config.level_channels) - 1 else side // 2
+        encoder += width * side**2
+        channels = width
+    decoder = sum((2 + (size == 8)) * n * size**2 for size in (8 << i for i in range(len(config.level_channels))))
+    return encoder + 2 * decoder + 3 * config.size**2
 
 
 def test_encoder_halves_by_stride_two_on_all_but_the_last_level() -> None:

@@ -1,0 +1,87 @@
+"""When a step is captured and replayed; no GPU is needed to see in which order things happen."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastbegan.graph import GraphedStep
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """torch.cuda with streams that do nothing and graphs that remember what was captured."""
+    state = SimpleNamespace(capturing=False, replayed=0, fails=False)
+
+    class Stream:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def wait_stream(self, other: Stream) -> None:
+            pass
+
+    class Graph:
+        def replay(self) -> None:
+            state.replayed += 1
+
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        state.capturing = True
+        try:
+            yield
+        finally:
+            state.capturing = False
+        if state.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    for name, value in {
+        "Stream": Stream, "CUDAGraph": Graph, "graph": capture, "synchronize": lambda *_: None,
+        "current_stream": Stream, "stream": lambda _: contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return state
+
+
+def test_every_call_is_one_step(fake_cuda: SimpleNamespace) -> None:
+    ran: list[bool] = []
+    step = GraphedStep(lambda: ran.append(fake_cuda.capturing), CUDA)
+    for calls in range(1, 8):
+        step()
+        assert ran.count(False) + fake_cuda.replayed == calls
+    assert step.captured and ran == [False] * 3 + [True]  # it warms up, is captured once, and replayed from then on
+
+
+def test_what_cannot_be_captured_runs_as_it_is(fake_cuda: SimpleNamespace) -> None:
+    fake_cuda.fails = True
+    ran: list[bool] = []
+    step = GraphedStep(lambda: ran.append(fake_cuda.capturing), CUDA)
+    for _ in range(3):
+        step()
+    with pytest.warns(UserWarning, match="could not be captured as a CUDA graph.*not permitted when stream is captur"):
+        step()
+    step()
+    assert ran == [False] * 3 + [True] + [False] * 2 and not step.captured
+
+
+@pytest.mark.parametrize(("device", "enabled"), [(CUDA, False), (torch.device("cpu"), True)])
+def test_without_graphs(device: torch.device, enabled: bool) -> None:
+    ran: list[None] = []
+    step = GraphedStep(lambda: ran.append(None), device, enabled=enabled)
+    for _ in range(6):
+        step()
+    assert len(ran) == 6 and not step.captured and not step.enabled
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graphed_step_is_the_step() -> None:
+    weight = torch.ones((), device=CUDA)
+    step = GraphedStep(lambda: (weight.mul_(2), None)[1], CUDA)
+    for _ in range(7):
+        step()
+    assert step.captured and weight.item() == 2.0**7
