@@ -1,4 +1,4 @@
-"""The commands: `fastbegan train`, `sample`, `info`, `doctor`."""
+"""The commands: `fastbegan train`, `sample`, `info`, `doctor`, `bench`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tyro.conf import Positional, subcommand
 
 from fastbegan_kernels import dispatch
 
-from .config import PRESETS, ModelConfig, TrainConfig
+from .config import PRESETS, ModelConfig, Preset, TrainConfig
 from .errors import UserError
 from .run import RunConfig, RunFolder
 
@@ -110,10 +110,15 @@ class Doctor:
     """Height and width of their inputs."""
     batch_size: int = 16
     """Images at once."""
+    preset: str | None = None
+    """Instead of layers: what a step of this preset needs here, and the largest batch that fits."""
 
     def run(self) -> int:
-        from .doctor import doctor
+        from .doctor import doctor, doctor_preset
 
+        if self.preset is not None:
+            preset = _preset(self.preset)
+            return doctor_preset(preset.model, preset.train, device=self.device, precision=self.precision)
         return doctor(
             device=self.device,
             precision=self.precision,
@@ -121,6 +126,59 @@ class Doctor:
             size=self.size,
             batch_size=self.batch_size,
         )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time every way to do a training step on this machine, turn by turn in one run."""
+
+    what: Positional[Literal["step"]]
+    """What to measure."""
+    preset: str = "demo"
+    """Nets, batch and loss: demo, paper-32, paper-64, paper-128, paper-256."""
+    size: int | None = None
+    """Image size. Default: the preset's."""
+    filters: int | None = None
+    """n. Default: the preset's."""
+    batch_size: int | None = None
+    """Images a step. Default: the preset's."""
+    modes: str = "all"
+    """Of textbook, single-pass, joint, alternating, each also with +compile: some, with commas between. all: those,
+    and textbook+compile and single-pass+compile."""
+    precision: str = "auto"
+    """auto, float32, tf32, bf16, fp16; several with commas between."""
+    compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
+    """How modes with +compile are compiled; off leaves them out."""
+    rounds: int = 10
+    """Turns, of which the median counts."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    json: bool = False
+    """Print only JSON."""
+
+    def run(self) -> int:
+        from .benchmark import DEFAULT_MODES, bench_step
+
+        preset = _preset(self.preset)
+        given = {name: value for name in ("size", "filters") if (value := getattr(self, name)) is not None}
+        if given.get("size", preset.model.size) != preset.model.size:
+            given["widths"] = None
+        batch_size = preset.train.batch_size if self.batch_size is None else self.batch_size
+        return bench_step(
+            dataclasses.replace(preset.model, **given),
+            dataclasses.replace(preset.train, batch_size=batch_size, device=self.device),
+            modes=DEFAULT_MODES if self.modes == "all" else self.modes.split(","),
+            precisions=self.precision.split(","),
+            compile_mode=self.compile,
+            rounds=self.rounds,
+            as_json=self.json,
+        )
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise UserError(f"preset is {name!r}; accepted: {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def _new_run_folder(preset: str) -> Path:
@@ -142,8 +200,8 @@ def _train_defaults(arguments: list[str]) -> Train:
     scan.add_argument("--size")
     scan.add_argument("--widths", nargs="*")
     known = scan.parse_known_args(arguments)[0]
-    if known.preset is not None and known.preset not in PRESETS:
-        raise UserError(f"preset is {known.preset!r}; accepted: {', '.join(PRESETS)}")
+    if known.preset is not None:
+        _preset(known.preset)
     if known.out is not None and RunFolder(known.out).exists():
         stored = RunFolder(known.out).read_config()
         preset, model, train = stored.preset, stored.model, stored.train
@@ -174,11 +232,12 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             _check_environment()
-            command: Train | Sample | Info | Doctor = tyro.cli(
+            command: Train | Sample | Info | Doctor | Bench = tyro.cli(
                 Annotated[Train, subcommand("train", default=_train_defaults(arguments))]
                 | Annotated[Sample, subcommand("sample")]
                 | Annotated[Info, subcommand("info")]
-                | Annotated[Doctor, subcommand("doctor")],  # pyright: ignore[reportArgumentType]
+                | Annotated[Doctor, subcommand("doctor")]
+                | Annotated[Bench, subcommand("bench")],  # pyright: ignore[reportArgumentType]
                 prog="fastbegan",
                 description="BEGAN: train it, draw with it.",
                 args=arguments,

@@ -85,6 +85,8 @@ def pick_precision(wanted: str, device: torch.device) -> tuple[str, torch.dtype 
 
     Raises UserError where the device cannot do it.
     """
+    if wanted not in ("auto", "float32", "tf32", "bf16", "fp16"):
+        raise UserError(f"precision is {wanted!r}; accepted: auto, float32, tf32, bf16, fp16")
     if wanted == "auto":
         wanted = "bf16" if _has_native_bf16(device) else "float32"
     if wanted == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):

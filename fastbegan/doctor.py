@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -12,8 +13,11 @@ from rich.table import Table
 from fastbegan_kernels import dispatch, problems, tuning
 from fastbegan_kernels.problems import Layer, Pointwise
 
+from .capacity import capacity
+from .config import ModelConfig, TrainConfig
 from .device import pick_device, pick_precision
 from .errors import UserError
+from .info import step_cost
 
 Row = tuple[str, str, str]
 
@@ -42,6 +46,26 @@ def doctor(*, device: str, precision: str, filters: int, size: int, batch_size: 
     for row in _rows(where, name, filters, size, batch_size):
         table.add_row(*row)
     Console().print(table)
+    return 0
+
+
+def doctor_preset(model: ModelConfig, train: TrainConfig, *, device: str, precision: str) -> int:
+    """Print what a step of a preset does and needs here, and the largest batch that fits."""
+    where, line = pick_device(device)
+    used, dtype = pick_precision(precision, where)
+    cost = step_cost(model, train, dtype)
+    facts = [
+        ("device", line),
+        ("precision", used),
+        ("step", f"{cost.flops / 1e9:,.1f} GFLOPs at batch {train.batch_size}"),
+    ]
+    for name, recompute in (("memory", False), ("recompute", True)):
+        found = capacity(model, replace(train, recompute=recompute), where, dtype)
+        how = "ran" if found.tried else "worked out from free memory"
+        each, fixed = found.per_image / 2**20, found.fixed / 2**20
+        facts.append((name, f"{each:,.1f} MiB an image and {fixed:,.0f} MiB; largest batch {found.largest:,} ({how})"))
+    for name, value in facts:
+        print(f"{name:<12}{value}")
     return 0
 
 

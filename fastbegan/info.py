@@ -33,7 +33,7 @@ class StepCost:
 
 
 def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None = None) -> StepCost:
-    """Count one step with z_D = z_G on the meta device: no arithmetic is done and no memory is used.
+    """Count one step on the meta device: no arithmetic is done and no memory is used.
 
     `dtype` is the compute type (None: float32). `flops` counts a multiply-add as two, convolutions and matrix products
     only.
@@ -46,7 +46,11 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
         kept = _kept_by_backward(generator, discriminator, z, dtype) // train.batch_size
         objective = OBJECTIVES[train.passes](generator, discriminator, eta=train.eta, dtype=dtype)
         with FlopCounterMode(display=False) as counter:
-            objective.shared(real, z, torch.zeros(()))
+            if train.updates == "simultaneous" and train.latents == "shared":
+                objective.shared(real, z, torch.zeros(()))
+            else:
+                objective.for_discriminator(real, z, torch.zeros(()))
+                objective.for_generator(z)
     parameters = count_parameters(generator, discriminator)
     # generator: weights, gradients, two moments, average; discriminator: all but the average
     weights = 4 * (5 * count_parameters(generator) + 4 * count_parameters(discriminator))

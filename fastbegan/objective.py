@@ -131,6 +131,8 @@ class Textbook(Objective):
 class Leaves:
     """A net's packed weights as leaves of the step: graphs of passes end there, and their gradients go back once.
 
+    The net's parameters must have no `.grad`.
+
     A graph through the packing would not survive a second backward, and would unfold the gradients of each.
     """
 
@@ -149,11 +151,15 @@ class Leaves:
 
     def of_parameters(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the net's parameters, in their type and layout, from those of the leaves."""
-        found = torch.autograd.grad(list(self._made.values()), self._parameters, gradients, retain_graph=True)
-        return [
-            gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
-            for gradient, parameter in zip(found, self._parameters, strict=True)
-        ]
+        packed, of_packed = [], []
+        for made, gradient in zip(self._made.values(), gradients, strict=True):
+            if made.is_leaf and not made._backward_hooks and made.stride() == gradient.stride():
+                made.grad = gradient  # a parameter as it is: autograd would copy
+            else:
+                packed.append(made)
+                of_packed.append(gradient)
+        torch.autograd.backward(packed, of_packed, retain_graph=True)
+        return _taken(self._parameters)
 
     def give(self, gradients: Sequence[Tensor]) -> None:
         """Make `gradients`, as `of_parameters` returns them, the parameters'."""

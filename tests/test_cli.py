@@ -17,9 +17,10 @@ from fastbegan.cli import main
 from .conftest import environment
 
 TRAIN_OPTIONS = (
-    "batch-size carry-steps checkpoint-every crop data deterministic device ema-half-life eta filters flip gamma "
-    "hidden images keep lambda-k latent latents log-every lr lr-floor lr-window max-bad minutes out precision preset "
-    "repeats resume sample-every seed size skips steps tensorboard updates vanishing widths"
+    "batch-size carry-steps checkpoint-every compile crop cuda-graph data deterministic device ema-half-life eta "
+    "filters flip gamma hidden images keep lambda-k latent latents log-every lr lr-floor lr-window max-bad minutes out "
+    "passes precision preset recompute repeats resume sample-every seed size skips steps tensorboard updates vanishing "
+    "widths"
 )
 SAMPLE_OPTIONS = "columns count device gif interpolate out seed single"
 
@@ -37,7 +38,10 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
     assert _options(capsys, "train") == TRAIN_OPTIONS.split()
     assert _options(capsys, "sample") == SAMPLE_OPTIONS.split()
     assert _options(capsys, "info") == ["markdown"]
-    assert _options(capsys, "doctor") == "batch-size device filters precision size".split()
+    assert _options(capsys, "doctor") == "batch-size device filters precision preset size".split()
+    assert (
+        _options(capsys, "bench") == "batch-size compile device filters json modes precision preset rounds size".split()
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,235 @@
+"""`fastbegan bench step`: every way to do a training step, timed turn by turn in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from .config import ModelConfig, TrainConfig
+from .counter import Z_D, latents
+from .device import pick_compile, pick_device, pick_precision
+from .errors import UserError
+from .graph import GraphedStep
+from .info import step_cost
+from .models import build
+from .objective import OBJECTIVES
+from .step import TrainStep
+
+MODES = ("textbook", "single-pass", "joint", "alternating")
+COMPILED = "+compile"
+DEFAULT_MODES = ("textbook", f"textbook{COMPILED}", *MODES[1:], f"single-pass{COMPILED}")
+# how far gradients may be from the textbook's before a mode is not timed: rounding turns the sign of some errors
+_TOLERANCE = {"float32": 5e-3, "tf32": 2e-2, "bf16": 2e-1, "fp16": 2e-1}
+_GPU_STEPS = 5  # a turn's steps there, so that the queue never runs dry
+
+
+@dataclass
+class Row:
+    """One mode in one precision; ratios say how many times faster it is, None where the other was not measured."""
+
+    mode: str
+    precision: str
+    ms: float
+    images_per_second: float
+    flops: int
+    peak_bytes: int
+    """Of a GPU as measured, else modelled."""
+    ratio_eager: float | None = None
+    """To the eager textbook step in the same precision and its faster memory format."""
+    ratio_compile: float | None = None
+    """To torch.compile of the textbook step in the same precision."""
+    ratio_float32: float | None = None
+    """To the eager textbook step in float32."""
+
+
+@dataclass
+class _Candidate:
+    mode: str
+    precision: str
+    advance: Callable[[], None]
+    flops: int
+    memory: int
+    times: list[float] = dataclasses.field(default_factory=list)
+
+
+def bench_step(
+    model: ModelConfig,
+    train: TrainConfig,
+    *,
+    modes: Sequence[str],
+    precisions: Sequence[str],
+    compile_mode: str,
+    rounds: int,
+    as_json: bool,
+) -> int:
+    """Measure and print a table, or only JSON. Raises UserError for bad values."""
+    for mode in modes:
+        if mode.removesuffix(COMPILED) not in MODES:
+            raise UserError(f"mode is {mode!r}; accepted: {', '.join(MODES)}, each also with {COMPILED}")
+    if rounds < 1:
+        raise UserError(f"rounds is {rounds}; accepted: whole numbers from 1")
+    device, line = pick_device(train.device)
+    names = [pick_precision(name, device)[0] for name in precisions]
+    compiler = None
+    if any(mode.endswith(COMPILED) for mode in modes):
+        compiler, _ = pick_compile("default" if compile_mode == "auto" else compile_mode, device, 0.0)
+    if compiler is None:
+        modes = [mode for mode in modes if not mode.endswith(COMPILED)]
+    torch.backends.cudnn.benchmark = not train.deterministic
+    rows = measure(model, train, modes, names, device, compiler, rounds, say=None if as_json else print)
+    facts = {"device": line, **_facts(device), "model": dataclasses.asdict(model), "batch_size": train.batch_size}
+    if as_json:
+        print(json.dumps({**facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1))
+        return 0
+    table = Table("mode", "precision", "ms", "images/s", "GFLOP", "memory", "x eager", "x compile", title=_title(facts))
+    for row in rows:
+        ratios = (row.ratio_eager, row.ratio_compile)
+        table.add_row(
+            row.mode, row.precision, f"{row.ms:.1f}", f"{row.images_per_second:,.0f}", f"{row.flops / 1e9:,.1f}",
+            f"{row.peak_bytes / 2**20:,.0f} MiB", *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        )  # fmt: skip
+    Console().print(table)
+    return 0
+
+
+def _title(facts: dict[str, Any]) -> str:
+    model = facts["model"]
+    return f"one step, {model['size']} px, n = {model['filters']}, batch {facts['batch_size']}; {facts['device']}"
+
+
+def _facts(device: torch.device) -> dict[str, Any]:
+    found = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def measure(
+    model: ModelConfig, train: TrainConfig, modes: Sequence[str], precisions: Sequence[str], device: torch.device,
+    compiler: str | None, rounds: int, say: Callable[[str], object] | None = None,
+) -> list[Row]:  # fmt: skip
+    """A row for each mode and precision. Raises UserError where a mode's gradients are not the textbook's."""
+    candidates = []
+    for precision in precisions:
+        dtype = pick_precision(precision, device)[1]
+        _check(model, train, [mode.removesuffix(COMPILED) for mode in modes], precision, dtype, device)
+        for mode in modes:
+            if say:
+                say(f"preparing {mode} in {precision}")
+            candidates += _candidates(model, train, mode, precision, dtype, device, compiler)
+    for _ in range(rounds):
+        for candidate in candidates:
+            pick_precision(candidate.precision, device)
+            candidate.times.append(_turn(candidate.advance, device))
+    best: dict[tuple[str, str], Row] = {}
+    for candidate in candidates:
+        seconds = statistics.median(candidate.times)
+        row = Row(
+            candidate.mode, candidate.precision, 1e3 * seconds, train.batch_size / seconds, candidate.flops,
+            candidate.memory,
+        )  # fmt: skip
+        key = (row.mode, row.precision)
+        if key not in best or row.ms < best[key].ms:  # the eager textbook is there in both memory formats
+            best[key] = row
+    for (_, precision), row in best.items():
+        row.ratio_eager = _ratio(best.get(("textbook", precision)), row)
+        row.ratio_compile = _ratio(best.get((f"textbook{COMPILED}", precision)), row)
+        row.ratio_float32 = _ratio(best.get(("textbook", "float32")), row)
+    return list(best.values())
+
+
+def _ratio(other: Row | None, row: Row) -> float | None:
+    return None if other is None else other.ms / row.ms
+
+
+def _configured(train: TrainConfig, mode: str) -> TrainConfig:
+    if mode == "alternating":
+        return replace(train, passes="single-pass", updates="alternating", latents="shared")
+    return replace(train, passes=mode, updates="simultaneous", latents="shared")
+
+
+def _inputs(model: ModelConfig, train: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    count = train.batch_size
+    images = latents(train.seed, 0, 0, count * model.size, 3 * model.size, device)
+    images = images.view(count, 3, model.size, model.size).contiguous(memory_format=torch.channels_last)
+    return images, latents(train.seed, Z_D, 0, count, model.latent, device)
+
+
+def _check(
+    model: ModelConfig, train: TrainConfig, modes: Sequence[str], precision: str, dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Hold each way to get simultaneous gradients to the textbook's in the same precision."""
+    nets = build(model, seed=train.seed, device=device)
+    real, z = _inputs(model, train, device)
+    k = torch.full((), 0.1, device=device)
+
+    def gradients(mode: str) -> list[Tensor]:
+        for net in nets:
+            net.zero_grad(set_to_none=True)
+        OBJECTIVES[mode](*nets, eta=train.eta, dtype=dtype).shared(real, z, k)
+        return [p.grad for net in nets for p in net.parameters() if p.grad is not None]
+
+    expected = gradients("textbook")
+    for mode in sorted(set(modes) & set(OBJECTIVES)):
+        for got, want in zip(gradients(mode), expected, strict=True):
+            error = ((got - want).norm() / want.norm()).item()
+            if not error <= _TOLERANCE[precision]:
+                raise UserError(f"{mode} in {precision} has gradients {error:.2g} from the textbook's; not timed")
+
+
+def _candidates(
+    model: ModelConfig, train: TrainConfig, mode: str, precision: str, dtype: torch.dtype | None,
+    device: torch.device, compiler: str | None,
+) -> list[_Candidate]:  # fmt: skip
+    name = mode.removesuffix(COMPILED)
+    config = _configured(train, name)
+    cost = step_cost(model, config, dtype)
+    made = []
+    eager = mode == "textbook"
+    for layout in (torch.channels_last, torch.contiguous_format) if eager else (torch.channels_last,):
+        before = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        nets = build(model, seed=train.seed, device=device)
+        real, z = _inputs(model, train, device)
+        for net in nets:
+            net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        real = real.contiguous(memory_format=layout)
+        step = TrainStep(*nets, config, dtype, compiler if mode.endswith(COMPILED) else None)
+        # the compiled textbook gets the graph too, as max-autotune would make its own
+        advance = GraphedStep(lambda step=step, real=real, z=z: step(real, z, z), device, enabled=not eager)
+        for _ in range(5):
+            advance()
+        memory = cost.memory
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            memory = torch.cuda.max_memory_allocated(device) - before
+        made.append(_Candidate(mode, precision, advance, cost.flops, memory))
+    return made
+
+
+def _turn(advance: Callable[[], None], device: torch.device) -> float:
+    """Seconds a step."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        advance()
+        return time.perf_counter() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(_GPU_STEPS):
+        advance()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / _GPU_STEPS
