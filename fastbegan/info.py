@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import damage, list_checkpoints
 from .config import PRESETS, ModelConfig, TrainConfig
-from .models import Discriminator, Generator, count_parameters
-from .objective import OBJECTIVES
+from .models import Discriminator, Generator, count_parameters, to_plain
+from .objective import OBJECTIVES, Leaves
 from .run import RunFolder
 
 # FLOP/s that a step can count on: measured with `fastbegan bench step` on two CPU cores, assumed for a GPU
@@ -43,7 +44,7 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
         discriminator.encoder.recompute = train.recompute
         real = torch.empty(train.batch_size, 3, model.size, model.size)
         z = torch.empty(train.batch_size, model.latent)
-        kept = _kept_by_backward(generator, discriminator, z, dtype) // train.batch_size
+        kept = _kept_by_backward(generator, discriminator, z, train, dtype) // train.batch_size
         objective = OBJECTIVES[train.passes](generator, discriminator, eta=train.eta, dtype=dtype)
         with FlopCounterMode(display=False) as counter:
             if train.updates == "simultaneous" and train.latents == "shared":
@@ -59,25 +60,33 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
 
 
 def _kept_by_backward(
-    generator: Generator, discriminator: Discriminator, z: torch.Tensor, dtype: torch.dtype | None
+    generator: Generator, discriminator: Discriminator, z: torch.Tensor, train: TrainConfig, dtype: torch.dtype | None
 ) -> int:
     """Bytes of activations that stay alive between forward and backward of L(G(z))."""
-    packed = [
-        {name: part.detach().requires_grad_() for name, part in net.pack(dtype).items()}
-        for net in (generator, discriminator)
-    ]
-    weights = {part.untyped_storage()._cdata for parts in packed for part in parts.values()}
+    nets = (generator, discriminator)
+    if train.passes == "textbook":
+        runs = [to_plain(net, share=True).to(dtype or torch.float32) for net in nets]
+        weights = [parameter for net in runs for parameter in net.parameters()]
+    else:
+        leaves = [Leaves(net, dtype) for net in nets]
+        runs = [_with(net, own) for net, own in zip(nets, leaves, strict=True)]
+        weights = [weight for own in leaves for weight in own.weights.values()]
+    known = {weight.untyped_storage()._cdata for weight in weights}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
+        if storage._cdata not in known:
             kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        discriminator(generator(z, packed[0]), packed[1])
+        runs[1](runs[0](z.to(dtype or z.dtype)))
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _with(net: Generator | Discriminator, leaves: Leaves) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: net(x, leaves.weights)
 
 
 def run_seconds(model: ModelConfig, train: TrainConfig, device: torch.device) -> float:

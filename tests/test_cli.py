@@ -22,6 +22,7 @@ TRAIN_OPTIONS = (
     "passes precision preset recompute repeats resume sample-every seed size skips steps tensorboard updates vanishing "
     "widths"
 )
+BENCH_OPTIONS = "batch-size compile device filters json modes precision preset rounds size"
 SAMPLE_OPTIONS = "columns count device gif interpolate out seed single"
 
 
@@ -39,9 +40,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
     assert _options(capsys, "sample") == SAMPLE_OPTIONS.split()
     assert _options(capsys, "info") == ["markdown"]
     assert _options(capsys, "doctor") == "batch-size device filters precision preset size".split()
-    assert (
-        _options(capsys, "bench") == "batch-size compile device filters json modes precision preset rounds size".split()
-    )
+    assert _options(capsys, "bench") == BENCH_OPTIONS.split()
 
 
 @pytest.mark.parametrize(
