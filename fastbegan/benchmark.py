@@ -92,12 +92,15 @@ def bench_step(
     if as_json:
         print(json.dumps({**facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1))
         return 0
-    table = Table("mode", "precision", "ms", "images/s", "GFLOP", "memory", "x eager", "x compile", title=_title(facts))
+    table = Table(title=_title(facts))
+    table.add_column("mode", no_wrap=True, min_width=19)
+    for name in ("type", "ms", "img/s", "GFLOP", "MiB", "eager", "compile"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         ratios = (row.ratio_eager, row.ratio_compile)
         table.add_row(
             row.mode, row.precision, f"{row.ms:.1f}", f"{row.images_per_second:,.0f}", f"{row.flops / 1e9:,.1f}",
-            f"{row.peak_bytes / 2**20:,.0f} MiB", *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            f"{row.peak_bytes / 2**20:,.0f}", *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
         )  # fmt: skip
     Console().print(table)
     return 0
