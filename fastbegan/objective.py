@@ -190,11 +190,17 @@ class SinglePass(Objective):
         on_g.give(on_g.of_parameters(found))
         return loss.mean()
 
-    def _difference(self, real: Tensor, of_fake: Sequence[Tensor], on_d: Leaves, k: Tensor) -> Tensor:
+    def _difference(self, real: Tensor, of_fake: list[Tensor], on_d: Leaves, k: Tensor) -> Tensor:
         """Give D the gradient of L(x) minus k times that of L(G(z)), `of_fake`; returns L(x) [N]."""
         loss_real, of_real = self._pass(real, [on_d.weights], list(on_d.weights.values()))
-        on_d.give(_minus(on_d.of_parameters(of_real), k, on_d.of_parameters(of_fake)))
+        on_d.give(self._combined(on_d, of_real, k, of_fake))
         return loss_real
+
+    def _combined(self, on_d: Leaves, of_real: list[Tensor], k: Tensor, of_fake: list[Tensor]) -> list[Tensor]:
+        """Gradients of D's parameters from those of its leaves; half precision is left before it subtracts."""
+        if self.dtype is None:
+            return on_d.of_parameters(_minus(of_real, k, of_fake))
+        return _minus(on_d.of_parameters(of_real), k, on_d.of_parameters(of_fake))
 
     def _leaves(self) -> tuple[Leaves, Leaves]:
         return Leaves(self.generator, self.dtype), Leaves(self.discriminator, self.dtype)
@@ -269,8 +275,7 @@ class JointPass(SinglePass):
         wanted = [*leaves, *on_d.weights.values(), *second.values()]
         losses, found = self._pass(images, [on_d.weights, second], wanted, to_images=bool(leaves))
         middle = count + len(second)
-        of_real, of_fake = (on_d.of_parameters(part) for part in (found[count:middle], found[middle:]))
-        on_d.give(_minus(of_real, k, of_fake))
+        on_d.give(self._combined(on_d, found[count:middle], k, found[middle:]))
         loss_real, loss_fake = losses.chunk(2)
         return loss_real.mean(), loss_fake.mean(), found[:count]
 
