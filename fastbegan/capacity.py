@@ -46,10 +46,12 @@ def capacity(model: ModelConfig, train: TrainConfig, device: torch.device, dtype
 def _search(fits_batch: Callable[[int], bool], guess: int) -> int:
     """The largest batch that fits, to an eighth, near `guess`; 0 if not even one image does."""
     batch = max(1, guess)
+    if fits_batch(batch):
+        while fits_batch(larger := batch + max(1, batch // 8)):
+            batch = larger
+        return batch
     while batch and not fits_batch(batch):
         batch = batch * 7 // 8 if batch > 8 else batch - 1
-    while batch >= guess > 0 and fits_batch(larger := batch + max(1, batch // 8)):
-        batch = larger
     return batch
 
 

@@ -149,6 +149,15 @@ class Leaves:
         """The same values, that get no gradient."""
         return {name: weight.detach() for name, weight in self._made.items()}
 
+    def taken(self) -> list[Tensor]:
+        """The gradients on `weights`, taken off them."""
+        return _taken(list(self.weights.values()))
+
+    def receive(self, output: Tensor, gradient: Tensor | None) -> None:
+        """From the gradient at the net's output, give the parameters theirs."""
+        output.backward(gradient)
+        self.give(self.of_parameters(self.taken()))
+
     def of_parameters(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the net's parameters, in their type and layout, from those of the leaves."""
         packed, of_packed = [], []
@@ -172,28 +181,29 @@ class SinglePass(Objective):
 
     def shared(self, real: Tensor, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         on_g, on_d = self._leaves()
-        leaves = [*on_g.weights.values(), *on_d.weights.values()]
-        loss_fake, found = self._pass(self.generate(z, on_g.weights), [on_d.weights], leaves, to_images=True)
-        on_g.give(on_g.of_parameters(found[: len(on_g.weights)]))
-        loss_real = self._difference(real, found[len(on_g.weights) :], on_d, k)
+        fake = self.generate(z, on_g.weights)
+        loss_fake, on_fake = self._pass(fake, [on_d.weights], to_images=True)
+        of_fake = on_d.taken()
+        on_g.receive(fake, on_fake)
+        loss_real = self._difference(real, of_fake, on_d, k)
         return loss_real.mean(), loss_fake.mean()
 
     def for_discriminator(self, real: Tensor, z: Tensor, k: Tensor) -> Tensor:
         fake, on_d = self._draw(z), Leaves(self.discriminator, self.dtype)
-        _, found = self._pass(fake, [on_d.weights], list(on_d.weights.values()))
-        return self._difference(real, found, on_d, k).mean()
+        self._pass(fake, [on_d.weights])
+        return self._difference(real, on_d.taken(), on_d, k).mean()
 
     def for_generator(self, z: Tensor) -> Tensor:
         on_g, on_d = self._leaves()
         fake = self.generate(z, on_g.weights)
-        loss, found = self._pass(fake, [on_d.constant()], list(on_g.weights.values()), to_images=True)
-        on_g.give(on_g.of_parameters(found))
+        loss, on_fake = self._pass(fake, [on_d.constant()], to_images=True)
+        on_g.receive(fake, on_fake)
         return loss.mean()
 
     def _difference(self, real: Tensor, of_fake: list[Tensor], on_d: Leaves, k: Tensor) -> Tensor:
         """Give D the gradient of L(x) minus k times that of L(G(z)), `of_fake`; returns L(x) [N]."""
-        loss_real, of_real = self._pass(real, [on_d.weights], list(on_d.weights.values()))
-        on_d.give(self._combined(on_d, of_real, k, of_fake))
+        loss_real, _ = self._pass(real, [on_d.weights])
+        on_d.give(self._combined(on_d, on_d.taken(), k, of_fake))
         return loss_real
 
     def _combined(self, on_d: Leaves, of_real: list[Tensor], k: Tensor, of_fake: list[Tensor]) -> list[Tensor]:
@@ -210,13 +220,13 @@ class SinglePass(Objective):
             return self.generate(z, self.generator.pack(self.dtype))
 
     def _pass(
-        self, images: Tensor, weights: Sequence[Packed], leaves: Sequence[Tensor], *, to_images: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """D forward and backward: losses [N], and the gradients at `leaves` of the sum of each part's mean loss.
+        self, images: Tensor, weights: Sequence[Packed], *, to_images: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """D forward and backward: losses [N], and with `to_images` their gradient at the images, on both ways.
 
-        The batch has a part for each of `weights`. With `to_images` gradients go on, through D and through its target,
-        to what made the images.
+        The batch has a part for each of `weights`, which gather the gradients of that part's mean loss.
         """
+        images = images.detach().requires_grad_(to_images)
         prediction = self.reconstruct(images, *weights)
         target = images.detach().to(prediction.dtype)
         scale = torch.full((), len(weights) / len(images), dtype=_wide(target.dtype), device=target.device)
@@ -225,11 +235,11 @@ class SinglePass(Objective):
         loss, on_prediction, on_images = l1_reconstruction_loss_with_gradients(
             prediction.detach(), target, scale, eta=self.eta, to_target=to_images
         )
+        prediction.backward(on_prediction)
         if on_images is None:
-            prediction.backward(on_prediction)
-        else:
-            torch.autograd.backward([prediction, images], [on_prediction, on_images])
-        return loss, _taken(leaves)
+            return loss, None
+        assert images.grad is not None
+        return loss, images.grad.add_(on_images)
 
 
 def _taken(leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -259,25 +269,24 @@ class JointPass(SinglePass):
     def shared(self, real: Tensor, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         on_g, on_d = self._leaves()
         fake = self.generate(z, on_g.weights)
-        loss_real, loss_fake, found = self._both(real, fake, on_d, k, list(on_g.weights.values()))
-        on_g.give(on_g.of_parameters(found))
+        loss_real, loss_fake, on_images = self._both(real, fake, on_d, k, to_images=True)
+        assert on_images is not None
+        on_g.receive(fake, on_images.chunk(2)[1])
         return loss_real, loss_fake
 
     def for_discriminator(self, real: Tensor, z: Tensor, k: Tensor) -> Tensor:
-        return self._both(real, self._draw(z), Leaves(self.discriminator, self.dtype), k, [])[0]
+        return self._both(real, self._draw(z), Leaves(self.discriminator, self.dtype), k)[0]
 
     def _both(
-        self, real: Tensor, fake: Tensor, on_d: Leaves, k: Tensor, leaves: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Give D its gradient; returns L(x), L(G(z)) and the gradients at `leaves`, which made the fake images."""
-        second, count = on_d.another(), len(leaves)
-        images = torch.cat((real.to(fake.dtype), fake)).contiguous(memory_format=torch.channels_last)
-        wanted = [*leaves, *on_d.weights.values(), *second.values()]
-        losses, found = self._pass(images, [on_d.weights, second], wanted, to_images=bool(leaves))
-        middle = count + len(second)
-        on_d.give(self._combined(on_d, found[count:middle], k, found[middle:]))
+        self, real: Tensor, fake: Tensor, on_d: Leaves, k: Tensor, *, to_images: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Give D its gradient; returns L(x), L(G(z)) and with `to_images` the gradient at both batches."""
+        second = on_d.another()
+        images = torch.cat((real.to(fake.dtype), fake.detach())).contiguous(memory_format=torch.channels_last)
+        losses, on_images = self._pass(images, [on_d.weights, second], to_images=to_images)
+        on_d.give(self._combined(on_d, on_d.taken(), k, _taken(list(second.values()))))
         loss_real, loss_fake = losses.chunk(2)
-        return loss_real.mean(), loss_fake.mean(), found[:count]
+        return loss_real.mean(), loss_fake.mean(), on_images
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"textbook": Textbook, "single-pass": SinglePass, "joint": JointPass}
