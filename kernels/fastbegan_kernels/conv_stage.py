@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference, tiers, tuning
 from .dispatch import allows_tf32, asked_for, autocast, op_impl
@@ -30,7 +31,8 @@ def conv_stage(
 
     On a GPU all layers are one operation. Going back, a layer's input gradient, the derivative of the activation before
     it and that layer's bias gradient are one kernel; only each layer's output is kept. Weights of kind "up" may come
-    folded (`fold`), [C, K, 4, 4]. Of several `copies` the first one's values serve the whole batch.
+    folded (`fold`), [C, K, 4, 4]. Of several `copies` the first one's values serve the whole batch. Differentiable once
+    (`impl="reference"`: as often as you like).
     """
     kinds = reference.check_stage(x, weights, biases, kinds, skip, copies)
     reference.check_activation(activation, alpha)
@@ -189,6 +191,7 @@ class _Plain(torch.autograd.Function):
         return outputs[-1]
 
     @staticmethod
+    @once_differentiable  # the inner outputs are saved without their graph
     def backward(ctx, *grads: Tensor) -> tuple:
         own = ctx.count // ctx.settings[4]
         x, *saved = ctx.saved_tensors

@@ -1,0 +1,113 @@
+"""Stages in plain operations, exact in float64, and copies of the weights in every tier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbegan_kernels import conv_stage, reference
+from tests.kernels.oracle import DEVICE, check, random_tensor
+
+STAGES = [
+    (["same", "same"], 0),
+    (["down", "same"], 0),
+    (["up"], 8),
+    (["same", "up"], 4),
+    (["up", "same", "up"], 2),
+    (["same", "up"], 0),
+]
+
+
+def _inputs(kinds: Sequence[str], skip: int, dtype: torch.dtype, window: int = 3, batch: int = 4) -> list[Tensor]:
+    """x, weights, biases and, with `skip`, a table of that many cells."""
+    widths = [5 + 2 * number for number in range(len(kinds) + 1)]
+    x = random_tensor(batch, 5, 8, 8, seed=1, dtype=dtype)
+    weights = [random_tensor(b, a, window, window, seed=a, dtype=dtype, scale=0.2) for a, b in pairwise(widths)]
+    biases = [random_tensor(b, seed=40 + b, dtype=dtype) for b in widths[1:]]
+    table = [random_tensor(batch, 3, 3, skip, skip, widths[-1], seed=4, dtype=dtype)] if skip else []
+    return [x, *weights, *biases, *table]
+
+
+def _stage(op: Callable[..., Tensor], kinds: Sequence[str], **options: object) -> Callable[..., Tensor]:
+    count = len(kinds) * int(str(options.get("copies", 1)))
+
+    def run(x: Tensor, *rest: Tensor) -> Tensor:
+        weights, biases, table = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        return op(x, weights, biases, kinds=kinds, skip=table[0] if table else None, **options)
+
+    return run
+
+
+def _values(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    output = function(*leaves)
+    return [output, *torch.autograd.grad(output.sin().sum(), leaves)]
+
+
+def _check_exactly(got: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["elu", "relu", "leaky_relu", "silu", "none"])
+@pytest.mark.parametrize(("kinds", "skip"), STAGES)
+def test_plain_operations(kinds: list[str], skip: int, activation: str) -> None:
+    inputs = _inputs(kinds, skip, torch.float64)
+    options = {"activation": activation, "alpha": 0.3}
+    got = _values(_stage(conv_stage, kinds, **options), inputs)
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    _check_exactly(got, _values(_stage(reference.conv_stage, kinds, **options), inputs))
+
+
+@pytest.mark.parametrize("window", [1, 5, 7])
+def test_plain_operations_take_every_odd_kernel(window: int) -> None:
+    kinds = ["same", "down"]
+    inputs = _inputs(kinds, 0, torch.float64, window)
+    _check_exactly(
+        _values(_stage(conv_stage, kinds), inputs), _values(_stage(reference.conv_stage, kinds), inputs)
+    )  # fmt: skip
+
+
+def test_a_second_derivative_is_refused_but_for_the_reference() -> None:
+    inputs = [value.requires_grad_() for value in _inputs(["same", "up"], 4, torch.float64, batch=1)]
+    (grad,) = torch.autograd.grad(_stage(conv_stage, ["same", "up"])(*inputs).sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    own = _stage(conv_stage, ["same", "up"], impl="reference")
+    assert torch.autograd.gradgradcheck(own, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("activation", ["elu", "silu"])
+@pytest.mark.parametrize(("kinds", "skip"), STAGES)
+def test_each_copy_gets_the_gradients_of_its_part(kinds: list[str], skip: int, activation: str) -> None:
+    x, *rest = _inputs(kinds, skip, torch.float64)
+    parts = len(kinds)
+    inputs = [x, *rest[:parts] * 2, *rest[parts : 2 * parts] * 2, *rest[2 * parts :]]
+    got = _values(_stage(conv_stage, kinds, copies=2, activation=activation), inputs)
+    expected = _values(_stage(reference.conv_stage, kinds, copies=2, activation=activation), inputs)
+    _check_exactly(got, expected)
+    assert not torch.allclose(got[2], got[2 + parts])  # the two copies of the first weight
+
+
+@pytest.mark.parametrize("impl", ["fused", "algebraic"])
+@pytest.mark.parametrize(("kinds", "skip"), STAGES[2:4])
+def test_copies_in_the_tiers(kinds: list[str], skip: int, impl: str) -> None:
+    pytest.importorskip("triton")
+    x, *rest = _inputs(kinds, skip, torch.float32)
+    parts = len(kinds)
+    inputs = [x, *rest[:parts] * 2, *rest[parts : 2 * parts] * 2, *rest[2 * parts :]]
+    options = {"copies": 2}
+    check(_stage(conv_stage, kinds, impl=impl, **options), _stage(reference.conv_stage, kinds, **options), inputs)
+
+
+def test_copies_that_do_not_fit_are_named() -> None:
+    x = torch.zeros(3, 2, 4, 4, device=DEVICE)
+    weight = torch.zeros(2, 2, 3, 3, device=DEVICE)
+    with pytest.raises(ValueError, match=r"copies is 2 for x \[3, 2, 4, 4\]; accepted: numbers that divide the batch"):
+        conv_stage(x, [weight] * 2, copies=2)
+    with pytest.raises(ValueError, match="1 weights, no biases, 1 kinds"):
+        conv_stage(x[:2], [weight], kinds=["same"], copies=2)
