@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference, tiers, tuning
 from .dispatch import allows_tf32, asked_for, autocast, op_impl
@@ -191,8 +190,8 @@ class _Plain(torch.autograd.Function):
         return outputs[-1]
 
     @staticmethod
-    @once_differentiable  # the inner outputs are saved without their graph
     def backward(ctx, *grads: Tensor) -> tuple:
+        _refuse_create_graph()
         own = ctx.count // ctx.settings[4]
         x, *saved = ctx.saved_tensors
         need_x, need_skip, *_ = needed = ctx.needs_input_grad
@@ -274,7 +273,14 @@ def _setup(ctx, inputs: tuple, output: list[Tensor]) -> None:
     ctx.skip = (0, x.dtype) if skip is None else (skip.shape[3], skip.dtype)
 
 
+def _refuse_create_graph() -> None:
+    # the inner outputs are saved without their graph: a second derivative would be wrong without a word
+    if torch.is_grad_enabled():
+        raise RuntimeError("conv_stage can be differentiated once; for create_graph=True give impl='reference'")
+
+
 def _backward(ctx, grads: list[Tensor | None]) -> tuple:
+    _refuse_create_graph()
     x, *saved = ctx.saved_tensors
     weights, outputs = saved[: ctx.own], saved[ctx.own :]
     need_x, need_w, need_b, need_skip = ctx.needs_input_grad[:4]

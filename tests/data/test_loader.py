@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from fastbegan.data.loader import PackedLoader
+from fastbegan.data.loader import PackedLoader, ResidentLoader, make_loader
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
 
@@ -53,3 +54,29 @@ def test_pixels_and_flips() -> None:
 def test_a_batch_may_be_larger_than_the_set() -> None:
     ids = _loader(25).ids(0)
     assert sorted(ids[:20].tolist()) == sorted([*range(10), *range(10)])
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_resident_images_come_in_the_same_order(flip: bool) -> None:
+    options = {"batch_size": 4, "seed": 3, "flip": flip}
+    packed, resident = PackedLoader(IMAGES, **options), ResidentLoader(IMAGES, **options)
+    where = []
+    for position in (*range(0, 44, 4), 8, 100, 0):  # over the ends of epochs, and back as a resumed run does
+        for loader in (packed, resident):
+            loader.prepare(position)
+        start = torch.tensor(position)
+        assert torch.equal(resident.current(start), packed.batch(position))
+        assert torch.equal(packed.current(start), packed.batch(position))
+        where.append(packed.current(start).data_ptr())
+    assert len(set(where)) == 1  # a CUDA graph reads it there
+
+
+def test_resident_only_on_a_gpu_with_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"batch_size": 4, "seed": 0, "flip": True}
+    loader, line = make_loader(IMAGES, **options, device=torch.device("cpu"))
+    assert type(loader) is PackedLoader and line == "from the packed file"
+    with pytest.raises(ValueError, match="batch_size is 11; accepted: up to the 10 images there are"):
+        ResidentLoader(IMAGES, batch_size=11, seed=0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (IMAGES.nbytes, 10 * IMAGES.nbytes))
+    loader, line = make_loader(IMAGES, **options, device=torch.device("cuda", 0))
+    assert type(loader) is PackedLoader and line.startswith("copied batch by batch")
