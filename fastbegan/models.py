@@ -25,7 +25,7 @@ from .layers import Conv2dELU, UpsampleConv2dELU
 Packed = dict[str, Tensor]
 """A net's weights as its layers take them, by the names of its parameters, and `levels.N.skip` of skip tables."""
 Part = tuple[str, Tensor, str]
-"""Name, weight [K, C, k, k] and the kind that `fold` packs it as."""
+"""Name, weight [K, C, k, k] and the kind that `fold` packs it as, or "cast" for what is only cast."""
 
 
 class _Net(nn.Module):
@@ -51,8 +51,14 @@ class _Net(nn.Module):
 
     def pack(self, dtype: torch.dtype | None = None) -> Packed:
         """The weights in `dtype` (None: their own), with a graph back to them; biases in their own type."""
-        names, weights, kinds = zip(*self.parts(), strict=True)
-        return dict(zip(names, fold(weights, kinds, dtype=dtype), strict=True)) | dict(self.biases())
+        parts = list(self.parts())
+        names, weights, kinds = zip(*(part for part in parts if part[2] != "cast"), strict=True)
+        # folded where they are: at other addresses in every step they could not be part of a CUDA graph
+        packed = dict(zip(names, fold(weights, kinds, dtype=dtype), strict=True))
+        for name, weight, kind in parts:
+            if kind == "cast":
+                packed[name] = weight.to(dtype=dtype or weight.dtype, memory_format=torch.channels_last)
+        return packed | dict(self.biases())
 
     def _chain(
         self, x: Tensor, packed: Sequence[Packed], layers: dict[str, Conv2dELU], skip: Tensor | None = None,
@@ -114,7 +120,7 @@ class Encoder(_Net):
     def parts(self) -> Iterator[Part]:
         for name, layer in {"stem": self.stem, **_layers(self.levels)}.items():
             yield f"{name}.weight", layer.weight, "conv"
-        yield "code.weight", self.code.weight.unflatten(1, (-1, 8, 8)), "conv"  # then channels_last needs no transpose
+        yield "code.weight", self.code.weight.unflatten(1, (-1, 8, 8)), "cast"  # then channels_last needs no transpose
 
     def forward(self, images: Tensor, *packed: Packed) -> Tensor:
         """With several packed copies the batch is as many parts; each part's gradients go to its own copy."""
@@ -154,11 +160,8 @@ class Decoder(_Net):
     def parts(self) -> Iterator[Part]:
         n = self.config.filters
         # pixel by pixel instead of channel by channel: h0 comes out channels_last
-        yield (
-            "expand.weight",
-            self.expand.weight.unflatten(0, (n, 64)).transpose(0, 1).flatten(0, 1)[..., None, None],
-            "conv",
-        )
+        expand = self.expand.weight.unflatten(0, (n, 64)).transpose(0, 1).flatten(0, 1)
+        yield "expand.weight", expand[..., None, None], "cast"
         for name, layer in _layers(self.levels).items():
             if self._has_table(name):
                 yield f"{name}.weight", layer.weight[:, :n], "up"

@@ -129,6 +129,29 @@ def test_both_nets_equal_the_plain_ones(config: ModelConfig) -> None:
     _check(_values(discriminator(generator(z)), generator, discriminator), expected)
 
 
+def test_weights_are_packed_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied first lies elsewhere in every step, where a CUDA graph would not find it."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("looks at addresses on a CPU")
+    from fastbegan_kernels.fused import packing
+
+    read: list[int] = []
+    layers = packing._fold_layers
+
+    def watched(weights: list[Tensor], kinds: list[str], backward: bool) -> object:
+        read.extend(weight.data_ptr() for weight in weights)
+        return layers(weights, kinds, backward)
+
+    monkeypatch.setattr(packing, "_fold_layers", watched)
+    monkeypatch.setenv("FASTBEGAN_IMPL", "fused")
+    for net in build(ModelConfig(size=64, filters=4, hidden=6, latent=5), seed=0):
+        read.clear()
+        net.pack(torch.bfloat16)
+        own = [(p.data_ptr(), p.data_ptr() + p.nbytes) for p in net.parameters()]
+        assert read and all(any(begin <= address < end for begin, end in own) for address in read)
+
+
 def test_copies_of_the_weights_each_get_their_part() -> None:
     config = CONFIGS[0]
     discriminator = _nets(config)[1]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbegan import Discriminator, Generator, ModelConfig
+from fastbegan.models import build
 from fastbegan.objective import OBJECTIVES, Objective
 
 K = torch.tensor(0.37)
@@ -101,3 +102,48 @@ def test_loss_scale_scales_both(objective: type[Objective]) -> None:
     objective(generator, discriminator, loss_scale=scale).shared(real, z, K)
     _check(_gradients(discriminator), [1024 * g for g in on_d])
     _check(_gradients(generator), [1024 * g for g in on_g])
+
+
+@pytest.mark.parametrize("eta", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("passes", ["single-pass", "joint"])
+def test_rounding_is_at_most_twice_the_textbooks(passes: str, dtype: torch.dtype, eta: int) -> None:
+    """In float32, and in bf16 with float32 weights, losses and k; the textbook then under autocast."""
+    generator, discriminator, real, z, _ = _nets()
+    on_d, on_g, *_ = _textbook(generator, discriminator, real, z, z, eta)
+    exact = torch.cat([g.flatten() for g in (*on_g, *on_d)])
+    for net in (generator, discriminator):
+        net.float()
+    errors = []
+    for how in ("textbook", passes):
+        for net in (generator, discriminator):
+            net.zero_grad()
+        compute = None if dtype == torch.float32 else dtype
+        losses = OBJECTIVES[how](generator, discriminator, eta=eta, dtype=compute).shared(real.float(), z.float(), K)
+        assert all(loss.dtype == torch.float32 for loss in losses)
+        found = torch.cat([g.flatten() for g in (*_gradients(generator), *_gradients(discriminator))])
+        assert found.dtype == torch.float32
+        errors.append((found - exact).norm().item())
+    assert 0 < errors[1] <= 2 * errors[0] + 1e-6 * exact.norm().item()
+
+
+@pytest.mark.parametrize("passes", ["single-pass", "joint"])
+def test_a_step_on_the_kernels(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole nets through the fused tier, under the interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    on_gpu = torch.cuda.is_available()
+    size, widths = (32, (2, 3, 3)) if on_gpu else (16, (1, 1))
+    config = ModelConfig(size=size, filters=4, hidden=4, latent=5, widths=widths, repeats=1 + on_gpu)
+    nets = build(config, seed=0, device="cuda" if on_gpu else "cpu")
+    device = next(nets[0].parameters()).device
+    real, z = torch.rand(2, 3, size, size, device=device) * 2 - 1, torch.rand(2, 5, device=device)
+    found = []
+    for how in ("textbook", passes):
+        if how == passes:
+            monkeypatch.setenv("FASTBEGAN_IMPL", "fused")
+        for net in nets:
+            net.zero_grad()
+        losses = OBJECTIVES[how](*nets, eta=2).shared(real, z, K.to(device))
+        found.append([*losses, *(p.grad for net in nets for p in net.parameters() if p.grad is not None)])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm()

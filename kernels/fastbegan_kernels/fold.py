@@ -25,8 +25,9 @@ def fold(
     """Packed forms, channels_last, of weights [K, C, k, k]; gradients flow back to the weights in their own dtype.
 
     Sums are taken in the weights' dtype, then cast to `dtype` (None: kept): fold float32 masters. The fused tier packs
-    all weights in one launch, and their gradients in another; it takes dense float32 weights on a GPU. Raises
-    ValueError for an unknown kind, and for a kernel that is not 3x3 where it must be.
+    all weights in one launch, and their gradients in another; it takes float32 weights of up to 3x3 on a GPU, in any
+    layout and where they are: a graph finds them there again. Raises ValueError for an unknown kind, and for a kernel
+    that is not 3x3 where it must be.
     """
     if len(weights) != len(kinds):
         raise ValueError(f"kinds has {len(kinds)} entries for {len(weights)} weights; accepted: one each")
@@ -40,11 +41,14 @@ def fold(
         return []
     dtype = weights[0].dtype if dtype is None else dtype
     mode = op_impl(impl, weights, (torch.float32,))
+    if large := [list(weight.shape) for weight in weights if weight.shape[2:] not in ((1, 1), (3, 3))]:
+        if mode == "fused":
+            raise ValueError(f"weight is {large[0]}; impl 'fused' accepts kernels of 1x1 and 3x3")
+        mode = None
     if mode is None or mode == "algebraic":
         plain = (_PLAIN[kind](weight).to(dtype) for weight, kind in zip(weights, kinds, strict=True))
         return [weight.contiguous(memory_format=torch.channels_last) for weight in plain]
-    dense = [w if w.is_contiguous(memory_format=torch.channels_last) else w.contiguous() for w in weights]
-    flat = _fold(dense, " ".join(kinds), dtype, mode)
+    flat = _fold(list(weights), " ".join(kinds), dtype, mode)
     shapes = [packed_shape(w.shape, kind) for w, kind in zip(weights, kinds, strict=True)]
     parts = flat.split([a * h * w * b for a, b, h, w in shapes])
     return [part.view(a, h, w, b).permute(0, 3, 1, 2) for part, (a, b, h, w) in zip(parts, shapes, strict=True)]
@@ -119,7 +123,7 @@ def fold_flat(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtyp
 
 
 def unfold_flat(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str], *, fused: bool) -> Tensor:
-    """The transpose of `fold_flat`: each weight's gradient, in the order of the weight's memory."""
+    """The transpose of `fold_flat`: each weight's gradient, dense, in the layout of `torch.empty_like(weight)`."""
     if fused:
         from .fused import packing
 
@@ -167,7 +171,8 @@ def _backward(ctx, grad: Tensor) -> tuple[list[Tensor], None, None, None]:
     weights = ctx.saved_tensors
     parts = _fold_backward(grad, list(weights), ctx.kinds, ctx.impl).split([w.numel() for w in weights])
     gradients = [
-        part.as_strided(w.shape, w.stride(), part.storage_offset()) for part, w in zip(parts, weights, strict=True)
+        part.as_strided(w.shape, torch.empty_like(w).stride(), part.storage_offset())
+        for part, w in zip(parts, weights, strict=True)
     ]
     return gradients, None, None, None
 

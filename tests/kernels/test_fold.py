@@ -42,12 +42,13 @@ def test_the_skip_table_is_exact(size: int, factor: int) -> None:
 
 
 def _weights(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[str]]:
-    """Layers of a net: two kernel sizes, every kind, both orders of dimensions in memory."""
-    shapes = [(5, 3, 3, 3), (4, 6, 3, 3), (7, 2, 1, 1), (3, 4, 3, 3), (40, 33, 3, 3)]
+    """Layers of a net: three kernel sizes, every kind, both orders of dimensions in memory, and halves of a weight."""
+    shapes = [(5, 3, 3, 3), (4, 6, 3, 3), (7, 2, 1, 1), (3, 4, 3, 3), (40, 33, 3, 3), (6, 10, 3, 3)]
     weights = [random_tensor(*shape, seed=number, dtype=dtype) for number, shape in enumerate(shapes)]
-    for number in (1, 4):
+    for number in (1, 4, 5):
         weights[number] = weights[number].contiguous(memory_format=torch.channels_last)
-    return weights, ["conv", "up", "conv", "skip", "up"]
+    weights[5:6] = weights[5][:, :4], weights[5][:, 4:]
+    return weights, ["conv", "up", "conv", "skip", "up", "up", "skip"]
 
 
 @needs_triton
@@ -65,7 +66,7 @@ def test_one_launch_packs_a_net(dtype: torch.dtype) -> None:
     got = torch.autograd.grad(packed, leaves, grads, retain_graph=True)
     expected = torch.autograd.grad(plain, leaves, [g.double() for g in grads])
     for a, b, weight in zip(got, expected, leaves, strict=True):
-        assert a.dtype == torch.float32 and a.stride() == weight.stride()
+        assert a.dtype == torch.float32 and a.stride() == torch.empty_like(weight).stride()
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     again = torch.autograd.grad(packed, leaves, grads)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
@@ -113,3 +114,8 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="kinds has 0 entries for 1 weights"):
         fold([torch.zeros(1, 1, 3, 3)], [])
     assert fold([], []) == []
+    large = torch.rand(2, 3, 8, 8, device=DEVICE)
+    assert torch.equal(fold([large], ["conv"])[0], large)
+    if HAS_TRITON:
+        with pytest.raises(ValueError, match=r"weight is \[2, 3, 8, 8\]; impl 'fused' accepts kernels of 1x1 and 3x3"):
+            fold([large], ["conv"], impl="fused")

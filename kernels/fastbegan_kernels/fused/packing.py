@@ -48,7 +48,7 @@ def _fold_table(
 def _tables(
     weights: Sequence[Tensor], kinds: Sequence[str], device: torch.device, *, backward: bool
 ) -> tuple[Tensor, Tensor]:
-    layers = _fold_layers(weights, kinds, not backward)
+    layers = _fold_layers(weights, kinds, backward)
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return _fold_table(layers, backward, device)
     misses = _fold_table.cache_info().misses
@@ -62,15 +62,18 @@ def _tables(
     return found
 
 
-def _fold_layers(weights: Sequence[Tensor], kinds: Sequence[str], address: bool) -> tuple[Any, ...]:
+def _fold_layers(weights: Sequence[Tensor], kinds: Sequence[str], backward: bool) -> tuple[Any, ...]:
+    """What is read forward: the weights where they are; what is written backward: dense gradients in their layout."""
     return tuple(
-        (w.data_ptr() if address else 0, kind, tuple(w.shape), w.stride())
+        (0, kind, tuple(w.shape), torch.empty_like(w).stride())
+        if backward
+        else (w.data_ptr(), kind, tuple(w.shape), w.stride())
         for w, kind in zip(weights, kinds, strict=True)
     )
 
 
 def fold(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtype) -> Tensor:
-    """The packed forms of float32 weights, dense but in any order of dimensions, one after another in a flat tensor."""
+    """The packed forms of float32 weights, in any layout, one after another in a flat tensor."""
     device = weights[0].device
     sizes = [packed_size(w.shape, kind) for w, kind in zip(weights, kinds, strict=True)]
     packed = torch.empty(sum(sizes), dtype=dtype, device=device)
@@ -82,7 +85,7 @@ def fold(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtype) ->
 
 
 def fold_backward(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str]) -> Tensor:
-    """float32 gradients, flat and one after another, each in its weight's order of dimensions."""
+    """float32 gradients, flat and one after another, each as `torch.empty_like` of its weight lies in memory."""
     out = torch.empty(sum(w.numel() for w in weights), dtype=torch.float32, device=grad.device)
     with torch.cuda.device_of(grad):
         table, owner = _tables(weights, kinds, grad.device, backward=True)
