@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -83,21 +85,13 @@ class PackedLoader:
 class ResidentLoader(PackedLoader):
     """The same batches with all images in the device's memory: the host only sends each epoch's order, once."""
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        *,
-        batch_size: int,
-        seed: int,
-        flip: bool = True,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, images: np.ndarray, *, batch_size: int, **options: Any) -> None:
         """As `PackedLoader`; batch_size is at most the number of images, else ValueError."""
-        super().__init__(images, batch_size=batch_size, seed=seed, flip=flip, device=device)
+        super().__init__(images, batch_size=batch_size, **options)
         if batch_size > len(images):
             raise ValueError(f"batch_size is {batch_size}; accepted: up to the {len(images)} images there are")
-        self._resident = torch.tensor(images, device=device)
-        self._two_orders = torch.zeros(2, len(images), dtype=torch.int64, device=device)
+        self._resident = torch.tensor(images, device=self.device)
+        self._two_orders = torch.zeros(2, len(images), dtype=torch.int64, device=self.device)
         self._held: list[int | None] = [None, None]  # the epochs whose orders those are
 
     def prepare(self, position: int) -> None:
