@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -92,7 +93,7 @@ def bench_step(
     if as_json:
         print(json.dumps({**facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1))
         return 0
-    table = Table(title=_title(facts))
+    table = Table(title=_title(facts), box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("mode", no_wrap=True, min_width=19)
     for name in ("type", "ms", "img/s", "GFLOP", "MiB", "eager", "compile"):
         table.add_column(name, justify="right", no_wrap=True)
