@@ -8,6 +8,7 @@ every pass.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -28,7 +29,7 @@ Part = tuple[str, Tensor, str]
 """Name, weight [K, C, k, k] and the kind that `fold` packs it as, or "cast" for what is only cast."""
 
 
-class _Net(nn.Module):
+class _Net(nn.Module, ABC):
     """What the nets share. `carry` is the input's share in vanishing residuals (§3.5.1), None without them."""
 
     carry: Tensor | None
@@ -39,9 +40,9 @@ class _Net(nn.Module):
         # in the state dict, so that a generator exported while layers still fade in samples as it trained
         self.register_buffer("carry", torch.ones(()) if config.vanishing else None)
 
+    @abstractmethod
     def parts(self) -> Iterator[Part]:
         """The weights to pack."""
-        raise NotImplementedError
 
     def biases(self) -> Iterator[tuple[str, Tensor]]:
         """The biases, which stay as they are."""

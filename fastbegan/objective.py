@@ -11,6 +11,7 @@ Where z_D and z_G are different draws, or D is updated in between, G's pass thro
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class Objective:
+class Objective(ABC):
     """Leaves gradients in the `.grad` of both nets, which must be None before; updates nothing.
 
     `dtype` is the compute type of both nets (None: that of their weights). Images are [N, 3, H, W] in [-1, 1]. Losses
@@ -64,17 +65,17 @@ class Objective:
             return nets
         return tuple(_compiled(net, compile_mode) for net in nets)
 
+    @abstractmethod
     def shared(self, real: Tensor, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Both players' gradients for z_D = z_G at the same parameters; returns L(x) and L(G(z))."""
-        raise NotImplementedError
 
+    @abstractmethod
     def for_discriminator(self, real: Tensor, z: Tensor, k: Tensor) -> Tensor:
         """Gradient of L_D on D; returns L(x)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def for_generator(self, z: Tensor) -> Tensor:
         """Gradient of L_G on G, through both sides of |v - D(v)|; returns L(G(z))."""
-        raise NotImplementedError
 
 
 def _compiled(net: nn.Module, mode: str) -> Any:
