@@ -57,13 +57,14 @@ class Objective(ABC):
         self.eta, self.dtype, self.loss_scale = eta, dtype, loss_scale
         self.generator, self.discriminator = generator, discriminator
         self.compiled = compile_mode is not None
-        self.generate, self.reconstruct = self._runners(compile_mode)
+        nets = self._nets()
+        self.generate, self.reconstruct = (
+            net if compile_mode is None else _compiled(net, compile_mode) for net in nets
+        )
 
-    def _runners(self, compile_mode: str | None) -> tuple[Any, Any]:
-        nets = (self.generator, self.discriminator)
-        if compile_mode is None:
-            return nets
-        return tuple(_compiled(net, compile_mode) for net in nets)
+    def _nets(self) -> tuple[Any, Any]:
+        """G and D as they are run."""
+        return self.generator, self.discriminator
 
     @abstractmethod
     def shared(self, real: Tensor, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,12 +88,8 @@ def _compiled(net: nn.Module, mode: str) -> Any:
 class Textbook(Objective):
     """D runs on x, on G(z) for itself and on G(z) for G; plain modules, the nets' own parameters, autocast."""
 
-    def _runners(self, compile_mode: str | None) -> tuple[Any, Any]:
-        self.plain_discriminator = to_plain(self.discriminator, share=True)
-        nets = (to_plain(self.generator, share=True), self.plain_discriminator)
-        if compile_mode is None:
-            return nets
-        return tuple(_compiled(net, compile_mode) for net in nets)
+    def _nets(self) -> tuple[Any, Any]:
+        return to_plain(self.generator, share=True), to_plain(self.discriminator, share=True)
 
     def shared(self, real: Tensor, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         fake = self._run(self.generate, z)

@@ -71,8 +71,9 @@ class Decoder(nn.Module):
         self.register_buffer("carry", _carry(config))
 
     def forward(self, code: Tensor) -> Tensor:
-        # [N, n, 8, 8]; channels_last, as convolutions take it fastest
-        h0 = self.expand(code).unflatten(1, (-1, 8, 8)).contiguous(memory_format=torch.channels_last)
+        h0 = self.expand(code).unflatten(1, (-1, 8, 8))  # [N, n, 8, 8]
+        if not self.image.weight.is_contiguous():  # a net in channels_last computes in it from here on
+            h0 = h0.contiguous(memory_format=torch.channels_last)
         x = h0
         for number, level in enumerate(self.levels):
             if number:
