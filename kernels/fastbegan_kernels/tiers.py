@@ -115,7 +115,12 @@ def bias_gradient(dz: Tensor) -> Tensor:
 
 def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, *, kind: str) -> Tensor:
     """The gradient of a layer's packed weight, like it; always the library's."""
-    dw = _library(dz, x, weight, kind, [False, True, False])[1]
+    if kind == "same" and x.device.type == "cpu" and weight.shape[0] < 8 <= weight.shape[1]:
+        # oneDNN is twice as fast with the few channels at the input: the same sums, taps in reverse
+        swapped = _library(x, dz, weight.transpose(0, 1), kind, [False, True, False])[1]
+        dw = swapped.transpose(0, 1).flip(2, 3)
+    else:
+        dw = _library(dz, x, weight, kind, [False, True, False])[1]
     return dw.contiguous(memory_format=torch.channels_last)
 
 
