@@ -114,17 +114,22 @@ def profile() -> list[dict[str, Any]]:
 
 
 def memory() -> list[dict[str, Any]]:
-    """Ten thousand steps: what the allocator holds at the end, and after the first hundred."""
+    """Ten thousand steps: what the allocator holds at the end, and after the first hundred; and a log row's reading."""
     step, real, z = _step(*SIZES[-1], pick_precision(PRECISION, DEVICE)[1])
     advance = GraphedStep(lambda: step(real, z, z), DEVICE)
-    held, steps = [], 20 if DRY else 10_000
+    held, steps, reading = [], 20 if DRY else 10_000, None
     for number in range(steps):
         advance()
+        if number == steps // 2 - 1:
+            reading = step.begin_reading()
         if number in (min(100, steps // 2), steps - 1) and not DRY:
             torch.cuda.synchronize()
             held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     grew = bool(held) and held[0] != held[-1]
-    return [{"steps": steps, "held": held, "grew": grew, "finite": not step.found_bad.item()}]
+    assert reading is not None
+    *_, count, _, _ = reading.values()
+    read = count == steps // 2  # of the steps before it, though more were queued behind
+    return [{"steps": steps, "held": held, "grew": grew, "finite": not step.found_bad.item(), "read": read}]
 
 
 def _verdicts(results: dict[str, Any]) -> list[tuple[str, bool]]:
@@ -144,6 +149,7 @@ def _verdicts(results: dict[str, Any]) -> list[tuple[str, bool]]:
                 found.append((text, best["ratio_compile"] >= 1.6))
     if not DRY:
         found += [("10,000 steps without memory growth", not row["grew"]) for row in results.get("memory", [])]
+    found += [("a log row's numbers are of the step it began at", row["read"]) for row in results.get("memory", [])]
     return found
 
 

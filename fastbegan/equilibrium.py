@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -38,11 +40,19 @@ class Equilibrium(nn.Module):
 
     def read(self) -> dict[str, float]:
         """Means since the last call (k itself as it is now), then start over. Waits for the device."""
-        *sums, count = self.sums.tolist()
-        means = {name: total / max(count, 1.0) for name, total in zip(self.NAMES, sums, strict=True)}
-        means["k"] = self.k.item()
+        return self.means(self.take().tolist())
+
+    def take(self) -> Tensor:
+        """`sums` and k [7] on the device, for `means`; then start over."""
+        taken = torch.cat((self.sums, self.k[None]))
         self.sums.zero_()
-        return means
+        return taken
+
+    def means(self, taken: Sequence[float]) -> dict[str, float]:
+        """Means by `NAMES` of what `take` gave, with k as it was then."""
+        *sums, count, k = taken
+        found = {name: total / max(count, 1.0) for name, total in zip(self.NAMES, sums, strict=True)}
+        return found | {"k": k}
 
     def read_window(self) -> float:
         """Mean of M since the last call, then start over. Waits for the device."""

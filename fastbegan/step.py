@@ -19,6 +19,7 @@ from .config import TrainConfig
 from .equilibrium import Equilibrium
 from .models import Discriminator, Generator
 from .objective import OBJECTIVES, Objective
+from .reading import Reading
 
 # fp16 only: scale of the losses so that small gradients do not vanish, as torch.amp.GradScaler starts it
 _FIRST_LOSS_SCALE, _GROW_AFTER = 2.0**16, 2000
@@ -174,6 +175,10 @@ class TrainStep(nn.Module):
         for module in self.modules():
             if isinstance(buffer := getattr(module, "carry", None), Tensor):
                 buffer.copy_(carry)
+
+    def begin_reading(self) -> Reading:
+        """For `Equilibrium.means`, and then `found_bad`: what a log row needs, without waiting for it."""
+        return Reading(torch.cat((self.equilibrium.take(), self.found_bad[None])))
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of both optimizers."""

@@ -27,6 +27,7 @@ from .health import HealthMonitor
 from .info import run_seconds
 from .models import build, count_parameters
 from .plots import save_curves
+from .reading import Reading
 from .report import Report
 from .run import RunConfig, RunFolder, check_resumable
 from .samples import (
@@ -41,10 +42,8 @@ from .samples import (
 )
 from .step import TrainStep
 
-STOPPED_BY_USER, NOT_FINITE = (
-    130,
-    3,
-)  # exit codes; 0 is a run that ended by itself or was asked to by the system
+# exit codes; 0 is a run that ended by itself or was asked to by the system
+STOPPED_BY_USER, NOT_FINITE = 130, 3
 _ANIMATION_FRAMES = 60
 
 
@@ -108,6 +107,7 @@ class Training:
         self.health = HealthMonitor()
         self.done, self.images, self.seconds = 0, 0, 0.0  # totals over all sittings
         self._saved_step = -1
+        self._row: tuple[Reading, dict[str, Any]] | None = None  # of metrics, on its way from the device
         if stored is not None:
             self._resume(stored)
         self.folder.write_config(config)  # not before all that could refuse to continue has agreed
@@ -144,13 +144,17 @@ class Training:
             sheet_due = last or self.done % train.sample_every == 0 or self.done == train.log_every
             checkpoint_due = last or self.done % train.checkpoint_every == 0
             log_due = last or self.done % train.log_every == 0
-            if (log_due or sheet_due or checkpoint_due) and self.step.found_bad.item():
+            waits = sheet_due or checkpoint_due  # for the device
+            finite = self._log(wait=log_due or waits)
+            if not finite or (waits and self.step.found_bad.item()):
                 return self._stop_not_finite()
             spread = self._sheet() if sheet_due else None
             if log_due:
-                self._log(spread)
+                self._begin_row(spread)
             else:
                 self.report.step(self.fraction(), self.done, self._seconds_left())
+            if not self._log(wait=waits):
+                return self._stop_not_finite()
             if checkpoint_due:
                 self._checkpoint()
         if self._tensorboard is not None:
@@ -176,22 +180,31 @@ class Training:
     def _seconds_left(self) -> float:
         return max(0.0, self.seconds / max(self.fraction(), 1e-9) - self.seconds)
 
-    def _log(self, spread: float | None) -> None:
-        """One row of metrics, wherever rows go; `spread` is the diversity of a sheet made at this step."""
-        means = self.step.equilibrium.read()
-        now = time.monotonic()
-        rate = (self.images - self._row_images) / max(now - self._row_clock, 1e-9)
-        self._row_clock, self._row_images = now, self.images
-        row = {"step": self.done, "images": self.images, **means}
-        row.update(lr=self.schedule.lr, images_per_second=round(rate, 2))
-        if spread is not None:
-            row["diversity"] = spread
-        self._warn(self.health.after_log(row["k"]))
+    def _begin_row(self, spread: float | None) -> None:
+        """Send a row of metrics on its way from the device; `spread` is the diversity of a sheet of this step."""
+        facts = {"step": self.done, "images": self.images, "lr": self.schedule.lr}
+        self._row = self.step.begin_reading(), facts | ({} if spread is None else {"diversity": spread})
+
+    def _log(self, *, wait: bool) -> bool:
+        """Write the row that is on its way wherever rows go, if it is here or `wait`; False if it is not finite."""
+        if self._row is None or not (wait or self._row[0].arrived()):
+            return True
+        (reading, facts), self._row = self._row, None
+        *taken, found_bad = reading.values()
+        if found_bad:
+            return False
+        now, step, images = time.monotonic(), facts.pop("step"), facts.pop("images")
+        rate = (images - self._row_images) / max(now - self._row_clock, 1e-9)
+        self._row_clock, self._row_images = now, images
+        row = {"step": step, "images": images, **self.step.equilibrium.means(taken)}
+        row |= {"lr": facts.pop("lr"), "images_per_second": round(rate, 2), **facts}
+        self._warn(self.health.after_log(row["k"]), step)
         self.folder.append_metrics(row)
         if self._tensorboard is not None:
             for name, value in row.items():
-                self._tensorboard.add_scalar(name, value, self.done)
+                self._tensorboard.add_scalar(name, value, step)
         self.report.training(self.fraction(), row, self._seconds_left())
+        return True
 
     def _sheet_inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         train, count = self.config.train, COLUMNS * ROWS
@@ -204,7 +217,7 @@ class Training:
         sheet, fake = training_sheet(self.step.average, self.step.discriminator, *self._fixed)
         save_png(self.folder.sheet_file(self.done), sheet)
         spread = diversity(fake)
-        self._warn(self.health.after_sheet(spread, self.images))
+        self._warn(self.health.after_sheet(spread, self.images), self.done)
         self._row_clock += time.monotonic() - before  # images per second are those of training
         return spread
 
@@ -263,9 +276,9 @@ class Training:
             if "diversity" in row:
                 self.health.after_sheet(row["diversity"], row["images"])
 
-    def _warn(self, message: str | None) -> None:
+    def _warn(self, message: str | None, step: int) -> None:
         if message:
-            self.report.say(f"warning: step {self.done:,}: {message}")
+            self.report.say(f"warning: step {step:,}: {message}")
 
     def _stop_not_finite(self) -> int:
         """Say where a number stopped being finite; the weights are those of the step before."""

@@ -249,11 +249,11 @@ def test_a_signal_at_any_moment_loses_no_step(tmp_path: Path, monkeypatch: pytes
         training = Training(config, out, resume=True, report=report)
         sound, calls = getattr(training, where), list[int]()
 
-        def interrupted(*arguments: object) -> object:
+        def interrupted(*arguments: object, **options: object) -> object:
             calls.append(training.done)
             if len(calls) == 2:
                 signal.raise_signal(signal.SIGINT)
-            return sound(*arguments)
+            return sound(*arguments, **options)
 
         monkeypatch.setattr(training, where, interrupted)
         assert training.run(stop) == 130

@@ -1,0 +1,28 @@
+"""Numbers from the device, without waiting for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Reading:
+    """A copy of `numbers` as they are at this point of the device's work, under way to the host from now on."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = torch.empty_like(numbers, device="cpu", pin_memory=numbers.is_cuda)
+        self._host.copy_(numbers, non_blocking=True)
+        if numbers.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(numbers.device))
+
+    def arrived(self) -> bool:
+        """Whether `values` would not wait."""
+        return self._event is None or self._event.query()
+
+    def values(self) -> list[float]:
+        """The numbers; waits until they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()

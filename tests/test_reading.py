@@ -1,0 +1,77 @@
+"""Metrics that leave the device while it works on: rows may come late, but none is lost and none is another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastbegan import ModelConfig, TrainConfig
+from fastbegan.reading import Reading
+from fastbegan.report import Report
+from fastbegan.run import RunConfig, RunFolder
+from fastbegan.train import NOT_FINITE, StopRequest, Training
+
+SHORT = TrainConfig(
+    data="faces:64", batch_size=8, steps=20, log_every=5, sample_every=15, checkpoint_every=1000, device="cpu",
+    precision="float32",
+)  # fmt: skip
+
+
+def _run(out: Path, prepare: Callable[[Training], None] = lambda training: None, **changes: Any) -> int:
+    config = RunConfig("demo", ModelConfig(size=32, filters=4), replace(SHORT, **changes))
+    with Report() as report:
+        training = Training(config, out, resume=True, report=report)
+        prepare(training)
+        return training.run(StopRequest())
+
+
+def _rows(out: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in RunFolder(out).read_metrics()]
+
+
+def test_a_reading_is_of_the_moment_it_began() -> None:
+    numbers = torch.tensor([1.0, 2.0])
+    reading = Reading(numbers)
+    numbers.zero_()
+    assert reading.arrived() and reading.values() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("delay", [3, 1000])
+def test_late_rows_are_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delay: int) -> None:
+    """Rows are written when they arrive, or at last where someone waits: the next row, a sheet, the end."""
+    assert _run(tmp_path / "prompt") == 0
+    asked: dict[int, int] = {}
+    late: list[int] = []
+    write = RunFolder.append_metrics
+
+    def arrived(reading: Reading) -> bool:
+        asked[id(reading)] = asked.get(id(reading), 0) + 1
+        return asked[id(reading)] > delay
+
+    def watch(training: Training) -> None:
+        def append(folder: RunFolder, row: dict[str, Any]) -> None:
+            late.append(training.done - row["step"])
+            write(folder, row)
+
+        monkeypatch.setattr(RunFolder, "append_metrics", append)
+        monkeypatch.setattr(Reading, "arrived", arrived)
+
+    assert _run(tmp_path / "late", watch) == 0
+    assert _rows(tmp_path / "late") == _rows(tmp_path / "prompt")
+    assert late == ([0, 2, 0, 0] if delay == 3 else [0, 5, 0, 0])  # sheets are at 5, 15 and 20
+
+
+def test_numbers_that_are_not_finite_are_seen_when_they_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poison(training: Training) -> None:
+        sound = training.loader.batch
+        spoilt = lambda position: sound(position) * (float("nan") if position == 8 * 6 else 1)  # noqa: E731
+        monkeypatch.setattr(training.loader, "batch", spoilt)
+        monkeypatch.setattr(Reading, "arrived", lambda reading: False)
+
+    assert _run(tmp_path / "run", poison, sample_every=1000) == NOT_FINITE
+    assert [row["step"] for row in _rows(tmp_path / "run")] == [5]
