@@ -1,55 +1,234 @@
-"""Options and the interleaved comparison that every benchmark here uses."""
+"""Options, the race that every benchmark here is, and the table at the end."""
 
 from __future__ import annotations
 
-import statistics
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from rich.console import Console
+
+from bench import ops
+from bench.gpu_cases import DEVICE, ON_CPU
+from bench.regression import Accepted
+from fastbegan.bench.machine import facts, roofline, synchronize
+from fastbegan.bench.results import Results, Row, count_lines, ratio, spread, table
+from fastbegan.capacity import available_memory
+from fastbegan_kernels import tuning
+
+FOLDER = Path(__file__).parent
+Turn = Callable[[], object]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="the smallest shapes only, few rounds")
+    group = parser.getgroup("fastbegan")
+    group.addoption("--quick", action="store_true", help="one small shape of each, few turns, one compilation")
+    group.addoption("--sizes", default="", help="image sizes, with commas between; default: all that suit the device")
+    group.addoption("--impl", choices=("reference", "algebraic", "fused"), help="the tier to race; default: automatic")
+    group.addoption("--results", type=Path, help="write all rows to this JSON file")
+    group.addoption("--baselines", type=Path, default=FOLDER / "baselines", help="folder of accepted ratios")
+    group.addoption("--update-baselines", action="store_true", help="accept the ratios of this run")
+
+
+def clock() -> float:
+    """Seconds, once the device has done all it was given."""
+    synchronize(DEVICE)
+    return time.perf_counter()
+
+
+@dataclass
+class Night:
+    """One run of the suites."""
+
+    results: Results
+    accepted: Accepted
+    updates: bool
+    turns: tuple[int, int]
+    seconds: float
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_quiet = True  # its table knows nothing of the others in a race
+    config.addinivalue_line("filterwarnings", "default")
+    if impl := config.getoption("--impl"):
+        os.environ["FASTBEGAN_IMPL"] = impl
+
+
+_night: list[Night] = []
+
+
+@pytest.fixture(scope="session")
+def night(request: pytest.FixtureRequest) -> Night:
+    option = request.config.getoption
+    machine, quick = facts(DEVICE), bool(option("--quick"))
+    accepted = Accepted(Path(str(option("--baselines"))), machine)
+    results = Results(machine, roofline(DEVICE, quick=quick))
+    updates = bool(option("--update-baselines"))
+    made = Night(results, accepted, updates, *(((9, 15), 1.5) if quick else ((9, 40), 4.0)))
+    _night.append(made)
+    return made
+
+
+@dataclass
+class Race:
+    """Takes turns with all, so that what the machine does besides hits all alike."""
+
+    benchmark: BenchmarkFixture
+    night: Night
+
+    def __call__(self, row: Row, turns: dict[str, Turn], *, calls: dict[str, int] | None = None) -> Row:
+        """Time `turns`, the first of which is ours and the second what it is held to, and keep what came out in `row`.
+
+        A turn of `name` is `calls[name]` calls, 1 where nothing is said. Fails where the ratio fell out of the band of
+        the accepted one, twice.
+        """
+        calls = dict.fromkeys(turns, 1) | (calls or {})
+        self._fill(row, self._timed(turns, self._benchmarked), calls)
+        if self.night.accepted.fell(row) and not self.night.updates:
+            once = row.ratio
+            self._fill(row, self._timed(turns, self._again), calls)
+            fell = self.night.accepted.fell(row)
+        else:
+            once, fell = None, False
+        self.night.results.rows.append(row)
+        self.benchmark.extra_info.update(row=row.key, ratios=row.ratios)
+        if fell:
+            pytest.fail(f"{row.key}: {once:.2f} and {row.ratio:.2f} times as fast, {row.accepted:.2f} was accepted")
+        return row
+
+    def _fill(self, row: Row, times: dict[str, list[float]], calls: dict[str, int]) -> None:
+        own, *others = ({name: [value / calls[name] for value in values]} for name, values in times.items())
+        (mine,) = own.values()
+        row.p20, row.ms, row.p80 = (1e3 * value for value in spread(mine))
+        row.ratios = {name: ratio(values, mine) for other in others for name, values in other.items()}
+
+    def _timed(self, turns: dict[str, Turn], race: Callable[..., list[float]]) -> dict[str, list[float]]:
+        own, *others = turns
+        times: dict[str, list[float]] = {name: [] for name in turns}
+
+        def rest() -> None:
+            for name in others:
+                begin = clock()
+                turns[name]()
+                times[name].append(clock() - begin)
+
+        for turn in turns.values():
+            turn()
+        begin = clock()
+        for turn in turns.values():
+            turn()
+        least, most = self.night.turns
+        rounds = max(least, min(most, int(self.night.seconds / (clock() - begin))))
+        times[own] = race(turns[own], rest, rounds)
+        return times
+
+    def _benchmarked(self, turn: Turn, setup: Turn, rounds: int) -> list[float]:
+        self.benchmark.pedantic(turn, setup=setup, rounds=rounds)
+        assert self.benchmark.stats is not None
+        return list(self.benchmark.stats.stats.data)
+
+    def _again(self, turn: Turn, setup: Turn, rounds: int) -> list[float]:
+        times = []
+        for _ in range(rounds):
+            setup()
+            begin = clock()
+            turn()
+            times.append(clock() - begin)
+        return times
 
 
 @pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def race(benchmark: BenchmarkFixture, night: Night) -> Race:
+    benchmark._timer = clock
+    return Race(benchmark, night)
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    # that every kernel is tried in a process of its own first is not what is measured here, and takes its time
+    with mock.patch.object(tuning, "survivors", lambda problem, device, hows: dict.fromkeys(hows)):
+        yield
+    if not ON_CPU:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
-def compare(benchmark, request: pytest.FixtureRequest, device: torch.device) -> Callable[..., float]:
-    """`compare(baseline, candidate)` times both turn by turn; returns how many times faster the candidate is."""
+def quick(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--quick"))
 
-    def timed(function: Callable[[], object]) -> Callable[[], object]:
-        def run() -> object:
-            result = function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return result
 
-        return run
+@pytest.fixture
+def sizes(request: pytest.FixtureRequest) -> list[int]:
+    """Those that were asked for; none for all."""
+    return _sizes(request.config)
 
-    def run(baseline: Callable[[], object], candidate: Callable[[], object]) -> float:
-        slow, fast, times = timed(baseline), timed(candidate), list[float]()
 
-        def setup() -> None:
-            start = time.perf_counter()
-            slow()
-            times.append(time.perf_counter() - start)
+def _sizes(config: pytest.Config) -> list[int]:
+    text = str(config.getoption("--sizes"))
+    try:
+        return [int(size) for size in text.split(",") if size]
+    except ValueError:
+        raise pytest.UsageError(f"--sizes is {text!r}; accepted: image sizes with commas between") from None
 
-        for function in (slow, fast, slow, fast):
-            function()
-        benchmark.pedantic(fast, setup=setup, rounds=8 if request.config.getoption("--quick") else 25)
-        baseline_ms, candidate_ms = 1e3 * statistics.median(times), 1e3 * benchmark.stats.stats.median
-        benchmark.extra_info.update(
-            device=str(device), baseline_ms=baseline_ms, candidate_ms=candidate_ms, ratio=baseline_ms / candidate_ms
-        )
-        print(
-            f"\n{request.node.name}: {baseline_ms:.1f} ms -> {candidate_ms:.1f} ms, {baseline_ms / candidate_ms:.2f}x"
-        )
-        return baseline_ms / candidate_ms
 
-    return run
+@pytest.fixture
+def needs() -> Callable[[float], None]:
+    """`needs(bytes)` skips where the device has less memory free."""
+
+    def check(wanted: float) -> None:
+        free = available_memory(DEVICE)
+        if wanted > 0.9 * free:
+            pytest.skip(f"needs {wanted / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free")
+
+    return check
+
+
+class Shape(NamedTuple):
+    """Of a layer: the side of the larger map, channels, and whether it is the first one of its suite."""
+
+    px: int
+    filters: int
+    first: bool
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shape" in metafunc.fixturenames:
+        quick = metafunc.config.getoption("--quick")
+        sides = _sizes(metafunc.config) or ([32] if quick else [32, 64] if ON_CPU else [64, 128, 32, 256])
+        filters = (32,) if ON_CPU else (64,) if quick else (128, 64)
+        shapes = [Shape(px, n, (px, n) == (sides[0], filters[0])) for px in sides for n in filters]
+        metafunc.parametrize("shape", shapes, ids=[f"{shape.px}px-n{shape.filters}" for shape in shapes])
+
+
+@pytest.fixture
+def race_op(race: Race, needs: Callable[[float], None], quick: bool) -> Callable[..., Row]:
+    """`ops.race_op` with what a run has."""
+    return partial(ops.race_op, race=race, needs=needs, quick=quick)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not _night:
+        return
+    night = _night[0]
+    results, accepted = night.results, night.accepted
+    console = Console(width=max(150, terminalreporter._tw.fullwidth))
+    console.print(table(results))
+    for line in count_lines(results):
+        terminalreporter.write_line(line)
+    if night.updates:
+        accepted.update(results.rows)
+        terminalreporter.write_line(f"accepted from now on: {accepted.path}")
+    elif not accepted.known:
+        terminalreporter.write_line(f"no accepted ratios for this device: {accepted.path} is not there")
+    if path := config.getoption("--results"):
+        results.save(path)
+        terminalreporter.write_line(f"written: {path}")

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.gpu_cases import DEVICE, DRY, Case, tile_of
+from bench.gpu_cases import DEVICE, DRY, ON_CPU, Case, tile_of
 from bench.gpu_numerics import Draw
 from fastbegan_kernels import (
     conv2d_elu,
@@ -24,6 +24,7 @@ from fastbegan_kernels import (
     l1_reconstruction_loss_with_gradients,
     normalize_images,
     problems,
+    skip_phase_table,
     tuning,
     upsample_conv2d_elu,
 )
@@ -74,13 +75,15 @@ def inputs(case: Case) -> list[Tensor]:
         return list(draw.pictures(n if DRY else 64 * n, n, (h, w, c)).values())
     if case.op == "equilibrium_update":
         return [draw(n).abs(), draw(n).abs()]
+    if case.op == "skip_phase_table":
+        return [draw(n, c, h, w), draw(k, c, 3, 3, scale=(9 * c) ** -0.5)]
     pair = [draw(n, c, h, w), draw(n, c, h, w)]
     return pair if case.op == "l1_reconstruction_loss" else [*pair, draw(n).float()]
 
 
 def differentiable(case: Case) -> int:
     """How many of the inputs want a gradient, from the first on."""
-    if case.op == "l1_reconstruction_loss":
+    if case.op in ("l1_reconstruction_loss", "skip_phase_table"):
         return 2 if case.extra else 1
     return 2 * len(kinds_of(case.op)) + 1 if kinds_of(case.op) else len(network(1)) if case.op == "fold" else 0
 
@@ -138,6 +141,8 @@ def _plain_op(case: Case, impl: str | None) -> Callable[..., Sequence[Tensor]]:
     if case.op == "fold":
         kinds = [kind for *_, kind in network(1)]
         return lambda *weights: fold(weights, kinds, dtype=case.dtype, impl=impl)
+    if case.op == "skip_phase_table":
+        return lambda h, weight: [skip_phase_table(h, weight, impl=impl)]
     if case.op == "normalize_images":
         return lambda *given: [normalize_images(*given, dtype=case.dtype, impl=impl)]
     if case.op == "l1_reconstruction_loss":
@@ -179,7 +184,8 @@ def candidates(case: Case) -> dict[str, Candidate]:
             around = partial(_forced, name.split()[0], tile, case.tiles)
             found[f"fused {name}"] = Candidate(_layers(case, "fused"), True, around)
     else:
-        found = {name: Candidate(_plain_op(case, impl)) for name, impl in _IMPLS.items()}
+        impls = {name: impl for name, impl in _IMPLS.items() if DRY or not (ON_CPU and name == "fused")}
+        found = {name: Candidate(_plain_op(case, impl)) for name, impl in impls.items()}
     for mode in case.compilers:
         options: dict[str, Any] = {"backend": "eager"} if DRY else {"mode": mode}
         compiled = torch.compile(found["eager"].run, dynamic=False, **options)

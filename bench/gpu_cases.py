@@ -19,7 +19,9 @@ from fastbegan_kernels.problems import POINTWISE
 from fastbegan_kernels.tiers import KINDS
 
 DRY = "--dry" in sys.argv
-DEVICE = torch.device("cpu") if DRY else torch.device("cuda", 0)
+# the scripts gpu_*.py insist on a GPU; the suites bench_*.py run anywhere
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() and not DRY else torch.device("cpu")
+ON_CPU = DEVICE.type == "cpu"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 MODES = ("fp16", "fp32") if DRY else ("bf16", "fp16", "fp32", "tf32")  # the interpreter multiplies bf16 wrongly
 EXACT = ("bf16", "fp16", "fp32")  # kernels without a matrix product

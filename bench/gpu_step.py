@@ -23,7 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from fastbegan import benchmark  # noqa: E402
+from fastbegan.bench import step as bench  # noqa: E402
 from fastbegan.config import ModelConfig, TrainConfig  # noqa: E402
 from fastbegan.device import make_deterministic, pick_precision  # noqa: E402
 from fastbegan.graph import GraphedStep  # noqa: E402
@@ -43,7 +43,7 @@ PARTS = {"graph": 0.15, "ratios": 0.60, "profile": 0.80, "memory": 1.0}
 
 def _step(size: int, filters: int, dtype: torch.dtype | None, **options: Any) -> tuple[TrainStep, Tensor, Tensor]:
     model, train = ModelConfig(size=size, filters=filters), TrainConfig(**options)
-    real, z = benchmark._inputs(model, train, DEVICE)
+    real, z = bench.inputs(model, train, DEVICE)
     return TrainStep(*build(model, seed=0, device=DEVICE), train, dtype), real, z
 
 
@@ -70,11 +70,11 @@ def graph() -> list[dict[str, Any]]:
 def ratios() -> list[dict[str, Any]]:
     """Every mode against the textbook, eager and compiled."""
     rows = []
-    modes = [mode for mode in MODES if not (DRY and mode.endswith(benchmark.COMPILED))]
+    modes = [mode for mode in MODES if not (DRY and mode.endswith(bench.COMPILED))]
     for size, filters in SIZES:
         torch.backends.cudnn.benchmark = True
         model, compiler = ModelConfig(size=size, filters=filters), None if DRY else "max-autotune"
-        timed = benchmark.measure(model, TrainConfig(), modes, [PRECISION], DEVICE, compiler, 3 if DRY else 15)
+        timed = bench.measure(model, TrainConfig(), modes, [PRECISION], DEVICE, compiler, 3 if DRY else 15)
         rows += [{"size": size, "filters": filters, **asdict(row)} for row in timed]
     return rows
 

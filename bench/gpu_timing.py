@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_candidates import Candidate, Judge, candidates, differentiable, inputs, packed, results
-from bench.gpu_cases import DEVICE, DRY, DTYPES, Case, Outcome, named
+from bench.gpu_cases import DEVICE, DRY, DTYPES, ON_CPU, Case, Outcome, named
 from bench.poison import poisoned
 from fastbegan_kernels import tuning
 
@@ -26,7 +26,7 @@ Run = Callable[[int], object]  # one call on the inputs of this number
 
 def wait() -> None:
     """Until the device is done; raises where its context is lost."""
-    if not DRY:
+    if not ON_CPU:
         torch.cuda.synchronize()
 
 
@@ -59,10 +59,12 @@ def _copy_rate(size: int) -> float:
 
 
 def _l2() -> int:
-    return 1 << 20 if DRY else getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 1 << 26)
+    if ON_CPU:
+        return 1 << (20 if DRY else 25)
+    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 1 << 26)
 
 
-def _capture(run: Run, sets: int) -> tuple[Callable[[], object], Outcome]:
+def capture(run: Run, sets: int) -> tuple[Callable[[], object], Outcome]:
     """Several calls over rotating inputs as one replay, and what is known of a call so far; raises where none runs."""
 
     def loop(count: int) -> None:
@@ -71,12 +73,22 @@ def _capture(run: Run, sets: int) -> tuple[Callable[[], object], Outcome]:
 
     if DRY:
         return partial(loop, 1), {"calls": 1, "graph": False}
-    loop(max(3, sets))
+    loop(3 if ON_CPU else max(3, sets))
     wait()
     start = time.perf_counter()
     loop(5)
     wait()
     direct = (time.perf_counter() - start) / 5  # with the host's share
+    if ON_CPU:  # a turn goes on with the inputs where the last one ended
+        calls = math.ceil(2e-3 / direct)
+        starts = itertools.count(0, calls)
+
+        def turn() -> None:
+            first = next(starts)
+            for number in range(first, first + calls):
+                run(number % sets)
+
+        return turn, {"calls": calls}
     # enough calls a replay that the events' own microseconds do not count
     repeat = min(64, max(sets, math.ceil(1e-3 / direct)))
     known: Outcome = {"direct_us": direct * 1e6, "calls": repeat, "graph": False}
@@ -98,7 +110,7 @@ def _capture(run: Run, sets: int) -> tuple[Callable[[], object], Outcome]:
 
 def _try_capture(run: Run, sets: int) -> tuple[Callable[[], object] | None, Outcome]:
     try:
-        return _capture(run, sets)
+        return capture(run, sets)
     except Exception as error:
         wait()
         return None, {"error": named(error)}
@@ -142,7 +154,7 @@ def _stopwatch(run: Callable[[], object]) -> Callable[[], float]:
     return lambda: begin.elapsed_time(end)
 
 
-def _rotation(case: Case) -> tuple[list[list[Tensor]], int]:
+def rotation(case: Case) -> tuple[list[list[Tensor]], int]:
     """Inputs in as many sets as are worth their memory, and the bytes that one set reads."""
     first = inputs(case)
     pictures = case.op == "normalize_images"
@@ -159,7 +171,7 @@ def timing(case: Case) -> Outcome:
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False
     torch._dynamo.reset()
-    given, moved = _rotation(case)
+    given, moved = rotation(case)
     outcome: Outcome = {"status": "timed", "sets": len(given), "input_bytes": moved, "dropped": {}}
     # forgets what earlier cases chose, which stays on disk
     tuning.adopt(DEVICE, {"environment": tuning.environment(DEVICE), "choices": {}})
@@ -179,6 +191,11 @@ def timing(case: Case) -> Outcome:
 
 def _direction(case: Case, given: list[list[Tensor]], backward: bool, dropped: dict[str, str]) -> dict[str, Outcome]:
     """Times by candidate; those that are not right are left out, and told of in `dropped`."""
+    return _measure(contenders(case, given, backward, dropped), len(given))
+
+
+def contenders(case: Case, given: list[list[Tensor]], backward: bool, dropped: dict[str, str]) -> dict[str, Run]:
+    """What can be timed, by name; those that are not right are left out, and told of in `dropped`."""
     folded = [packed(case, one) for one in given]
     for value in itertools.chain.from_iterable(one[: differentiable(case)] for one in (*given, *folded)):
         value.requires_grad_(backward)
@@ -194,7 +211,7 @@ def _direction(case: Case, given: list[list[Tensor]], backward: bool, dropped: d
             dropped[f"{name} {'both' if backward else 'forward'}"] = why
         else:
             runs[name] = lambda number, one=candidate, mine=mine: results(one, mine[number], grads)
-    return _measure(runs, len(given))
+    return runs
 
 
 def _tried(judge: Judge, candidate: Candidate, given: list[Tensor], grads: list[Tensor] | None) -> str:

@@ -129,11 +129,9 @@ class Doctor:
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchStep:
     """Time every way to do a training step on this machine, turn by turn in one run."""
 
-    what: Positional[Literal["step"]]
-    """What to measure."""
     preset: str = "demo"
     """Nets, batch and loss: demo, paper-32, paper-64, paper-128, paper-256."""
     size: int | None = None
@@ -157,7 +155,7 @@ class Bench:
     """Print only JSON."""
 
     def run(self) -> int:
-        from .benchmark import DEFAULT_MODES, bench_step
+        from .bench.step import DEFAULT_MODES, bench_step
 
         preset = _preset(self.preset)
         given = {name: value for name in ("size", "filters") if (value := getattr(self, name)) is not None}
@@ -171,6 +169,59 @@ class Bench:
             precisions=self.precision.split(","),
             compile_mode=self.compile,
             rounds=self.rounds,
+            as_json=self.json,
+        )
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Make tables and plots of what `pytest bench/ --results FILE.json` measured."""
+
+    results: Positional[tuple[Path, ...]] = (Path("bench/results"),)
+    """JSON files, or folders of them; of each device the newest is shown, and the others as its history."""
+    out: Path | None = None
+    """A folder for report.md and its pictures. Default: print the tables only."""
+    readme: bool = False
+    """Print the README's section on speed."""
+
+    def run(self) -> int:
+        from .bench.report import bench_report
+
+        return bench_report(self.results, out=self.out, as_readme=self.readme)
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """Estimate what training a preset takes on other GPUs: images a second, hours, energy. A model, and labelled so."""
+
+    preset: str = "paper-128"
+    """Nets and number of images."""
+    gpu: str = "all"
+    """p100, v100, a100, h100, b200, or all."""
+    gpus: int = 1
+    """How many."""
+    batch_size: int | None = None
+    """Images a card and step. Default: the preset's."""
+    share: float | None = None
+    """Share of the card's peak that a step reaches. Default: as measured on such a card, else an assumed one."""
+    results: Path = Path("bench/results")
+    """Where measured shares are looked for."""
+    json: bool = False
+    """Print only JSON."""
+
+    def run(self) -> int:
+        from .bench.plan import bench_plan
+
+        preset = _preset(self.preset)
+        batch_size = preset.train.batch_size if self.batch_size is None else self.batch_size
+        return bench_plan(
+            self.preset,
+            preset.model,
+            dataclasses.replace(preset.train, batch_size=batch_size),
+            gpu=self.gpu,
+            gpus=self.gpus,
+            share=self.share,
+            folder=self.results,
             as_json=self.json,
         )
 
@@ -232,12 +283,17 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             _check_environment()
-            command: Train | Sample | Info | Doctor | Bench = tyro.cli(
+            bench = (
+                Annotated[BenchStep, subcommand("step")]
+                | Annotated[BenchReport, subcommand("report")]
+                | Annotated[BenchPlan, subcommand("plan")]
+            )
+            command = tyro.cli(
                 Annotated[Train, subcommand("train", default=_train_defaults(arguments))]
                 | Annotated[Sample, subcommand("sample")]
                 | Annotated[Info, subcommand("info")]
                 | Annotated[Doctor, subcommand("doctor")]
-                | Annotated[Bench, subcommand("bench")],  # pyright: ignore[reportArgumentType]
+                | Annotated[bench, subcommand("bench", description="Measure, and read what was measured.")],  # pyright: ignore
                 prog="fastbegan",
                 description="BEGAN: train it, draw with it.",
                 args=arguments,

@@ -53,7 +53,7 @@ def gpu_problem(name: str) -> str | None:
             if values.mul(2).sum().item() != 56:
                 raise RuntimeError("a tiny kernel gave a wrong result")
     except Exception as error:  # torch raises many types here
-        card = _nvidia_smi()
+        card = nvidia_smi()
         if card is None:
             return ""
         gpu, driver = card
@@ -67,7 +67,7 @@ def gpu_problem(name: str) -> str | None:
     return None
 
 
-def _nvidia_smi() -> tuple[str, str] | None:
+def nvidia_smi() -> tuple[str, str] | None:
     """Name and driver of the first NVIDIA GPU according to its driver, None without one."""
     if (program := shutil.which("nvidia-smi")) is None:
         return None

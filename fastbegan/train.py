@@ -134,9 +134,7 @@ class Training:
         stop.patient = True
         last = self.fraction() >= 1
         while not last:
-            self.loader.prepare(self.images)
-            self.advance()
-            self.done, self.images = self.done + 1, self.images + train.batch_size
+            self.advance_one()
             self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
             last = self.fraction() >= 1 or stop.signal is not None  # decided once: a signal may come at any line below
             if train.lr_window and self.done % train.lr_window == 0:
@@ -161,6 +159,12 @@ class Training:
             self._tensorboard.close()
         self._finish()
         return STOPPED_BY_USER if stop.signal == signal.SIGINT else 0
+
+    def advance_one(self) -> None:
+        """One step, on the batch that is next."""
+        self.loader.prepare(self.images)
+        self.advance()
+        self.done, self.images = self.done + 1, self.images + self.config.train.batch_size
 
     def fraction(self) -> float:
         """How much of the run is done, by the total that is nearest."""

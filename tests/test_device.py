@@ -20,7 +20,7 @@ def old_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch, "arange", no_kernel)
-    monkeypatch.setattr(device, "_nvidia_smi", lambda: ("Tesla P100-SXM2-16GB", "535.104.05"))
+    monkeypatch.setattr(device, "nvidia_smi", lambda: ("Tesla P100-SXM2-16GB", "535.104.05"))
 
 
 def test_auto_goes_on_with_the_cpu_and_says_why(old_card: None) -> None:
@@ -41,7 +41,7 @@ def test_a_card_asked_for_by_name_is_an_error(old_card: None) -> None:
 def test_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.15.0+cu130")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(device, "_nvidia_smi", lambda: ("NVIDIA A100", "470.82.01"))
+    monkeypatch.setattr(device, "nvidia_smi", lambda: ("NVIDIA A100", "470.82.01"))
     _, line = pick_device("auto")
     assert "NVIDIA A100 with driver 470.82.01 does not run torch" in line and "TORCH=2.7.1" in line
     monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
@@ -50,7 +50,7 @@ def test_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_card_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(device, "_nvidia_smi", lambda: None)
+    monkeypatch.setattr(device, "nvidia_smi", lambda: None)
     chosen, line = pick_device("auto")
     assert chosen.type == "cpu" and line.endswith("threads")
     with pytest.raises(UserError, match="device 'cuda' does not work: torch sees no GPU here"):

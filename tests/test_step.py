@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.counts import OperationCount
 from fastbegan import ModelConfig, TrainConfig, TrainStep
 from fastbegan.data.faces import faces
 from fastbegan.models import build
@@ -225,27 +224,13 @@ def test_state_comes_back_bit_for_bit() -> None:
     assert torch.equal(first.equilibrium.k, second.equilibrium.k)
 
 
-class _Count(TorchDispatchMode):
-    """Counts operations that compute or copy; views cost nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        nothing = ("new_empty", "promote_types")
-        if func.namespace == "aten" and not func.is_view and not any(name in str(func) for name in nothing):
-            self.found[func.__name__.partition(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("passes", "most"), [("textbook", 525), ("single-pass", 865), ("joint", 775)])
 def test_operations_of_a_step_grow_on_purpose_only(passes: str, most: int) -> None:
     model = ModelConfig(size=64, filters=4)
     step = _step(replace(TRAIN, passes=passes), model)
     real, z = torch.rand(4, 3, 64, 64).contiguous(memory_format=torch.channels_last), torch.rand(4, 64)
     step(real, z, z)
-    with _Count() as count:
+    with OperationCount() as count:
         step(real, z, z)
     print(f"{passes}: {sum(count.found.values())} operations, {dict(count.found.most_common(8))}")
     assert sum(count.found.values()) <= most

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,15 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .config import ModelConfig, TrainConfig
-from .counter import Z_D, latents
-from .device import pick_compile, pick_device, pick_precision
-from .errors import UserError
-from .graph import GraphedStep
-from .info import step_cost
-from .models import build
-from .objective import OBJECTIVES
-from .step import TrainStep
+from ..config import ModelConfig, TrainConfig
+from ..counter import Z_D, latents
+from ..device import pick_compile, pick_device, pick_precision
+from ..errors import UserError
+from ..graph import GraphedStep
+from ..info import step_cost
+from ..models import build
+from ..objective import OBJECTIVES
+from ..step import TrainStep
+from . import machine
+from .results import ratio
 
 MODES = ("textbook", "single-pass", "joint", "alternating")
 COMPILED = "+compile"
@@ -55,13 +56,19 @@ class Row:
 
 
 @dataclass
-class _Candidate:
+class Candidate:
+    """A way to do a step, ready to be timed."""
+
     mode: str
     precision: str
     advance: Callable[[], None]
     flops: int
     memory: int
     times: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.times)
 
 
 def bench_step(
@@ -89,7 +96,12 @@ def bench_step(
         modes = [mode for mode in modes if not mode.endswith(COMPILED)]
     torch.backends.cudnn.benchmark = not train.deterministic
     rows = measure(model, train, modes, names, device, compiler, rounds, say=None if as_json else print)
-    facts = {"device": line, **_facts(device), "model": dataclasses.asdict(model), "batch_size": train.batch_size}
+    facts = {
+        **machine.facts(device),
+        "device": line,
+        "model": dataclasses.asdict(model),
+        "batch_size": train.batch_size,
+    }
     if as_json:
         print(json.dumps({**facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1))
         return 0
@@ -112,13 +124,6 @@ def _title(facts: dict[str, Any]) -> str:
     return f"one step, {model['size']} px, n = {model['filters']}, batch {facts['batch_size']}; {facts['device']}"
 
 
-def _facts(device: torch.device) -> dict[str, Any]:
-    found = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
-
-
 def measure(
     model: ModelConfig, train: TrainConfig, modes: Sequence[str], precisions: Sequence[str], device: torch.device,
     compiler: str | None, rounds: int, say: Callable[[str], object] | None = None,
@@ -127,56 +132,50 @@ def measure(
     candidates = []
     for precision in precisions:
         dtype = pick_precision(precision, device)[1]
-        _check(model, train, [mode.removesuffix(COMPILED) for mode in modes], precision, dtype, device)
+        check(model, train, [mode.removesuffix(COMPILED) for mode in modes], precision, dtype, device)
         for mode in modes:
             if say:
                 say(f"preparing {mode} in {precision}")
-            candidates += _candidates(model, train, mode, precision, dtype, device, compiler)
+            candidates += prepare(model, train, mode, precision, dtype, device, compiler)
     for _ in range(rounds):
         for candidate in candidates:
             pick_precision(candidate.precision, device)
-            candidate.times.append(_turn(candidate.advance, device))
-    best: dict[tuple[str, str], Row] = {}
-    for candidate in candidates:
-        seconds = statistics.median(candidate.times)
-        row = Row(
-            candidate.mode, candidate.precision, 1e3 * seconds, train.batch_size / seconds, candidate.flops,
-            candidate.memory,
-        )  # fmt: skip
-        key = (row.mode, row.precision)
-        if key not in best or row.ms < best[key].ms:  # the eager textbook is there in both memory formats
-            best[key] = row
-    for (_, precision), row in best.items():
-        row.ratio_eager = _ratio(best.get(("textbook", precision)), row)
-        row.ratio_compile = _ratio(best.get((f"textbook{COMPILED}", precision)), row)
-        row.ratio_float32 = _ratio(best.get(("textbook", "float32")), row)
-    return list(best.values())
+            candidate.times.append(turn(candidate.advance, device))
+    best: dict[tuple[str, str], Candidate] = {}
+    for candidate in sorted(candidates, key=lambda one: one.seconds, reverse=True):
+        best[candidate.mode, candidate.precision] = candidate  # the eager textbook is there in both memory formats
+    rows = []
+    for mode, precision in dict.fromkeys((one.mode, one.precision) for one in candidates):
+        own = best[mode, precision]
+        others = [("textbook", precision), (f"textbook{COMPILED}", precision), ("textbook", "float32")]
+        ratios = [ratio(best[other].times, own.times) if other in best else None for other in others]
+        rate = train.batch_size / own.seconds
+        rows.append(Row(mode, precision, 1e3 * own.seconds, rate, own.flops, own.memory, *ratios))
+    return rows
 
 
-def _ratio(other: Row | None, row: Row) -> float | None:
-    return None if other is None else other.ms / row.ms
-
-
-def _configured(train: TrainConfig, mode: str) -> TrainConfig:
+def configured(train: TrainConfig, mode: str) -> TrainConfig:
+    """The settings of a mode."""
     if mode == "alternating":
         return replace(train, passes="single-pass", updates="alternating", latents="shared")
     return replace(train, passes=mode, updates="simultaneous", latents="shared")
 
 
-def _inputs(model: ModelConfig, train: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+def inputs(model: ModelConfig, train: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch of noise in [-1, 1] and its latents."""
     count = train.batch_size
     images = latents(train.seed, 0, 0, count * model.size, 3 * model.size, device)
     images = images.view(count, 3, model.size, model.size).contiguous(memory_format=torch.channels_last)
     return images, latents(train.seed, Z_D, 0, count, model.latent, device)
 
 
-def _check(
+def check(
     model: ModelConfig, train: TrainConfig, modes: Sequence[str], precision: str, dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:  # fmt: skip
     """Hold each way to get simultaneous gradients to the textbook's in the same precision."""
     nets = build(model, seed=train.seed, device=device)
-    real, z = _inputs(model, train, device)
+    real, z = inputs(model, train, device)
     k = torch.full((), 0.1, device=device)
 
     def gradients(mode: str) -> list[Tensor]:
@@ -193,12 +192,13 @@ def _check(
                 raise UserError(f"{mode} in {precision} has gradients {error:.2g} from the textbook's; not timed")
 
 
-def _candidates(
+def prepare(
     model: ModelConfig, train: TrainConfig, mode: str, precision: str, dtype: torch.dtype | None,
     device: torch.device, compiler: str | None,
-) -> list[_Candidate]:  # fmt: skip
+) -> list[Candidate]:  # fmt: skip
+    """What is timed for a mode: two for the eager textbook, one in each memory format. Nothing is checked here."""
     name = mode.removesuffix(COMPILED)
-    config = _configured(train, name)
+    config = configured(train, name)
     cost = step_cost(model, config, dtype)
     made = []
     eager = mode == "textbook"
@@ -208,7 +208,7 @@ def _candidates(
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
         nets = build(model, seed=train.seed, device=device)
-        real, z = _inputs(model, train, device)
+        real, z = inputs(model, train, device)
         for net in nets:
             net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         real = real.contiguous(memory_format=layout)
@@ -221,11 +221,11 @@ def _candidates(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             memory = torch.cuda.max_memory_allocated(device) - before
-        made.append(_Candidate(mode, precision, advance, cost.flops, memory))
+        made.append(Candidate(mode, precision, advance, cost.flops, memory))
     return made
 
 
-def _turn(advance: Callable[[], None], device: torch.device) -> float:
+def turn(advance: Callable[[], None], device: torch.device) -> float:
     """Seconds a step."""
     if device.type != "cuda":
         start = time.perf_counter()

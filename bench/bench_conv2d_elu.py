@@ -1,0 +1,20 @@
+"""conv3x3 + bias + ELU, stride 1 and 2; the size is that of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bench.gpu_cases import Case
+from fastbegan.bench.results import Row
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("kind", ["same", "down"])
+def bench_conv2d_elu(kind: str, direction: str, shape: Any, race_op: Callable[..., Row]) -> None:
+    px, n, first = shape
+    row = Row("conv2d_elu", f"{kind} n {n} {px} px {direction}", images=16)
+    case = Case("time", kind, shape=(16, n, px, px, n))
+    race_op(case, row, backward=direction == "both", search=first and kind == "same")

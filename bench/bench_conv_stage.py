@@ -1,0 +1,20 @@
+"""A level of the decoder (same, same, up) and of the encoder (same, down); the size is that of the larger map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bench.gpu_cases import Case
+from fastbegan.bench.results import Row
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("level", ["decoder", "encoder"])
+def bench_conv_stage(level: str, direction: str, shape: Any, race_op: Callable[..., Row]) -> None:
+    px, n, _ = shape
+    row = Row("conv_stage", f"{level} n {n} {px} px {direction}", images=16)
+    side = px // 2 if level == "decoder" else px
+    race_op(Case("time", level, shape=(16, n, side, side, n)), row, backward=direction == "both")

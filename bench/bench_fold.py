@@ -1,0 +1,17 @@
+"""All weights of a discriminator and a generator, folded and laid out for their layers once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from bench.gpu_cases import ON_CPU, Case
+from fastbegan.bench.results import Row
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+def bench_fold(direction: str, race_op: Callable[..., Row]) -> None:
+    n = 32 if ON_CPU else 128
+    row = Row("fold", f"64 px nets, n {n}, {direction}")
+    race_op(Case("time", "fold", shape=(1, n, 3, 3, n)), row, backward=direction == "both")

@@ -1,0 +1,14 @@
+"""Stored uint8 images gathered, mirrored and normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bench.gpu_cases import ON_CPU, Case
+from fastbegan.bench.results import Row
+
+
+def bench_normalize_images(race_op: Callable[..., Row]) -> None:
+    count = 16 if ON_CPU else 64
+    case = Case("time", "normalize_images", shape=(count, 3, 64, 64, 3))
+    race_op(case, Row("normalize_images", f"{count} images of 64 px", images=count), backward=False)

@@ -1,0 +1,17 @@
+"""What the decoder's skip connection adds above 16 px, worked out at 8x8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from bench.gpu_cases import ON_CPU, Case
+from fastbegan.bench.results import Row
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+def bench_skip_phase_table(direction: str, race_op: Callable[..., Row]) -> None:
+    n = 32 if ON_CPU else 128
+    case = Case("time", "skip_phase_table", shape=(16, n, 8, 8, n))
+    race_op(case, Row("skip_phase_table", f"n {n} {direction}", images=16), backward=direction == "both")

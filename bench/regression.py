@@ -1,0 +1,34 @@
+"""Whether last night's change cost anything: ratios against those that were accepted on the same device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastbegan.bench.machine import slug
+from fastbegan.bench.results import Row
+from fastbegan.files import read_json, write_json
+
+BAND = 0.10  # how far a ratio may fall under the accepted one
+
+
+class Accepted:
+    """The ratios of a device, from FOLDER/<device>.json; a device without a file is only reported on."""
+
+    def __init__(self, folder: Path, machine: dict[str, Any]) -> None:
+        self.path, self.machine = folder / f"{slug(machine)}.json", machine
+        self.known = self.path.exists()
+        self.ratios: dict[str, float] = read_json(self.path)["ratios"] if self.known else {}
+
+    def fell(self, row: Row) -> bool:
+        """Whether the row's ratio is more than the band under the accepted one; notes that one in the row."""
+        row.accepted = self.ratios.get(row.key)
+        return row.accepted is not None and row.ratio is not None and row.ratio < (1 - BAND) * row.accepted
+
+    def update(self, rows: Iterable[Row]) -> None:
+        """Accept the ratios of these rows from now on; others stay."""
+        self.ratios |= {row.key: round(row.ratio, 3) for row in rows if row.ratio is not None}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        ratios = dict(sorted(self.ratios.items()))
+        write_json(self.path, {"machine": self.machine, "ratios": ratios})

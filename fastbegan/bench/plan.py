@@ -1,0 +1,186 @@
+"""`fastbegan bench plan`: what training a preset would take on other GPUs. A model, not a measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..config import ModelConfig, TrainConfig
+from ..errors import UserError
+from ..info import step_cost
+from .results import Results
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A data-center card in its SXM form, by its data sheet: dense FLOP/s, bytes and bytes/s, watts."""
+
+    name: str
+    precision: str
+    peak: float
+    memory: float
+    capacity: float
+    link: float
+    watts: float
+    cards: int
+    """In a usual node."""
+
+
+# The precision is the fastest that the step supports there. Links: all-reduce bandwidth of a card within its node, one
+# way: PCIe 3 x16, NVLink 2, 3, 4 and 5.
+GPUS = {
+    "p100": Gpu("P100", "float32", 10.6e12, 732e9, 16e9, 12e9, 300, 4),
+    "v100": Gpu("V100", "fp16", 125e12, 900e9, 32e9, 130e9, 300, 8),
+    "a100": Gpu("A100 80 GB", "bf16", 312e12, 2039e9, 80e9, 270e9, 400, 8),
+    "h100": Gpu("H100", "bf16", 989e12, 3350e9, 80e9, 400e9, 700, 8),
+    "b200": Gpu("B200", "bf16", 2250e12, 8000e9, 180e9, 800e9, 1000, 8),
+}
+# shares of the peak that a whole step reaches where nothing was measured: convolution nets in half precision keep
+# tensor cores far less busy than float32 units
+_ASSUMED = {"float32": 0.50, "fp16": 0.20, "bf16": 0.20}
+_COPY_SHARE = 0.8  # of the memory's bandwidth, by a kernel that only moves data
+_NETWORK = 12.5e9 * 0.8  # bytes a second of a node's 100 Gb/s link, in use
+_LATENCY = 2e-5  # seconds an all-reduce takes for nothing
+_LAUNCH = 1e-5  # seconds between two steps that are a CUDA graph each
+_PASSES = 14  # how often the activations of a step cross the memory: written, read forward, read and written back
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A preset on some GPUs; seconds are of one step."""
+
+    gpu: str
+    gpus: int
+    precision: str
+    share: float
+    measured: bool
+    """Whether the share of the peak was measured on such a card."""
+    arithmetic: float
+    memory: float
+    gather: float
+    communication: float
+    step: float
+    images_per_second: float
+    hours: float
+    kwh: float
+    limit: str
+    """What takes longest: compute, memory, images or network."""
+    fits: bool
+    """Whether a card holds its part of the batch."""
+
+
+def plan(
+    model: ModelConfig, train: TrainConfig, gpu: str, gpus: int, *, images: int, share: float | None = None,
+    measured: bool = False,
+) -> Plan:  # fmt: skip
+    """Estimate `images` images on `gpus` cards, `train.batch_size` on each; `share` of the peak, else an assumed one.
+
+    Raises UserError for an unknown card and for numbers that cannot be.
+    """
+    if gpu not in GPUS:
+        raise UserError(f"gpu is {gpu!r}; accepted: {', '.join(GPUS)}")
+    if gpus < 1:
+        raise UserError(f"gpus is {gpus}; accepted: whole numbers from 1")
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"share is {share}; accepted: above 0 and up to 1")
+    card = GPUS[gpu]
+    share = _ASSUMED[card.precision] if share is None else share
+    half = card.precision != "float32"
+    cost = step_cost(model, train)
+    moved = _PASSES * cost.kept * train.batch_size // (2 if half else 1)
+    gathered = train.batch_size * 3 * model.size**2 * (1 + (2 if half else 4))
+    arithmetic = cost.flops / (share * card.peak)
+    memory = moved / (_COPY_SHARE * card.memory)
+    gather = gathered / (_COPY_SHARE * card.memory)
+    communication = all_reduce_seconds(4 * cost.parameters, gpus, card)
+    # kernels either multiply or move; gradients are reduced once both backward passes are done
+    step = max(arithmetic, memory) + gather + communication + _LAUNCH
+    parts = {"compute": arithmetic, "memory": memory, "images": gather, "network": communication}
+    rate = gpus * train.batch_size / step
+    hours = images / rate / 3600
+    # activations are half as large in half precision, the rest of the model stays float32
+    needed = cost.memory - (cost.kept * train.batch_size // 2 if half else 0)
+    return Plan(
+        card.name, gpus, card.precision, share, measured, arithmetic, memory, gather, communication, step, rate, hours,
+        hours * gpus * card.watts / 1e3, max(parts, key=lambda name: parts[name]), needed < 0.9 * card.capacity,
+    )  # fmt: skip
+
+
+def all_reduce_seconds(size: int, gpus: int, card: Gpu) -> float:
+    """A ring all-reduce of `size` bytes, at the slowest link that it crosses; 0 on one card."""
+    if gpus == 1:
+        return 0.0
+    slowest = card.link if gpus <= card.cards else min(card.link, _NETWORK)
+    return 2 * (gpus - 1) / gpus * size / slowest + 2 * (gpus - 1) * _LATENCY
+
+
+def measured_share(folder: Path, gpu: str) -> float | None:
+    """The largest share of a card's peak that a whole step reached, by the results in `folder`; None without any."""
+    card, best = GPUS[gpu], 0.0
+    for path in sorted(folder.glob("*.json")):
+        results = Results.load(path)
+        if gpu.upper() not in results.machine["device"].upper():
+            continue
+        for row in results.rows:
+            if row.group == "step" and row.flops and row.precision == card.precision:
+                best = max(best, 1e3 * row.flops / row.ms / card.peak)
+    return best or None
+
+
+def bench_plan(
+    preset: str, model: ModelConfig, train: TrainConfig, *, gpu: str, gpus: int, share: float | None, folder: Path,
+    as_json: bool,
+) -> int:  # fmt: skip
+    """Print the plan for `gpu`, or for all with "all". Raises UserError for bad values."""
+    images = train.images or 7_000_000
+    plans = []
+    for one in GPUS if gpu == "all" else [gpu]:
+        seen = measured_share(folder, one) if share is None and one in GPUS else None
+        given = share if share is not None else seen
+        plans.append(plan(model, train, one, gpus, images=images, share=given, measured=seen is not None))
+    if as_json:
+        found = [dataclasses.asdict(one) for one in plans]
+        print(json.dumps({"preset": preset, "images": images, "plans": found}, indent=1))
+        return 0
+    shown = Table(
+        title=f"{preset}: {images:,} images, {train.batch_size} a card a step; a model, not a measurement",
+        box=box.SIMPLE, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for column in ("GPU", "cards", "of peak", "ms/step", "images/s", "hours", "kWh", "limit"):
+        shown.add_column(column, justify="left" if column in ("GPU", "limit") else "right", no_wrap=True)
+    for one in plans:
+        source = "" if one.measured or share is not None else "?"
+        shown.add_row(
+            f"{one.gpu} {one.precision}", str(one.gpus), f"{one.share:.0%}{source}", f"{1e3 * one.step:.2f}",
+            f"{one.images_per_second:,.0f}", f"{one.hours:,.1f}", f"{one.kwh:,.1f}",
+            one.limit if one.fits else "does not fit",
+        )  # fmt: skip
+    console = Console()
+    console.print(shown)
+    for one in plans if len(plans) == 1 else []:
+        console.print(_limits(one, train.batch_size))
+    console.print(_assumptions())
+    return 0
+
+
+def _limits(one: Plan, batch: int) -> str:
+    """What each part alone would allow."""
+    parts = {"compute": one.arithmetic, "memory": one.memory, "images": one.gather, "network": one.communication}
+    rates = (f"{name} {one.gpus * batch / seconds:,.0f}" for name, seconds in parts.items() if seconds)
+    return f"Images a second that each would allow alone: {', '.join(rates)}.\n"
+
+
+def _assumptions() -> str:
+    shares = ", ".join(f"{share:.0%} in {name}" for name, share in _ASSUMED.items())
+    return (
+        "Peaks, bandwidths and watts are data-sheet values. A share with a question mark was not measured, and is "
+        f"assumed: {shares}. Activations cross the memory {_PASSES} times a step at {_COPY_SHARE:.0%} of its "
+        "bandwidth; images are resident on the card; gradients are float32, reduced in a ring after both backward "
+        "passes, over 100 Gb/s between nodes. Energy is the cards' alone, at full power."
+    )

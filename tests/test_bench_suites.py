@@ -1,0 +1,91 @@
+"""`pytest bench/`: red for what is slower or wrong, a skip for what does not fit, only a report on unknown devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.regression import Accepted
+from fastbegan.bench.results import Results, Row
+from fastbegan.files import read_json, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+MACHINE = {"device": "CPU Test", "threads": 2}
+
+_TWICE = """
+from fastbegan_kernels import tiers
+once = tiers.forward
+def forward(*arguments, **options):
+    once(*arguments, **options)
+    return once(*arguments, **options)
+tiers.forward = forward
+"""
+_WRONG = """
+from fastbegan_kernels import tiers
+right = tiers.forward
+tiers.forward = lambda *arguments, **options: 1.1 * right(*arguments, **options)
+"""
+_FULL = """
+from fastbegan import capacity
+capacity.available_memory = lambda device: 2**20
+"""
+
+
+def test_a_ratio_may_fall_by_the_band(tmp_path: Path) -> None:
+    assert not Accepted(tmp_path, MACHINE).known
+    Accepted(tmp_path, MACHINE).update([Row("a", "b", ratios={"eager": 2.0, "compile": 9.0}), Row("c", "d")])
+    accepted = Accepted(tmp_path, MACHINE)
+    assert accepted.known and accepted.ratios == {"a b": 2.0}
+    row = Row("a", "b", ratios={"eager": 1.81})
+    assert not accepted.fell(row) and row.accepted == 2.0
+    assert accepted.fell(Row("a", "b", ratios={"eager": 1.79}))
+    assert not accepted.fell(Row("a", "new", ratios={"eager": 0.1}))
+    assert not Accepted(tmp_path, MACHINE | {"threads": 4}).known
+
+
+def _bench(tmp_path: Path, *options: str, planted: str = "") -> subprocess.CompletedProcess[str]:
+    (tmp_path / "planted.py").write_text(planted)
+    path = os.pathsep.join((str(tmp_path), str(ROOT), str(ROOT / "kernels")))
+    command = [sys.executable, "-m", "pytest", "-p", "planted", "-q", "-rs", "--quick", "-p", "no:cacheprovider"]
+    command += ["--baselines", str(tmp_path / "baselines"), "--results", str(tmp_path / "results.json"), *options]
+    command += ["bench/bench_upsample_conv2d_elu.py", "-k", "forward"]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_a_planted_slowdown_is_red(tmp_path: Path) -> None:
+    first = _bench(tmp_path)
+    assert first.returncode == 0, first.stdout
+    assert "no accepted ratios for this device" in first.stdout and "1 passed" in first.stdout
+    assert _bench(tmp_path, "--update-baselines").returncode == 0
+    (accepted,) = (tmp_path / "baselines").glob("*.json")
+    again = _bench(tmp_path)
+    assert "accepted" in again.stdout
+    found: dict[str, Any] = read_json(accepted)
+    (key,) = found["ratios"]
+    (row,) = Results.load(tmp_path / "results.json").rows
+    assert row.key == key and row.accepted == found["ratios"][key]
+    slow = _bench(tmp_path, planted=_TWICE)
+    assert slow.returncode == 1 and f"{key}: " in slow.stdout and "was accepted" in slow.stdout, slow.stdout
+    write_json(accepted, found | {"ratios": {key: found["ratios"][key] / 3}})
+    assert _bench(tmp_path, planted=_TWICE).returncode == 0  # it is the accepted ratio that decides
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_not_timed(tmp_path: Path) -> None:
+    done = _bench(tmp_path, planted=_WRONG)
+    assert done.returncode == 1 and "not timed, since it is wrong" in done.stdout, done.stdout
+    assert not Results.load(tmp_path / "results.json").rows
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_skipped_with_what_it_needs(tmp_path: Path) -> None:
+    done = _bench(tmp_path, planted=_FULL)
+    assert done.returncode == 0 and "1 skipped" in done.stdout, done.stdout
+    assert "needs 0.1 GiB, 0.0 GiB are free" in done.stdout
