@@ -68,9 +68,12 @@ def bench_step(
     compiler = others.get("compile", (None, None))[1] or pick_compile("auto", DEVICE, float("inf"))[0]
     if own.endswith(COMPILED) and compiler is None:
         pytest.skip("torch.compile has no compiler here")
-    (candidate,) = _prepared(own, *SHAPES[place], compiler if own.endswith(COMPILED) else None)
+    found = _prepared(own, *SHAPES[place], compiler if own.endswith(COMPILED) else None)
+    assert found, "torch.compile failed, as a warning says"
+    (candidate,) = found
     turns = {own: candidate.advance}
     for name, (other, how) in others.items():
+        assert _prepared(other, *SHAPES[place], how), "torch.compile failed, as a warning says"
         turns[name] = _faster(_prepared(other, *SHAPES[place], how)).advance
     real, z = inputs(model, train, DEVICE)
     counts = launches(candidate.advance, DEVICE) | {"bytes kept an image": cost.kept}

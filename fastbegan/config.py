@@ -155,6 +155,8 @@ class TrainConfig:
         _require(self.lr_window >= 0, "lr_window", self.lr_window, "whole numbers from 0")
         _require(self.carry_steps >= 1, "carry_steps", self.carry_steps, "whole numbers from 1")
         _require(self.keep >= 2, "keep", self.keep, "whole numbers from 2")
+        textbook = self.passes == "textbook"
+        _require(not (self.recompute and textbook), "recompute", True, "False with passes 'textbook', which keeps all")
         for field in ("log_every", "sample_every", "checkpoint_every"):
             _require(getattr(self, field) >= 1, field, getattr(self, field), "whole numbers from 1")
         for field in ("images", "steps", "minutes"):

@@ -33,6 +33,8 @@ def pick_device(wanted: str) -> tuple[torch.device, str]:
     problem = gpu_problem(name)
     if problem is None:
         device = torch.device(name)
+        if device.index is not None:  # kernels that are launched by Triton go to the current one
+            torch.cuda.set_device(device)
         return device, f"{device}, {torch.cuda.get_device_name(device)}"
     if wanted != "auto":
         raise UserError(f"device {wanted!r} does not work: {problem or 'torch sees no GPU here'}")

@@ -13,7 +13,7 @@ from fastbegan_kernels import equilibrium_update
 class Equilibrium(nn.Module):
     """k and what is logged about it, float32 on the device; nothing here is read by the host inside a step.
 
-    Buffers: `k` []; `sums` [6], the sums since the last `read` of L(x), L(G(z)), k, M, gap and of ones;
+    Buffers: `k` []; `sums` [6], the sums since the last `take` of L(x), L(G(z)), k, M, gap and of ones;
     `window` [2], the sum of M since the last `read_window` and the count. k moves by about 1e-5 a step, which bf16
     and fp16 cannot hold: keep this module out of `.half()` and `.bfloat16()`.
     """

@@ -22,6 +22,8 @@ class GraphedStep:
         self.enabled = enabled and device.type == "cuda"
         self._runs_left = _WARM_UP if self.enabled else None
         self._graph: torch.cuda.CUDAGraph | None = None
+        # one for warm-up and capture, so that memory settles once; on our device, whichever is current
+        self._stream = torch.cuda.Stream(device) if self.enabled else None
 
     @property
     def captured(self) -> bool:
@@ -42,18 +44,19 @@ class GraphedStep:
 
     def _beside(self, work: Callable[[], None]) -> None:
         """Run on a stream of its own, as capture will: what settles there settles for it."""
-        here, stream = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
+        assert self._stream is not None
+        here = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
             work()
-        here.wait_stream(stream)
+        here.wait_stream(self._stream)
 
     def _capture(self) -> None:
         self._runs_left = None
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self._stream):
                 self.work()
         except Exception as error:  # torch raises many types here; nothing of the step was run
             torch.cuda.synchronize(self.device)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import damage, list_checkpoints
 from .config import PRESETS, ModelConfig, TrainConfig
-from .models import Discriminator, Generator, count_parameters, to_plain
-from .objective import OBJECTIVES, Leaves
+from .models import Discriminator, Generator, count_parameters
+from .objective import OBJECTIVES
 from .run import RunFolder
 
 # FLOP/s that a step can count on: measured with `fastbegan bench step` on two CPU cores, assumed for a GPU
@@ -28,7 +29,7 @@ class StepCost:
     parameters: int
     flops: int
     kept: int
-    """Bytes of activations that one image's forward keeps for its backward."""
+    """Bytes of activations that the step keeps for its backward passes at its fullest, an image of the batch."""
     memory: int
     """Bytes in all, modelled: weights, gradients, Adam's two moments, the average, packed weights, activations."""
 
@@ -39,14 +40,21 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
     `dtype` is the compute type (None: float32). `flops` counts a multiply-add as two, convolutions and matrix products
     only.
     """
+    textbook = train.passes == "textbook"
     with torch.device("meta"):
         generator, discriminator = Generator(model), Discriminator(model)
         discriminator.encoder.recompute = train.recompute
         real = torch.empty(train.batch_size, 3, model.size, model.size)
         z = torch.empty(train.batch_size, model.latent)
-        kept = _kept_by_backward(generator, discriminator, z, train, dtype) // train.batch_size
-        objective = OBJECTIVES[train.passes](generator, discriminator, eta=train.eta, dtype=dtype)
-        with FlopCounterMode(display=False) as counter:
+        if textbook and dtype is not None:  # autocast does not know the meta device
+            for net in (generator, discriminator):
+                net.to(dtype)
+            real, z = real.to(dtype), z.to(dtype)
+        objective = OBJECTIVES[train.passes](
+            generator, discriminator, eta=train.eta, dtype=None if textbook else dtype
+        )  # fmt: skip
+        ledger = _Ledger()
+        with FlopCounterMode(display=False) as counter, ledger:
             if train.updates == "simultaneous" and train.latents == "shared":
                 objective.shared(real, z, torch.zeros(()))
             else:
@@ -56,37 +64,42 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
     # generator: weights, gradients, two moments, average; discriminator: all but the average
     weights = 4 * (5 * count_parameters(generator) + 4 * count_parameters(discriminator))
     packed = 2 * (dtype or torch.float32).itemsize * parameters  # and their gradients
-    return StepCost(parameters, counter.get_total_flops(), kept, weights + packed + kept * train.batch_size)
+    kept = ledger.peak // train.batch_size
+    return StepCost(parameters, counter.get_total_flops(), kept, weights + packed + 2 * real.nbytes + ledger.peak)
 
 
-def _kept_by_backward(
-    generator: Generator, discriminator: Discriminator, z: torch.Tensor, train: TrainConfig, dtype: torch.dtype | None
-) -> int:
-    """Bytes of activations that stay alive between forward and backward of L(G(z))."""
-    nets = (generator, discriminator)
-    if train.passes == "textbook":
-        runs = [to_plain(net, share=True).to(dtype or torch.float32) for net in nets]
-        weights = [parameter for net in runs for parameter in net.parameters()]
-    else:
-        leaves = [Leaves(net, dtype) for net in nets]
-        runs = [_with(net, own) for net, own in zip(nets, leaves, strict=True)]
-        weights = [weight for own in leaves for weight in own.weights.values()]
-    known = {weight.untyped_storage()._cdata for weight in weights}
-    kept: dict[int, torch.UntypedStorage] = {}
+class _Ledger(saved_tensors_hooks):
+    """Bytes of activations that backward passes keep alive, and the most of them at a time."""
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage
-        return tensor
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._holders: Counter[int] = Counter()
+        super().__init__(self._keep, lambda held: held.tensor)
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        runs[1](runs[0](z.to(dtype or z.dtype)))
-    return sum(storage.nbytes() for storage in kept.values())
+    def _keep(self, tensor: torch.Tensor) -> _Held:
+        owner = tensor if tensor._base is None else tensor._base
+        leaf = owner.is_leaf and owner.requires_grad  # weights, packed or not, and the batch: counted apart
+        return _Held(self, tensor, 0 if leaf else tensor.untyped_storage().nbytes())
+
+    def hold(self, storage: int, size: int, change: int) -> None:
+        """One holder more, or less, of a storage."""
+        before = self._holders[storage]
+        self._holders[storage] += change
+        if not before or not self._holders[storage]:
+            self.now += change * size
+            self.peak = max(self.peak, self.now)
 
 
-def _with(net: Generator | Discriminator, leaves: Leaves) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: net(x, leaves.weights)
+class _Held:
+    """A saved tensor, for as long as autograd keeps it."""
+
+    def __init__(self, ledger: _Ledger, tensor: torch.Tensor, size: int) -> None:
+        self.ledger, self.tensor, self.size = ledger, tensor, size
+        self.storage = tensor.untyped_storage()._cdata
+        ledger.hold(self.storage, size, 1)
+
+    def __del__(self) -> None:
+        self.ledger.hold(self.storage, self.size, -1)
 
 
 def run_seconds(model: ModelConfig, train: TrainConfig, device: torch.device) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbegan_kernels import conv_stage, fold, reference, skip_phase_table
+from fastbegan_kernels.dispatch import asked_for
 
 from . import plain
 from .config import ModelConfig
@@ -53,6 +54,8 @@ class _Net(nn.Module, ABC):
     def pack(self, dtype: torch.dtype | None = None) -> Packed:
         """The weights in `dtype` (None: their own), with a graph back to them; biases in their own type."""
         parts = list(self.parts())
+        if asked_for(None) == "reference":  # it takes weights as they are
+            return {name: weight.to(dtype or weight.dtype) for name, weight, _ in parts} | dict(self.biases())
         names, weights, kinds = zip(*(part for part in parts if part[2] != "cast"), strict=True)
         # folded where they are: at other addresses in every step they could not be part of a CUDA graph
         packed = dict(zip(names, fold(weights, kinds, dtype=dtype), strict=True))
@@ -126,8 +129,9 @@ class Encoder(_Net):
     def forward(self, images: Tensor, *packed: Packed) -> Tensor:
         """With several packed copies the batch is as many parts; each part's gradients go to its own copy."""
         packed = packed or (self.pack(),)
-        first = {"stem": self.stem, **_layers(self.levels[:1])}
-        rest = {name: layer for name, layer in _layers(self.levels).items() if name not in first}
+        layers = {"stem": self.stem, **_layers(self.levels)}
+        first = {name: layer for name, layer in layers.items() if name.startswith(("stem", "levels.0."))}
+        rest = {name: layer for name, layer in layers.items() if name not in first}
         x = images.to(packed[0]["stem.weight"].dtype)
         if self.recompute and torch.is_grad_enabled():
             x = checkpoint(self._chain, x, packed, first, use_reentrant=False, preserve_rng_state=False)

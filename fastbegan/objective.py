@@ -39,9 +39,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
 class Objective(ABC):
     """Leaves gradients in the `.grad` of both nets, which must be None before; updates nothing.
 
-    `dtype` is the compute type of both nets (None: that of their weights). Images are [N, 3, H, W] in [-1, 1]. Losses
-    are means over the batch, float32 (float64 for float64 nets), without their graph. Gradients are scaled by
-    `loss_scale` where one is given. `compile_mode` is torch.compile's, None for none.
+    `dtype` is the compute type of both nets (None: that of their weights). Images are [N, 3, H, W] in [-1, 1]; all but
+    the textbook compare them in the compute type with what D makes of them. Losses are means over the batch, float32
+    (float64 for float64 nets), without their graph. Gradients are scaled by `loss_scale` where one is given.
+    `compile_mode` is torch.compile's, None for none.
     """
 
     def __init__(
@@ -69,6 +70,11 @@ class Objective(ABC):
     @abstractmethod
     def shared(self, real: Tensor, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Both players' gradients for z_D = z_G at the same parameters; returns L(x) and L(G(z))."""
+
+    def independent(self, real: Tensor, z_d: Tensor, z_g: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for different draws; returns L(x) and L(G(z_G))."""
+        loss_fake = self.for_generator(z_g)
+        return self.for_discriminator(real, z_d, k), loss_fake
 
     @abstractmethod
     def for_discriminator(self, real: Tensor, z: Tensor, k: Tensor) -> Tensor:
@@ -129,9 +135,8 @@ class Textbook(Objective):
 class Leaves:
     """A net's packed weights as leaves of the step: graphs of passes end there, and their gradients go back once.
 
-    The net's parameters must have no `.grad`.
-
-    A graph through the packing would not survive a second backward, and would unfold the gradients of each.
+    The net's parameters must have no `.grad`. A graph through the packing would not survive a second backward, and
+    would unfold the gradients of each.
     """
 
     def __init__(self, net: Generator | Discriminator, dtype: torch.dtype | None) -> None:
@@ -186,17 +191,31 @@ class SinglePass(Objective):
         loss_real = self._difference(real, of_fake, on_d, k)
         return loss_real.mean(), loss_fake.mean()
 
+    def independent(self, real: Tensor, z_d: Tensor, z_g: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        on_g, on_d = self._leaves()
+        loss_fake = self._on_generator(z_g, on_g, on_d)
+        return self._on_discriminator(real, self._draw(z_d, on_g), on_d, k), loss_fake
+
     def for_discriminator(self, real: Tensor, z: Tensor, k: Tensor) -> Tensor:
-        fake, on_d = self._draw(z), Leaves(self.discriminator, self.dtype)
-        self._pass(fake, [on_d.weights])
-        return self._difference(real, on_d.taken(), on_d, k).mean()
+        on_g, on_d = self._leaves()
+        return self._on_discriminator(real, self._draw(z, on_g), on_d, k)
 
     def for_generator(self, z: Tensor) -> Tensor:
-        on_g, on_d = self._leaves()
+        return self._on_generator(z, *self._leaves())
+
+    def _draw(self, z: Tensor, on_g: Leaves) -> Tensor:
+        with torch.no_grad():
+            return self.generate(z, on_g.constant())
+
+    def _on_generator(self, z: Tensor, on_g: Leaves, on_d: Leaves) -> Tensor:
         fake = self.generate(z, on_g.weights)
         loss, on_fake = self._pass(fake, [on_d.constant()], to_images=True)
         on_g.receive(fake, on_fake)
         return loss.mean()
+
+    def _on_discriminator(self, real: Tensor, fake: Tensor, on_d: Leaves, k: Tensor) -> Tensor:
+        self._pass(fake, [on_d.weights])
+        return self._difference(real, on_d.taken(), on_d, k).mean()
 
     def _difference(self, real: Tensor, of_fake: list[Tensor], on_d: Leaves, k: Tensor) -> Tensor:
         """Give D the gradient of L(x) minus k times that of L(G(z)), `of_fake`; returns L(x) [N]."""
@@ -212,10 +231,6 @@ class SinglePass(Objective):
 
     def _leaves(self) -> tuple[Leaves, Leaves]:
         return Leaves(self.generator, self.dtype), Leaves(self.discriminator, self.dtype)
-
-    def _draw(self, z: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.generate(z, self.generator.pack(self.dtype))
 
     def _pass(
         self, images: Tensor, weights: Sequence[Packed], *, to_images: bool = False
@@ -272,8 +287,8 @@ class JointPass(SinglePass):
         on_g.receive(fake, on_images.chunk(2)[1])
         return loss_real, loss_fake
 
-    def for_discriminator(self, real: Tensor, z: Tensor, k: Tensor) -> Tensor:
-        return self._both(real, self._draw(z), Leaves(self.discriminator, self.dtype), k)[0]
+    def _on_discriminator(self, real: Tensor, fake: Tensor, on_d: Leaves, k: Tensor) -> Tensor:
+        return self._both(real, fake, on_d, k)[0]
 
     def _both(
         self, real: Tensor, fake: Tensor, on_d: Leaves, k: Tensor, *, to_images: bool = False

@@ -1,8 +1,8 @@
 """One training step: both losses, their gradients, both updates, k, and the averaged generator.
 
 Nothing in here waits for the device, and all that changes from step to step is on it, so that a whole step can be one
-CUDA graph. A step whose numbers are not finite changes nothing: a flag on the device holds back both optimizers, the
-average and k, from that step on, until the host reads it.
+CUDA graph. A step whose numbers are not finite changes nothing (with alternating updates D may be updated before G's
+turn out bad): a flag on the device holds back both optimizers, the average and k from then on, until the host reads it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .objective import OBJECTIVES, Objective
 from .reading import Reading
 
 # fp16 only: scale of the losses so that small gradients do not vanish, as torch.amp.GradScaler starts it
-_FIRST_LOSS_SCALE, _GROW_AFTER = 2.0**16, 2000
+FIRST_LOSS_SCALE, _GROW_AFTER = 2.0**16, 2000
 
 
 class TrainStep(nn.Module):
@@ -59,7 +59,7 @@ class TrainStep(nn.Module):
         self.register_buffer("number", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("found_bad", torch.zeros((), device=device))  # 1.0 from the first step that was not finite
         self.register_buffer("bad_step", torch.full((), -1, dtype=torch.int64, device=device))
-        scale = _FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0
+        scale = FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0
         self.register_buffer("loss_scale", torch.full((), scale, device=device))
         self.register_buffer("good_steps", torch.zeros((), device=device))
         discriminator.encoder.recompute = config.recompute
@@ -87,6 +87,8 @@ class TrainStep(nn.Module):
         """How a step gets its gradients, in a few words."""
         passes = {"textbook": "textbook, D three times", "single-pass": "D once an image", "joint": "D once a batch"}
         words = f"{self.config.passes}: {passes[self.config.passes]}"
+        if self.config.passes == "textbook":
+            return words
         if self.config.updates == "alternating":
             return f"{words}, then once more for G (alternating updates)"
         return f"{words}, then once more for G (independent z)" if self.config.latents == "independent" else words
@@ -103,9 +105,7 @@ class TrainStep(nn.Module):
             skip = self._update(loss_fake, self.optimizer_g) | held_back
         else:
             if self.config.latents == "independent":
-                loss_fake, loss_real = self._gradients(
-                    lambda how: (how.for_generator(z_g), how.for_discriminator(real, z_d, k))
-                )
+                loss_real, loss_fake = self._gradients(lambda how: how.independent(real, z_d, z_g, k))
             else:
                 loss_real, loss_fake = self._gradients(lambda how: how.shared(real, z_d, k))
             skip = self._update(loss_real + loss_fake, self.optimizer_d, self.optimizer_g)

@@ -154,7 +154,9 @@ class Training:
             if not self._log(wait=waits):
                 return self._stop_not_finite()
             if checkpoint_due:
+                before = time.monotonic()
                 self._checkpoint()
+                self._row_clock += time.monotonic() - before  # as for a sheet
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._finish()
@@ -234,6 +236,7 @@ class Training:
             "seconds": self.seconds,
             "data_crc32": self.data_crc32,
             "schedule": self.schedule.state_dict(),
+            "asked_lr": self.config.train.lr,
             "kernels": tuning.choices(self.device),
             **self.step.training_state(),
         }
@@ -269,7 +272,7 @@ class Training:
         )  # the same kernels as before, not those that are fastest today
         self.step.load_training_state(state)
         self.schedule.load_state_dict(state["schedule"])
-        if stored.train.lr != self.config.train.lr:
+        if state["asked_lr"] != self.config.train.lr:  # not config.json's: a kill may have come before this checkpoint
             self.schedule.lr = self.config.train.lr
         self.step.set_lr(self.schedule.lr)
         self.done, self.images, self.seconds = state["step"], state["images"], state["seconds"]
@@ -291,8 +294,11 @@ class Training:
         k = self.step.equilibrium.k.item()
         dump = {"step": step, "image_ids": ids, "k": k if k == k else "nan", "config": self.config.to_dict()}
         write_json(self.folder.nonfinite_file, dump)
+        kept = "the weights were not changed by it"
+        if self.config.train.updates == "alternating":
+            kept = "G was not changed by it, nor D where it was D's"
         self.report.say(
-            f"error: step {step:,} gave a loss, gradient or k that is not finite; the weights were not changed by it. "
+            f"error: step {step:,} gave a loss, gradient or k that is not finite; {kept}. "
             f"Its image ids and config are in {self.folder.nonfinite_file}; "
             f"go on from the last checkpoint, for instance with: "
             f"fastbegan train --out {self.folder.path} --lr {self.schedule.lr / 2:g}"

@@ -14,17 +14,18 @@ def _update(equilibrium: Equilibrium, real: float, fake: float, skip: bool | Non
     equilibrium.update(torch.tensor(real), torch.tensor(fake), flag)
 
 
-def test_two_steps_by_hand() -> None:
+def test_three_steps_by_hand() -> None:
     equilibrium = Equilibrium(gamma=0.5, lambda_k=0.001)
     _update(equilibrium, 0.4, 0.1)  # k = 0 + 0.001 (0.2 - 0.1) = 0.0001; M = 0.4 + 0.1
     assert equilibrium.k.item() == pytest.approx(0.0001, rel=1e-5)
     _update(equilibrium, 0.3, 0.2)  # k = 0.0001 + 0.001 (0.15 - 0.2) = 0.00005; M = 0.3 + 0.05
     assert equilibrium.k.item() == pytest.approx(0.00005, rel=1e-4)
+    _update(equilibrium, 0.5, 0.2)  # k = 0.00005 + 0.001 (0.25 - 0.2) = 0.0001; M = 0.5 + 0.05
     row = equilibrium.read()
-    assert row["convergence"] == pytest.approx((0.5 + 0.35) / 2)
-    assert row["gap"] == pytest.approx((0.3 + 0.1) / 2)
-    assert (row["loss_real"], row["loss_fake"]) == (pytest.approx(0.35), pytest.approx(0.15))
-    assert row["k"] == pytest.approx(0.00005, rel=1e-4)
+    assert row["convergence"] == pytest.approx((0.5 + 0.35 + 0.55) / 3)
+    assert row["gap"] == pytest.approx((0.3 + 0.1 + 0.3) / 3)
+    assert (row["loss_real"], row["loss_fake"]) == (pytest.approx(0.4), pytest.approx(0.5 / 3))
+    assert row["k"] == pytest.approx(0.0001, rel=1e-4)  # as it is now, not its mean of 0.00005
     assert equilibrium.read()["convergence"] == 0.0  # reading starts over
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig
+from fastbegan.bench.step import configured
 from fastbegan.cli import main
 from fastbegan.info import preset_markdown, step_cost
 from fastbegan.models import build
@@ -26,6 +28,32 @@ def test_cost_of_a_step_that_can_be_worked_out() -> None:
     cost = step_cost(config, TrainConfig(batch_size=4))
     assert cost.flops == 2 * 4 * expected
     assert cost.parameters == sum(p.numel() for net in build(config, seed=0) for p in net.parameters())
+
+
+def test_cost_of_the_other_ways_to_do_that_step() -> None:
+    config = ModelConfig(size=8, filters=1, hidden=2, latent=3, widths=(1,), repeats=1)
+    generator, stem = 3 * 64 + 9 * 64 + 9 * 3 * 64, 9 * 3 * 64
+    auto_encoder = stem + 9 * 64 + 64 * 2 + 2 * 64 + 9 * 64 + 9 * 3 * 64
+    both, images = 2 * (3 * auto_encoder - stem), generator * 3 - 3 * 64
+    # D: G forward, D of x and of G(z); then G with D's input gradients but none of its weights
+    apart = generator + both + images + 2 * auto_encoder
+    joined = images + 2 * 3 * auto_encoder  # one batch: the gradient at the images is of both halves
+    costs = {"joint": joined, "alternating": apart, "textbook": both + images + 2 * auto_encoder}
+    for mode, expected in costs.items():
+        train = configured(TrainConfig(batch_size=4), mode)
+        assert step_cost(config, train).flops == 2 * 4 * expected, mode
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_is_kept_is_the_passes_that_are_alive_together(dtype: torch.dtype | None) -> None:
+    model = ModelConfig(size=32, filters=8)
+    trains = {how: configured(TrainConfig(), how) for how in ("single-pass", "joint", "textbook")}
+    kept = {how: step_cost(model, train, dtype).kept for how, train in trains.items()}
+    assert kept["single-pass"] < kept["joint"] < 2 * kept["single-pass"] < kept["textbook"]
+    for how, full in kept.items():
+        assert step_cost(model, replace(trains[how], batch_size=3), dtype).kept == pytest.approx(full, rel=0.02)
+    half = step_cost(model, TrainConfig(), torch.bfloat16).kept
+    assert half == pytest.approx(step_cost(model, TrainConfig()).kept / 2, rel=0.02)
 
 
 @pytest.mark.parametrize(("size", "most"), [(32, 0.60), (64, 0.57), (128, 0.51), (256, 0.49)])

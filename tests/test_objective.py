@@ -76,13 +76,20 @@ def test_at_k_zero(objective: type[Objective]) -> None:
 @pytest.mark.parametrize("eta", [1, 2])
 def test_independent_draws(objective: type[Objective], eta: int) -> None:
     generator, discriminator, real, z_d, z_g = _nets()
-    on_d, on_g, *_ = _textbook(generator, discriminator, real, z_d, z_g, eta)
+    on_d, on_g, real_loss, fake_loss = _textbook(generator, discriminator, real, z_d, z_g, eta)
     how = objective(generator, discriminator, eta=eta)
-    how.for_generator(z_g)
+    loss_g = how.for_generator(z_g)
     assert all(p.grad is None for p in discriminator.parameters())  # G's pass asks nothing of D's weights
-    how.for_discriminator(real, z_d, K.double())
+    loss_d = how.for_discriminator(real, z_d, K.double())
     _check(_gradients(discriminator), on_d)
     _check(_gradients(generator), on_g)
+    assert [loss_d.item(), loss_g.item()] == [pytest.approx(real_loss, rel=1e-12), pytest.approx(fake_loss, rel=1e-12)]
+    for net in (generator, discriminator):
+        net.zero_grad()
+    together = how.independent(real, z_d, z_g, K.double())
+    _check(_gradients(discriminator), on_d)
+    _check(_gradients(generator), on_g)
+    assert [loss.item() for loss in together] == [loss_d.item(), loss_g.item()]
 
 
 @EVERY
@@ -98,10 +105,13 @@ def test_generator_gradient_flows_through_both_sides(objective: type[Objective])
 def test_loss_scale_scales_both(objective: type[Objective]) -> None:
     generator, discriminator, real, z, _ = _nets()
     on_d, on_g, *_ = _textbook(generator, discriminator, real, z, z, 1)
-    scale = torch.tensor(1024.0, dtype=torch.float64)
-    objective(generator, discriminator, loss_scale=scale).shared(real, z, K)
-    _check(_gradients(discriminator), [1024 * g for g in on_d])
-    _check(_gradients(generator), [1024 * g for g in on_g])
+    how = objective(generator, discriminator, loss_scale=torch.tensor(1024.0, dtype=torch.float64))
+    for gradients in (lambda: how.shared(real, z, K), lambda: how.independent(real, z, z, K)):
+        for net in (generator, discriminator):
+            net.zero_grad()
+        gradients()
+        _check(_gradients(discriminator), [1024 * g for g in on_d])
+        _check(_gradients(generator), [1024 * g for g in on_g])
 
 
 @pytest.mark.parametrize("eta", [1, 2])

@@ -24,7 +24,7 @@ from ..graph import GraphedStep
 from ..info import step_cost
 from ..models import build
 from ..objective import OBJECTIVES
-from ..step import TrainStep
+from ..step import FIRST_LOSS_SCALE, TrainStep
 from . import machine
 from .results import ratio
 
@@ -33,6 +33,7 @@ COMPILED = "+compile"
 DEFAULT_MODES = ("textbook", f"textbook{COMPILED}", *MODES[1:], f"single-pass{COMPILED}")
 # how far gradients may be from the textbook's before a mode is not timed: rounding turns the sign of some errors
 _TOLERANCE = {"float32": 5e-3, "tf32": 2e-2, "bf16": 2e-1, "fp16": 2e-1}
+_FIRST_STEPS = 5  # a graph is captured in the fourth
 _GPU_STEPS = 5  # a turn's steps there, so that the queue never runs dry
 
 
@@ -177,17 +178,18 @@ def check(
     nets = build(model, seed=train.seed, device=device)
     real, z = inputs(model, train, device)
     k = torch.full((), 0.1, device=device)
+    scale = torch.full((), FIRST_LOSS_SCALE, device=device) if dtype == torch.float16 else None
 
     def gradients(mode: str) -> list[Tensor]:
         for net in nets:
             net.zero_grad(set_to_none=True)
-        OBJECTIVES[mode](*nets, eta=train.eta, dtype=dtype).shared(real, z, k)
+        OBJECTIVES[mode](*nets, eta=train.eta, dtype=dtype, loss_scale=scale).shared(real, z, k)
         return [p.grad for net in nets for p in net.parameters() if p.grad is not None]
 
     expected = gradients("textbook")
     for mode in sorted(set(modes) & set(OBJECTIVES)):
         for got, want in zip(gradients(mode), expected, strict=True):
-            error = ((got - want).norm() / want.norm()).item()
+            error = ((got - want).norm() / want.norm().clamp(min=1e-12)).item()
             if not error <= _TOLERANCE[precision]:
                 raise UserError(f"{mode} in {precision} has gradients {error:.2g} from the textbook's; not timed")
 
@@ -196,7 +198,10 @@ def prepare(
     model: ModelConfig, train: TrainConfig, mode: str, precision: str, dtype: torch.dtype | None,
     device: torch.device, compiler: str | None,
 ) -> list[Candidate]:  # fmt: skip
-    """What is timed for a mode: two for the eager textbook, one in each memory format. Nothing is checked here."""
+    """What is timed for a mode: two for the eager textbook, one in each memory format; none where compiling fails.
+
+    Raises UserError where torch.compile changes the losses.
+    """
     name = mode.removesuffix(COMPILED)
     config = configured(train, name)
     cost = step_cost(model, config, dtype)
@@ -215,8 +220,17 @@ def prepare(
         step = TrainStep(*nets, config, dtype, compiler if mode.endswith(COMPILED) else None)
         # the compiled textbook gets the graph too, as max-autotune would make its own
         advance = GraphedStep(lambda step=step, real=real, z=z: step(real, z, z), device, enabled=not eager)
-        for _ in range(5):
+        for _ in range(_FIRST_STEPS):
             advance()
+        if mode.endswith(COMPILED):
+            if not step.objective.compiled:  # it has warned
+                return []
+            plain = TrainStep(*build(model, seed=train.seed, device=device), config, dtype)
+            for _ in range(_FIRST_STEPS):
+                plain(real, z, z)
+            drift = (step.equilibrium.sums / plain.equilibrium.sums)[:2].sub(1).abs().max().item()
+            if not drift <= _TOLERANCE[precision]:
+                raise UserError(f"{mode} in {precision} has losses {drift:.2g} from those without; not timed")
         memory = cost.memory
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -72,6 +72,38 @@ def test_plain_operations_take_every_odd_kernel(window: int) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("window", [1, 3, 5])
+def test_few_outputs_of_many_channels(window: int) -> None:
+    """As in the layer that makes images, whose weight gradient is taken the other way round on a CPU."""
+    x = random_tensor(2, 9, 6, 7, seed=1, dtype=torch.float64)
+    inputs = [x, random_tensor(3, 9, window, window, seed=2, dtype=torch.float64)]
+    inputs.append(random_tensor(3, seed=3, dtype=torch.float64))
+    got = _values(_stage(conv_stage, ["same"], activation="none"), inputs)
+    _check_exactly(got, _values(_stage(reference.conv_stage, ["same"], activation="none"), inputs))
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 4, 5, 6])
+def test_each_gradient_alone(wanted: int) -> None:
+    """Going back ends where nothing below is asked for, and not before."""
+    kinds = ["same", "down", "same"]
+    inputs = _inputs(kinds, 0, torch.float64)
+    found = []
+    for op in (conv_stage, reference.conv_stage):
+        leaves = [value.detach() for value in inputs]
+        leaves[wanted].requires_grad_()
+        found.append(torch.autograd.grad(_stage(op, kinds)(*leaves).sin().sum(), leaves[wanted])[0])
+    _check_exactly([found[0]], [found[1]])
+
+
+def test_bias_gradients_of_half_precision_are_summed_in_float32() -> None:
+    x = torch.zeros(4, 2, 16, 16, dtype=torch.bfloat16)
+    weight, bias = torch.zeros(2, 2, 3, 3, dtype=torch.bfloat16), torch.zeros(2, requires_grad=True)
+    conv_stage(x, [weight], [bias], activation="none").sum().backward()
+    assert bias.grad is not None and bias.grad.tolist() == [1024.0, 1024.0]  # bf16 would stop at 256
+    conv_stage(x, [weight], [bias], activation="none").mul(1.0078125).sum().backward()
+    assert bias.grad.tolist() == [1024.0 + 1032.0] * 2
+
+
 def test_a_second_derivative_is_refused_but_for_the_reference() -> None:
     inputs = [value.requires_grad_() for value in _inputs(["same", "up"], 4, torch.float64, batch=1)]
     with pytest.raises(RuntimeError, match="conv_stage can be differentiated once; for create_graph=True give impl"):

@@ -12,24 +12,28 @@ CASES = [("same same", 3), ("same down", 3), ("same same up", 3), ("up", 3), ("d
 
 
 @pytest.mark.parametrize(("kinds", "window"), CASES)
-@pytest.mark.parametrize("needed", ["x", "weights", "all", "last bias"])
-def test_formulas_are_those_of_the_algebraic_tier(kinds: str, window: int, needed: str) -> None:
+@pytest.mark.parametrize("needed", ["x", "weights", "all", "last bias", "second copy"])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_formulas_are_those_of_the_algebraic_tier(kinds: str, window: int, needed: str, copies: int) -> None:
     assert flops is not None
     names = kinds.split()
     widths = [6 + 2 * number for number in range(len(names) + 1)]
+    if needed == "second copy" and copies == 1:
+        return
     x = torch.empty(2, widths[0], 7, 6, device="meta", requires_grad=needed in ("x", "all"))
     weights, biases = [], []
-    for number, kind in enumerate(names):
-        last = needed == "last bias" and number == len(names) - 1
-        wanted = needed in ("weights", "all")
-        weight = torch.empty(widths[number + 1], widths[number], window, window, device="meta")
-        folded = fold([weight], ["up" if kind == "up" else "conv"])[0].detach()
-        weights.append(folded.requires_grad_(wanted))
-        biases.append(torch.empty(widths[number + 1], device="meta", requires_grad=wanted or last))
+    for copy in range(copies):
+        for number, kind in enumerate(names):
+            last = needed == "last bias" and number == len(names) - 1
+            wanted = needed in ("weights", "all") or (needed == "second copy" and copy == 1)
+            weight = torch.empty(widths[number + 1], widths[number], window, window, device="meta")
+            folded = fold([weight], ["up" if kind == "up" else "conv"])[0].detach()
+            weights.append(folded.requires_grad_(wanted))
+            biases.append(torch.empty(widths[number + 1], device="meta", requires_grad=wanted or last))
     counts = []
     for op in (
-        lambda: conv_stage(x, weights, biases, kinds=names),
-        lambda: torch.ops.fastbegan.conv_stage(x, weights, biases, None, kinds, "elu", 1.0, "auto")[-1],
+        lambda: conv_stage(x, weights, biases, kinds=names, copies=copies),
+        lambda: torch.ops.fastbegan.conv_stage(x, weights, biases, None, kinds, "elu", 1.0, "auto", copies)[-1],
     ):
         with FlopCounterMode(display=False) as forward:
             result = op()
