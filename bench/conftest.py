@@ -85,17 +85,20 @@ class Race:
     benchmark: BenchmarkFixture
     night: Night
 
-    def __call__(self, row: Row, turns: dict[str, Turn], *, calls: dict[str, int] | None = None) -> Row:
+    def __call__(
+        self, row: Row, turns: dict[str, Turn], *, calls: dict[str, int] | None = None, least: int | None = None
+    ) -> Row:
         """Time `turns`, the first of which is ours and the second what it is held to, and keep what came out in `row`.
 
-        A turn of `name` is `calls[name]` calls, 1 where nothing is said. Fails where the ratio fell out of the band of
+        A turn of `name` is `calls[name]` calls, 1 where nothing is said. `least` turns are taken if one takes long. Fails
+        where the ratio fell out of the band of
         the accepted one, twice.
         """
         calls = dict.fromkeys(turns, 1) | (calls or {})
-        self._fill(row, self._timed(turns, self._benchmarked), calls)
+        self._fill(row, self._timed(turns, self._benchmarked, least), calls)
         if self.night.accepted.fell(row) and not self.night.updates:
             once = row.ratio
-            self._fill(row, self._timed(turns, self._again), calls)
+            self._fill(row, self._timed(turns, self._again, least), calls)
             fell = self.night.accepted.fell(row)
         else:
             once, fell = None, False
@@ -111,7 +114,9 @@ class Race:
         row.p20, row.ms, row.p80 = (1e3 * value for value in spread(mine))
         row.ratios = {name: ratio(values, mine) for other in others for name, values in other.items()}
 
-    def _timed(self, turns: dict[str, Turn], race: Callable[..., list[float]]) -> dict[str, list[float]]:
+    def _timed(
+        self, turns: dict[str, Turn], race: Callable[..., list[float]], least: int | None
+    ) -> dict[str, list[float]]:
         own, *others = turns
         times: dict[str, list[float]] = {name: [] for name in turns}
 
@@ -126,8 +131,8 @@ class Race:
         begin = clock()
         for turn in turns.values():
             turn()
-        least, most = self.night.turns
-        rounds = max(least, min(most, int(self.night.seconds / (clock() - begin))))
+        usual, most = self.night.turns
+        rounds = max(least or usual, min(most, int(self.night.seconds / (clock() - begin))))
         times[own] = race(turns[own], rest, rounds)
         return times
 

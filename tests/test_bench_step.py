@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 
-from fastbegan import ModelConfig, TrainConfig, UserError, capacity
+from fastbegan import ModelConfig, TrainConfig, UserError, capacity, objective
 from fastbegan.bench import step as bench
 from fastbegan.cli import main
 from fastbegan.objective import OBJECTIVES, SinglePass
@@ -61,12 +62,57 @@ def test_wrong_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.measure(model, train, ["single-pass"], ["float32"], torch.device("cpu"), None, 1)
 
 
+def test_half_precision_is_timed_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--modes", "textbook,single-pass", "--precision", "bf16", "--json"]) == 0
+    assert [row["precision"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["bf16", "bf16"]
+    model, train = ModelConfig(size=64, filters=8), TrainConfig(batch_size=4)
+    # as on a GPU: small gradients vanish in fp16 where they are not scaled
+    bench.check(model, train, ["single-pass", "joint"], "fp16", torch.float16, torch.device("cpu"))
+    bench.check(ModelConfig(size=32, filters=2, vanishing=True), train, ["joint"], "float32", None, torch.device("cpu"))
+
+
+def test_what_torch_compile_changes_or_cannot_do_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, train, modes = ModelConfig(size=32, filters=2), TrainConfig(batch_size=2), ["textbook", "textbook+compile"]
+    given = (model, train, modes, ["float32"], torch.device("cpu"), "default", 1)
+
+    def broken(net: torch.nn.Module, mode: str) -> Any:
+        def run(*given: Any) -> Any:
+            raise RuntimeError("no compiler\nand more")
+
+        return run
+
+    monkeypatch.setattr(objective, "_compiled", broken)
+    with pytest.warns(UserWarning, match="torch.compile failed, going on without it: no compiler"):
+        (row,) = bench.measure(*given)
+    assert row.mode == "textbook" and row.ratio_compile is None
+    monkeypatch.setattr(objective, "_compiled", lambda net, mode: lambda *given: 1.1 * net(*given))
+    with pytest.raises(UserError, match=r"textbook\+compile in float32 has losses 0.\d+ from those without; not timed"):
+        bench.measure(*given)
+
+
+def test_the_yardstick_is_the_faster_memory_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.3, 0.1, 0.2, 0.5, 0.1, 0.25])
+    monkeypatch.setattr(bench, "turn", lambda *_: next(times))
+    model, train = ModelConfig(size=32, filters=2), TrainConfig(batch_size=2)
+    rows = bench.measure(model, train, ["textbook", "single-pass"], ["float32"], torch.device("cpu"), None, 2)
+    assert [row.ms for row in rows] == [pytest.approx(100), pytest.approx(225)]
+    assert rows[1].ratio_eager == pytest.approx((0.1 / 0.2 + 0.1 / 0.25) / 2)
+
+
 def test_doctor_of_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--preset", "paper-64", "--device", "cpu", "--precision", "float32"]) == 0
     printed = capsys.readouterr().out
     assert "840.4 GFLOPs at batch 16" in printed and "18.0 MiB an image" in printed
     assert printed.count("worked out from free memory") == 2
     assert main(["doctor", "--preset", "big"]) == 2
+
+
+def test_weights_are_taken_off_before_images_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, train, device = ModelConfig(size=32, filters=8), TrainConfig(), torch.device("cpu")
+    found = capacity.capacity(model, train, device, None)
+    free = int((found.fixed + 10.5 * found.per_image) / 0.9)
+    monkeypatch.setattr(capacity, "available_memory", lambda device: free)
+    assert capacity.capacity(model, train, device, None).largest == 10
 
 
 @pytest.mark.parametrize("guess", [0, 1, 7, 100, 1000])

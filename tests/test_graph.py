@@ -17,22 +17,25 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """torch.cuda with streams that do nothing and graphs that remember what was captured."""
-    state = SimpleNamespace(capturing=False, replayed=0, fails=False)
+    state = SimpleNamespace(capturing=False, replayed=0, fails=False, made=[], waits=[], captured_on=None)
 
     class Stream:
         def __init__(self, *_: object) -> None:
-            pass
+            state.made.append(self)
 
         def wait_stream(self, other: Stream) -> None:
-            pass
+            state.waits.append((self, other))
+
+    here = Stream()
+    state.made.clear()
 
     class Graph:
         def replay(self) -> None:
             state.replayed += 1
 
     @contextlib.contextmanager
-    def capture(graph: Graph) -> Iterator[None]:
-        state.capturing = True
+    def capture(graph: Graph, *, stream: Stream) -> Iterator[None]:
+        state.capturing, state.captured_on = True, stream
         try:
             yield
         finally:
@@ -42,7 +45,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     for name, value in {
         "Stream": Stream, "CUDAGraph": Graph, "graph": capture, "synchronize": lambda *_: None,
-        "current_stream": Stream, "stream": lambda _: contextlib.nullcontext(),
+        "current_stream": lambda _: here, "stream": lambda _: contextlib.nullcontext(),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     return state
@@ -55,6 +58,10 @@ def test_every_call_is_one_step(fake_cuda: SimpleNamespace) -> None:
         step()
         assert ran.count(False) + fake_cuda.replayed == calls
     assert step.captured and ran == [False] * 3 + [True]  # it warms up, is captured once, and replayed from then on
+    (side,) = fake_cuda.made  # one stream of its own, that waits for the one that is current, and is waited for
+    assert [side in pair for pair in fake_cuda.waits] == [True] * 6
+    assert [pair[0] is side for pair in fake_cuda.waits] == [True, False] * 3
+    assert fake_cuda.captured_on is side
 
 
 def test_what_cannot_be_captured_runs_as_it_is(fake_cuda: SimpleNamespace) -> None:

@@ -178,6 +178,14 @@ def test_plain_modules_take_the_same_state(share: bool) -> None:
         made.load_state_dict(net.state_dict())
 
 
+def test_the_reference_tier_runs_both_nets(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, discriminator = build(ModelConfig(size=32, filters=3), seed=0)
+    z = torch.rand(2, 64)
+    expected = discriminator(generator(z))
+    monkeypatch.setenv("FASTBEGAN_IMPL", "reference")
+    torch.testing.assert_close(discriminator(generator(z)), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_recomputing_keeps_less() -> None:
     train = TrainConfig(batch_size=2)
     for size, filters in ((64, 128), (256, 128)):

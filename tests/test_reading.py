@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+import fastbegan.train
 from fastbegan import ModelConfig, TrainConfig
+from fastbegan.checkpoint import list_checkpoints
 from fastbegan.reading import Reading
 from fastbegan.report import Report
 from fastbegan.run import RunConfig, RunFolder
@@ -64,6 +66,47 @@ def test_late_rows_are_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert _run(tmp_path / "late", watch) == 0
     assert _rows(tmp_path / "late") == _rows(tmp_path / "prompt")
     assert late == ([0, 2, 0, 0] if delay == 3 else [0, 5, 0, 0])  # sheets are at 5, 15 and 20
+
+
+def test_a_checkpoint_waits_for_the_row_and_for_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reading, "arrived", lambda reading: False)
+    rows_at: list[int] = []
+
+    def watch(training: Training) -> None:
+        save = training._checkpoint
+
+        def checkpoint() -> None:
+            rows_at.append(len(RunFolder(tmp_path / "run").read_metrics()))
+            save()
+
+        monkeypatch.setattr(training, "_checkpoint", checkpoint)
+
+    assert _run(tmp_path / "run", watch, sample_every=1000, checkpoint_every=7) == 0
+    assert rows_at == [1, 2, 4]  # at 7, 14 and 20: those of 5; of 10; of 15 and 20
+
+    def poison(training: Training) -> None:
+        sound = training.loader.batch
+        spoilt = lambda position: sound(position) * (float("nan") if position == 8 * 5 else 1)  # noqa: E731
+        monkeypatch.setattr(training.loader, "batch", spoilt)
+
+    assert _run(tmp_path / "bad", poison, sample_every=1000, checkpoint_every=7, log_every=10) == NOT_FINITE
+    assert not list_checkpoints(tmp_path / "bad" / "checkpoints")
+
+
+def test_images_a_second_are_of_the_row_and_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("fastbegan.train.time.monotonic", lambda: now[0])
+
+    def slow(training: Training) -> None:
+        advance, save, draw = training.advance, training._checkpoint, fastbegan.train.training_sheet
+        monkeypatch.setattr(training, "advance", lambda: (advance(), now.__setitem__(0, now[0] + 0.5)))
+        monkeypatch.setattr(training, "_checkpoint", lambda: (save(), now.__setitem__(0, now[0] + 70)))
+        sheet = lambda *given: (now.__setitem__(0, now[0] + 30), draw(*given))[1]  # noqa: E731
+        monkeypatch.setattr(fastbegan.train, "training_sheet", sheet)
+
+    assert _run(tmp_path / "run", slow, checkpoint_every=7) == 0
+    rows = RunFolder(tmp_path / "run").read_metrics()
+    assert [row["images_per_second"] for row in rows] == [16.0] * 4  # 8 images in half a second
 
 
 def test_numbers_that_are_not_finite_are_seen_when_they_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig, UserError
 from fastbegan.checkpoint import list_checkpoints, save_checkpoint
-from fastbegan.counter import Z_D
+from fastbegan.counter import Z_D, latents
 from fastbegan.report import Report
 from fastbegan.run import RunConfig, RunFolder
 from fastbegan.train import NOT_FINITE, StopRequest, Training, train
@@ -239,6 +239,31 @@ def test_nan_ends_the_run_with_a_dump(tmp_path: Path, monkeypatch: pytest.Monkey
     assert _train(out, lr=5e-4) == 0  # without the poison it goes on, at the rate that was advised
     assert RunFolder(out).read_metrics()[-1]["lr"] <= 5e-4
     assert not (out / "nonfinite.json").exists()
+
+
+def test_the_rate_asked_for_survives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the first checkpoint at the new rate, and started with the same options again."""
+    out = tmp_path / "run"
+    _train(out, steps=20, lr_window=0)
+    for _ in range(2):
+        with Report() as report:
+            config = RunConfig("demo", SMALL, replace(SHORT, lr=5e-4, lr_window=0))
+            training = Training(config, out, resume=True, report=report)
+            assert training.step.optimizer_d.param_groups[0]["lr"].item() == pytest.approx(5e-4)
+            assert training.schedule.lr == 5e-4 and training.done == 20
+
+
+def test_the_first_batch_and_draw_are_those_of_position_zero(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+    with Report() as report:
+        training = Training(RunConfig("demo", SMALL, SHORT), tmp_path / "run", resume=True, report=report)
+        training.step.register_forward_pre_hook(lambda _, given: seen.extend(value.clone() for value in given[:2]))
+        for _ in range(2):
+            training.advance_one()
+    for number in range(2):
+        assert torch.equal(seen[2 * number], training.loader.batch(8 * number))
+        latent = SMALL.latent
+        assert torch.equal(seen[2 * number + 1], latents(SHORT.seed, Z_D, 8 * number, 8, latent, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("where", ["_sheet", "_log", "_checkpoint"])
