@@ -90,9 +90,8 @@ class Race:
     ) -> Row:
         """Time `turns`, the first of which is ours and the second what it is held to, and keep what came out in `row`.
 
-        A turn of `name` is `calls[name]` calls, 1 where nothing is said. `least` turns are taken if one takes long. Fails
-        where the ratio fell out of the band of
-        the accepted one, twice.
+        A turn of `name` is `calls[name]` calls, 1 where nothing is said. `least` turns are taken if one takes long.
+        Fails where the ratio fell out of the band of the accepted one, twice.
         """
         calls = dict.fromkeys(turns, 1) | (calls or {})
         self._fill(row, self._timed(turns, self._benchmarked, least), calls)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbegan import objective
 from fastbegan.bench.machine import synchronize
+from fastbegan.bench.step import configured, inputs
 from fastbegan.config import ModelConfig, TrainConfig
 from fastbegan.models import build
 from fastbegan.step import TrainStep
 
+ROOT = Path(__file__).resolve().parent.parent
 _NAMED = 9  # operations or kernels with a share of their own
 
 
@@ -66,23 +72,37 @@ def breakdown(work: Callable[[], object], device: torch.device) -> dict[str, flo
     return found | {"the rest": 1 - sum(found.values())}
 
 
-def graphs(model: ModelConfig, train: TrainConfig, real: Tensor, z: Tensor) -> dict[str, int]:
-    """Of the step under torch.compile: graphs, places where one had to be broken, and graphs made after two steps."""
+def graphs(px: int, filters: int, batch: int, mode: str) -> dict[str, int]:
+    """Of a step under torch.compile: graphs, places where one had to be broken, and graphs made after two steps.
+
+    Counted in a process of its own: what is compiled there is forgotten.
+    """
+    command = [sys.executable, "-m", "bench.counts", str(px), str(filters), str(batch), mode]
+    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _graphs(model: ModelConfig, train: TrainConfig) -> dict[str, int]:
     made: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
         made.append(graph)
         return graph
 
-    torch.compiler.reset()
-    counters.clear()
+    real, z = inputs(model, train, torch.device("cpu"))
     with mock.patch.object(objective, "_compiled", lambda net, mode: torch.compile(net, dynamic=False, backend=keep)):
-        step = TrainStep(*build(model, seed=0, device=real.device), train, None, "default")
+        step = TrainStep(*build(model, seed=0), train, None, "default")
         for _ in range(2):
             step(real, z, z)
         first = len(made)
         for _ in range(3):
             step(real.flip(0).contiguous(memory_format=torch.channels_last), -z, z)
-    breaks = sum(counters["graph_break"].values())
-    torch.compiler.reset()
-    return {"graphs": first, "graph breaks": breaks, "recompiles": len(made) - first}
+    return {"graphs": first, "graph breaks": sum(counters["graph_break"].values()), "recompiles": len(made) - first}
+
+
+if __name__ == "__main__":
+    size, width, count = map(int, sys.argv[1:4])
+    settings = configured(TrainConfig(batch_size=count), sys.argv[4])
+    print(json.dumps(_graphs(ModelConfig(size=size, filters=width), settings)))
