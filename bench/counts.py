@@ -65,7 +65,9 @@ def breakdown(work: Callable[[], object], device: torch.device) -> dict[str, flo
         synchronize(device)
     shares: Counter[str] = Counter()
     for event in profiler.key_averages():
-        name = event.key.removeprefix("aten::")[:48]
+        name = event.key.removeprefix("aten::")[:40]
+        if "CompiledFxGraph" in name:  # one for each graph, by its hash
+            name = "compiled loops"
         shares[name] += event.self_device_time_total if gpu else event.self_cpu_time_total
     total = sum(shares.values())
     found = {name: time / total for name, time in shares.most_common(_NAMED)}

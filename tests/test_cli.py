@@ -26,9 +26,9 @@ BENCH_OPTIONS = "batch-size compile device filters json modes precision preset r
 SAMPLE_OPTIONS = "columns count device gif interpolate out seed single"
 
 
-def _options(capsys: pytest.CaptureFixture[str], command: str) -> list[str]:
+def _options(capsys: pytest.CaptureFixture[str], *command: str) -> list[str]:
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([*command, "--help"])
     assert stop.value.code == 0
     names = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", capsys.readouterr().out)) - {"help"}
     return sorted(n for n in names if not (n.startswith("no-") and n.removeprefix("no-") in names))
@@ -40,7 +40,9 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
     assert _options(capsys, "sample") == SAMPLE_OPTIONS.split()
     assert _options(capsys, "info") == ["markdown"]
     assert _options(capsys, "doctor") == "batch-size device filters precision preset size".split()
-    assert _options(capsys, "bench") == BENCH_OPTIONS.split()
+    assert _options(capsys, "bench", "step") == BENCH_OPTIONS.split()
+    assert _options(capsys, "bench", "report") == ["out", "readme"]
+    assert _options(capsys, "bench", "plan") == "batch-size gpu gpus json preset results share".split()
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def speed_up(results: Results) -> Any:
     figure = _figure(1.2 + 0.26 * len(rows))
     axes = figure.subplots()
     ratios = [row.ratio or 0.0 for row in rows]
-    bars = axes.barh([row.key for row in rows], ratios, color=[_BLUE if value >= 1 else _RED for value in ratios])
+    bars = axes.barh([row.key for row in rows], ratios, color=[_BLUE if value >= 0.95 else _RED for value in ratios])
     axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     axes.axvline(1, color=_GREY, linewidth=1)
     axes.invert_yaxis()
@@ -172,19 +172,19 @@ def breakdown(results: Results) -> Any:
     rows = [row for row in results.rows if row.breakdown]
     if not rows:
         return None
+    from matplotlib import colormaps
+
     names = list(dict.fromkeys(name for row in rows for name in row.breakdown))
     figure = _figure(1.6 + 0.5 * len(rows))
     axes = figure.subplots()
     left = [0.0] * len(rows)
-    from matplotlib import colormaps
-
     for place, name in enumerate(names):
         shares = [100 * row.breakdown.get(name, 0.0) for row in rows]
         axes.barh([row.name for row in rows], shares, left=left, label=name, color=colormaps["tab20"](place % 20))
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("percent of the step")
-    axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(-0.3, -0.25))
     axes.set_title(f"{results.machine['device']}, {results.machine['date']}", fontsize=10)
     _plain(axes)
     return figure
