@@ -41,7 +41,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
     assert _options(capsys, "info") == ["markdown"]
     assert _options(capsys, "doctor") == "batch-size device filters precision preset size".split()
     assert _options(capsys, "bench", "step") == BENCH_OPTIONS.split()
-    assert _options(capsys, "bench", "report") == ["out", "readme"]
+    assert _options(capsys, "bench", "report") == ["out", "readme", "results"]  # the last is named as pytest's
     assert _options(capsys, "bench", "plan") == "batch-size gpu gpus json preset results share".split()
 
 
