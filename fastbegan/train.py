@@ -272,7 +272,8 @@ class Training:
         )  # the same kernels as before, not those that are fastest today
         self.step.load_training_state(state)
         self.schedule.load_state_dict(state["schedule"])
-        if state["asked_lr"] != self.config.train.lr:  # not config.json's: a kill may have come before this checkpoint
+        # not config.json's, where the checkpoint knows: a kill may have come between the two
+        if state.get("asked_lr", stored.train.lr) != self.config.train.lr:
             self.schedule.lr = self.config.train.lr
         self.step.set_lr(self.schedule.lr)
         self.done, self.images, self.seconds = state["step"], state["images"], state["seconds"]

@@ -139,21 +139,15 @@ def test_halves_that_are_alike_cancel_in_float32(passes: str) -> None:
     """At k = 1 and x = G(z) D's gradient is nothing; half precision would leave its rounding."""
     nets = build(MODEL, seed=0)
     _, z, _ = _batch()
-    how = OBJECTIVES[passes](*nets, dtype=torch.bfloat16)
     with torch.no_grad():
         real = nets[0](z, nets[0].pack(torch.bfloat16)).float()
-    how.shared(real, z, torch.tensor(0.999))
-    for name, parameter in nets[1].named_parameters():
-        gradient = parameter.grad
-        assert gradient is not None
-        nets[1].zero_grad()
-        alone = OBJECTIVES[passes](*nets, dtype=torch.bfloat16)
-        alone.shared(real, z, torch.zeros(()))
-        expected = dict(nets[1].named_parameters())[name].grad
-        assert expected is not None
-        # 0.001 of it; in bf16 k would have been 1
-        torch.testing.assert_close(gradient, 0.001 * expected, rtol=0.1, atol=1e-7)
-        break
+    found = []
+    for k in (0.999, 0.0):
+        for net in nets:
+            net.zero_grad()
+        OBJECTIVES[passes](*nets, dtype=torch.bfloat16).shared(real, z, torch.tensor(k))
+        found.append(torch.cat([p.grad.flatten() for p in nets[1].parameters() if p.grad is not None]))
+    assert (found[0] - 0.001 * found[1]).norm() <= 1e-2 * 0.001 * found[1].norm()  # in bf16 k would have been 1
 
 
 def test_textbook_words_and_options() -> None:

@@ -222,6 +222,10 @@ def prepare(
         advance = GraphedStep(lambda step=step, real=real, z=z: step(real, z, z), device, enabled=not eager)
         for _ in range(_FIRST_STEPS):
             advance()
+        memory = cost.memory
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            memory = torch.cuda.max_memory_allocated(device) - before
         if mode.endswith(COMPILED):
             if not step.objective.compiled:  # it has warned
                 return []
@@ -231,10 +235,6 @@ def prepare(
             drift = (step.equilibrium.sums / plain.equilibrium.sums)[:2].sub(1).abs().max().item()
             if not drift <= _TOLERANCE[precision]:
                 raise UserError(f"{mode} in {precision} has losses {drift:.2g} from those without; not timed")
-        memory = cost.memory
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            memory = torch.cuda.max_memory_allocated(device) - before
         made.append(Candidate(mode, precision, advance, cost.flops, memory))
     return made
 
