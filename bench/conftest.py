@@ -45,7 +45,7 @@ def clock() -> float:
 
 
 @dataclass
-class Night:
+class Suites:
     """One run of the suites."""
 
     results: Results
@@ -63,18 +63,18 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["FASTBEGAN_IMPL"] = impl
 
 
-_night: list[Night] = []
+_runs: list[Suites] = []
 
 
 @pytest.fixture(scope="session")
-def night(request: pytest.FixtureRequest) -> Night:
+def suites(request: pytest.FixtureRequest) -> Suites:
     option = request.config.getoption
     machine, quick = facts(DEVICE), bool(option("--quick"))
     accepted = Accepted(Path(str(option("--baselines"))), machine)
     results = Results(machine, roofline(DEVICE, quick=quick))
     updates = bool(option("--update-baselines"))
-    made = Night(results, accepted, updates, *(((9, 15), 1.5) if quick else ((9, 40), 4.0)))
-    _night.append(made)
+    made = Suites(results, accepted, updates, *(((9, 15), 1.5) if quick else ((9, 40), 4.0)))
+    _runs.append(made)
     return made
 
 
@@ -83,7 +83,7 @@ class Race:
     """Takes turns with all, so that what the machine does besides hits all alike."""
 
     benchmark: BenchmarkFixture
-    night: Night
+    suites: Suites
 
     def __call__(
         self, row: Row, turns: dict[str, Turn], *, calls: dict[str, int] | None = None, least: int | None = None
@@ -91,19 +91,20 @@ class Race:
         """Time `turns`, the first of which is ours and the second what it is held to, and keep what came out in `row`.
 
         A turn of `name` is `calls[name]` calls, 1 where nothing is said. `least` turns are taken if one takes long.
-        Fails where the ratio fell out of the band of the accepted one, twice.
+        Fails where the ratio fell out of the band of the accepted one, twice. The lower one of two is what is accepted.
         """
+        accepted, updates = self.suites.accepted, self.suites.updates
         calls = dict.fromkeys(turns, 1) | (calls or {})
         self._fill(row, self._timed(turns, self._benchmarked, least), calls)
-        if self.night.accepted.fell(row) and not self.night.updates:
-            once = row.ratio
+        once, fell = row.ratio, accepted.fell(row)
+        if fell or updates:
             self._fill(row, self._timed(turns, self._again, least), calls)
-            fell = self.night.accepted.fell(row)
-        else:
-            once, fell = None, False
-        self.night.results.rows.append(row)
+            fell = accepted.fell(row)
+        if updates:
+            accepted.accept(row.key, once, row.ratio)
+        self.suites.results.rows.append(row)
         self.benchmark.extra_info.update(row=row.key, ratios=row.ratios)
-        if fell:
+        if fell and not updates:
             pytest.fail(f"{row.key}: {once:.2f} and {row.ratio:.2f} times as fast, {row.accepted:.2f} was accepted")
         return row
 
@@ -130,8 +131,8 @@ class Race:
         begin = clock()
         for turn in turns.values():
             turn()
-        usual, most = self.night.turns
-        rounds = max(least or usual, min(most, int(self.night.seconds / (clock() - begin))))
+        usual, most = self.suites.turns
+        rounds = max(least or usual, min(most, int(self.suites.seconds / (clock() - begin))))
         times[own] = race(turns[own], rest, rounds)
         return times
 
@@ -152,9 +153,9 @@ class Race:
 
 
 @pytest.fixture
-def race(benchmark: BenchmarkFixture, night: Night) -> Race:
+def race(benchmark: BenchmarkFixture, suites: Suites) -> Race:
     benchmark._timer = clock
-    return Race(benchmark, night)
+    return Race(benchmark, suites)
 
 
 @pytest.fixture(autouse=True)
@@ -221,16 +222,16 @@ def race_op(race: Race, needs: Callable[[float], None], quick: bool) -> Callable
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if not _night:
+    if not _runs:
         return
-    night = _night[0]
-    results, accepted = night.results, night.accepted
+    (suites,) = _runs
+    results, accepted = suites.results, suites.accepted
     console = Console(width=max(150, terminalreporter._tw.fullwidth))
     console.print(table(results))
     for line in count_lines(results):
         terminalreporter.write_line(line)
-    if night.updates:
-        accepted.update(results.rows)
+    if suites.updates:
+        accepted.save()
         terminalreporter.write_line(f"accepted from now on: {accepted.path}")
     elif not accepted.known:
         terminalreporter.write_line(f"no accepted ratios for this device: {accepted.path} is not there")

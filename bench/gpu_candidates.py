@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench import cudnn_graph
 from bench.gpu_cases import DEVICE, DRY, ON_CPU, Case, tile_of
 from bench.gpu_numerics import Draw
 from fastbegan_kernels import (
@@ -40,11 +41,12 @@ Results = list[Tensor]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One form of an op, what must hold while it runs, and whether weights of up-convolutions come to it folded."""
+    """One form of an op, whether weights of up-convolutions come to it folded, and what must hold while it runs."""
 
     run: Callable[..., Sequence[Tensor]]
     packed: bool = False
     around: Callable[[], AbstractContextManager[None]] = nullcontext
+    forward_only: bool = False
 
 
 def kinds_of(op: str) -> tuple[str, ...]:
@@ -190,6 +192,8 @@ def candidates(case: Case) -> dict[str, Candidate]:
         options: dict[str, Any] = {"backend": "eager"} if DRY else {"mode": mode}
         compiled = torch.compile(found["eager"].run, dynamic=False, **options)
         found["compile" if mode == "default" else mode.removesuffix("-no-cudagraphs")] = Candidate(compiled)
+    if case.op in ("same", "down") and cudnn_graph.INSTALLED and not ON_CPU:
+        found["cudnn graph"] = Candidate(cudnn_graph.conv_bias_elu(1 if case.op == "same" else 2), forward_only=True)
     return found
 
 

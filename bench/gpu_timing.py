@@ -205,6 +205,8 @@ def contenders(case: Case, given: list[list[Tensor]], backward: bool, dropped: d
     judge = Judge(case, eager, given[0], grads)
     runs: dict[str, Run] = {}
     for name, candidate in every.items():
+        if backward and candidate.forward_only:
+            continue
         mine = folded if candidate.packed else given
         why = "" if candidate is eager else _tried(judge, candidate, mine[0], grads)
         if why:

@@ -1,8 +1,7 @@
-"""Whether last night's change cost anything: ratios against those that were accepted on the same device."""
+"""Whether a change cost anything: ratios against those that were accepted on the same device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,13 @@ class Accepted:
         row.accepted = self.ratios.get(row.key)
         return row.accepted is not None and row.ratio is not None and row.ratio < (1 - BAND) * row.accepted
 
-    def update(self, rows: Iterable[Row]) -> None:
-        """Accept the ratios of these rows from now on; others stay."""
-        self.ratios |= {row.key: round(row.ratio, 3) for row in rows if row.ratio is not None}
+    def accept(self, key: str, *ratios: float | None) -> None:
+        """From now on hold this benchmark to the lowest of what it reached, so that luck is not what is asked for."""
+        if found := [ratio for ratio in ratios if ratio is not None]:
+            self.ratios[key] = round(min(found), 3)
+
+    def save(self) -> None:
+        """Write all accepted ratios; those of benchmarks that this run left out stay."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         ratios = dict(sorted(self.ratios.items()))
         write_json(self.path, {"machine": self.machine, "ratios": ratios})

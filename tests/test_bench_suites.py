@@ -39,7 +39,10 @@ capacity.available_memory = lambda device: 2**20
 
 def test_a_ratio_may_fall_by_the_band(tmp_path: Path) -> None:
     assert not Accepted(tmp_path, MACHINE).known
-    Accepted(tmp_path, MACHINE).update([Row("a", "b", ratios={"eager": 2.0, "compile": 9.0}), Row("c", "d")])
+    first = Accepted(tmp_path, MACHINE)
+    first.accept("a b", 2.2, 2.0)
+    first.accept("c d", None, None)
+    first.save()
     accepted = Accepted(tmp_path, MACHINE)
     assert accepted.known and accepted.ratios == {"a b": 2.0}
     row = Row("a", "b", ratios={"eager": 1.81})
