@@ -14,6 +14,7 @@ from fastbegan.bench.results import Row
 from fastbegan.data.loader import make_loader
 
 COUNT, SIDE, BATCH = 4096, 64, 64
+TURN = 16  # batches
 
 
 class _Images(Dataset):
@@ -53,4 +54,8 @@ def bench_loader(race: Callable[..., Row], needs: Callable[[float], None]) -> No
     assert batch.shape == next(others).shape == (BATCH, 3, SIDE, SIDE) and batch.abs().max() <= 1
     row = Row("loader", f"packed, {SIDE} px, batch {BATCH}", images=BATCH, moved=5 * BATCH * SIDE * SIDE * 3)
     row.counts = launches(own, DEVICE)
-    race(row, {"packed": own, "DataLoader": lambda: next(others).to(DEVICE)})
+    turns = {
+        "packed": lambda: [own() for _ in range(TURN)],
+        "DataLoader": lambda: [next(others).to(DEVICE) for _ in range(TURN)],
+    }
+    race(row, turns, calls=dict.fromkeys(turns, TURN))

@@ -22,6 +22,7 @@ from bench.poison import poisoned
 from fastbegan_kernels import tuning
 
 Run = Callable[[int], object]  # one call on the inputs of this number
+_CPU_TURN = 8e-3  # seconds that a turn takes at least; shorter ones say more of the machine than of the op
 
 
 def wait() -> None:
@@ -80,7 +81,7 @@ def capture(run: Run, sets: int) -> tuple[Callable[[], object], Outcome]:
     wait()
     direct = (time.perf_counter() - start) / 5  # with the host's share
     if ON_CPU:  # a turn goes on with the inputs where the last one ended
-        calls = math.ceil(2e-3 / direct)
+        calls = math.ceil(_CPU_TURN / direct)
         starts = itertools.count(0, calls)
 
         def turn() -> None:

@@ -18,7 +18,10 @@ class Accepted:
     def __init__(self, folder: Path, machine: dict[str, Any]) -> None:
         self.path, self.machine = folder / f"{slug(machine)}.json", machine
         self.known = self.path.exists()
-        self.ratios: dict[str, float] = read_json(self.path)["ratios"] if self.known else {}
+        stored = read_json(self.path) if self.known else {"machine": {}, "ratios": {}}
+        self.ratios: dict[str, float] = stored["ratios"]
+        # what several runs of one commit reached is put together: some of it is luck that lasts as long as a process
+        self._same = stored["machine"].get("commit") == machine.get("commit") is not None
 
     def fell(self, row: Row) -> bool:
         """Whether the row's ratio is more than the band under the accepted one; notes that one in the row."""
@@ -26,8 +29,9 @@ class Accepted:
         return row.accepted is not None and row.ratio is not None and row.ratio < (1 - BAND) * row.accepted
 
     def accept(self, key: str, *ratios: float | None) -> None:
-        """From now on hold this benchmark to the lowest of what it reached, so that luck is not what is asked for."""
-        if found := [ratio for ratio in ratios if ratio is not None]:
+        """From now on hold this benchmark to the lowest of what it reached at this commit."""
+        known = self.ratios.get(key) if self._same else None
+        if found := [ratio for ratio in (*ratios, known) if ratio is not None]:
             self.ratios[key] = round(min(found), 3)
 
     def save(self) -> None:

@@ -45,6 +45,14 @@ def test_a_ratio_may_fall_by_the_band(tmp_path: Path) -> None:
     first.save()
     accepted = Accepted(tmp_path, MACHINE)
     assert accepted.known and accepted.ratios == {"a b": 2.0}
+    again = Accepted(tmp_path, MACHINE)
+    again.accept("a b", 1.9)
+    assert again.ratios == {"a b": 1.9}  # of an unknown commit: nothing to put together
+    for commit, ratio, kept in (("1", 3.0, 3.0), ("1", 2.5, 2.5), ("1", 2.7, 2.5), ("2", 2.6, 2.6)):
+        later = Accepted(tmp_path / "commits", MACHINE | {"commit": commit})
+        later.accept("a b", ratio)
+        later.save()
+        assert later.ratios == {"a b": kept}
     row = Row("a", "b", ratios={"eager": 1.81})
     assert not accepted.fell(row) and row.accepted == 2.0
     assert accepted.fell(Row("a", "b", ratios={"eager": 1.79}))
