@@ -45,7 +45,7 @@ $(VENV)/.core: pyproject.toml constraints.txt constraints-torch27.txt | $(VENV)/
 
 $(VENV)/.dev: $(VENV)/.core
 	@echo "installing the test tools into $(VENV)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c $$(cat $(VENV)/.constraints) -e '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c $$(cat $(VENV)/.constraints) -e ".[dev,$$(grep -q torch27 $(VENV)/.constraints && echo dali-cu12 || echo dali)]"
 	@touch $@
 
 $(VENV)/.made:

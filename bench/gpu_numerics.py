@@ -80,8 +80,9 @@ def inputs(case: Case) -> Given:
     if case.op == "l1_reconstruction_loss":
         return {"prediction": draw(n, c, h, w), "target": draw(n, c, h, w), "scale": draw(n).float()}
     if case.op == "normalize_images":
-        given: Given = draw.pictures(n + 3, n, (h, w, c)) | {"dtype": case.dtype}
-        return given if case.extra else given | {"index": None, "flip": None}
+        given: Given = draw.pictures(n + 3, n, (h, w, c)) | {"corner": None, "margin": 0, "dtype": case.dtype}
+        corner = torch.arange(2 * n, device=DEVICE).reshape(n, 2) % 5
+        return given | ({"corner": corner, "margin": 4} if case.extra else {"index": None, "flip": None})
     if case.op == "fold":
         master = Draw(torch.float32, case.seed)
         weights = [master(k, c, 3, 3) for _ in fold_kinds(case)]
@@ -138,10 +139,10 @@ def _loss(case: Case, given: Given, fused: bool) -> list[Tensor | None]:
 
 
 def _normalize(case: Case, given: Given, fused: bool) -> list[Tensor | None]:
-    images, index, flip, dtype = given.values()
+    images, index, flip, corner, margin, dtype = given.values()
     if fused:
-        return [launch.normalize_images(images, index, flip, dtype)]
-    return [reference.normalize_images(images, index, flip, dtype=dtype)]
+        return [launch.normalize_images(images, index, flip, corner, margin, dtype)]
+    return [reference.normalize_images(images, index, flip, corner, margin=margin, dtype=dtype)]
 
 
 def _fold(case: Case, given: Given, fused: bool) -> list[Tensor | None]:

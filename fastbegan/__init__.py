@@ -1,14 +1,20 @@
 """fastbegan: BEGAN (Berthelot, Schumm, Metz 2017) and the layers under auto-encoder GANs, built for throughput."""
 
-__version__ = "0.1.0"
+from __future__ import annotations
 
-from . import plain
-from .config import PRESETS, ModelConfig, Preset, TrainConfig
-from .equilibrium import Equilibrium
-from .errors import UserError
-from .layers import Conv2dELU, UpsampleConv2dELU
-from .models import Decoder, Discriminator, Encoder, Generator, to_plain
-from .step import TrainStep
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import plain
+    from .config import PRESETS, ModelConfig, Preset, TrainConfig
+    from .equilibrium import Equilibrium
+    from .errors import UserError
+    from .layers import Conv2dELU, UpsampleConv2dELU
+    from .models import Decoder, Discriminator, Encoder, Generator, to_plain
+    from .step import TrainStep
+
+__version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
@@ -27,3 +33,26 @@ __all__ = [
     "plain",
     "to_plain",
 ]
+
+# loaded when asked for (PEP 562): the processes that decode pictures come here too and have no use for torch
+_HOMES = {
+    "config": ("PRESETS", "ModelConfig", "Preset", "TrainConfig"),
+    "equilibrium": ("Equilibrium",),
+    "errors": ("UserError",),
+    "layers": ("Conv2dELU", "UpsampleConv2dELU"),
+    "models": ("Decoder", "Discriminator", "Encoder", "Generator", "to_plain"),
+    "step": ("TrainStep",),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "plain":
+        return importlib.import_module(".plain", __name__)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

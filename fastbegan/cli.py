@@ -1,4 +1,4 @@
-"""The commands: `fastbegan train`, `sample`, `info`, `doctor`, `bench`."""
+"""The commands: `fastbegan train`, `sample`, `info`, `doctor`, `data`, `bench`."""
 
 from __future__ import annotations
 
@@ -126,6 +126,61 @@ class Doctor:
             size=self.size,
             batch_size=self.batch_size,
         )
+
+
+@dataclass(frozen=True)
+class DataPack:
+    """Decode images once into one file that training maps into memory. A pack that was cut off is taken up again."""
+
+    source: Positional[str]
+    """As --data of train: a folder, a .tar or .tfrecord file, faces:COUNT, cifar10:ROOT, fashion-mnist:ROOT."""
+    out: Positional[Path]
+    """The file to write, NAME.pack; NAME.rejected.txt beside it names what was broken, left out or converted."""
+    size: int = 64
+    """Height and width of the packed images; with --jitter J of train, 2 * J more than the nets' size."""
+    crop: str = "center"
+    """center (largest square), none (stretch), pixels (128), or celeba (the face in CelebA's aligned images)."""
+    max_bad: float = 1.0
+    """Percentage of broken files above which nothing is packed."""
+    workers: int | None = None
+    """Processes that decode. Default: as many as there are cores."""
+
+    def run(self) -> int:
+        from .data.tools import pack
+
+        return pack(self.source, self.out, size=self.size, crop=self.crop, max_bad=self.max_bad, workers=self.workers)
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """Decode every image of a source and name the broken ones; exit code 1 if there are any."""
+
+    source: Positional[str]
+    """A folder, a .tar or .tfrecord file."""
+    crop: str = "center"
+    """As for pack."""
+    workers: int | None = None
+    """Processes that decode. Default: as many as there are cores."""
+
+    def run(self) -> int:
+        from .data.tools import check
+
+        return check(self.source, crop=self.crop, workers=self.workers)
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a pack holds, and a contact sheet of it."""
+
+    pack: Positional[Path]
+    """The file."""
+    sheet: Path | None = None
+    """Where the sheet goes. Default: NAME.png beside NAME.pack."""
+
+    def run(self) -> int:
+        from .data.tools import info
+
+        return info(self.pack, sheet=self.sheet)
 
 
 @dataclass(frozen=True)
@@ -288,11 +343,17 @@ def main(arguments: list[str] | None = None) -> int:
                 | Annotated[BenchReport, subcommand("report")]
                 | Annotated[BenchPlan, subcommand("plan")]
             )
+            data = (
+                Annotated[DataPack, subcommand("pack")]
+                | Annotated[DataCheck, subcommand("check")]
+                | Annotated[DataInfo, subcommand("info")]
+            )
             command = tyro.cli(
                 Annotated[Train, subcommand("train", default=_train_defaults(arguments))]
                 | Annotated[Sample, subcommand("sample")]
                 | Annotated[Info, subcommand("info")]
                 | Annotated[Doctor, subcommand("doctor")]
+                | Annotated[data, subcommand("data", description="Pack images, check them, look into a pack.")]  # pyright: ignore
                 | Annotated[bench, subcommand("bench", description="Measure, and read what was measured.")],  # pyright: ignore
                 prog="fastbegan",
                 description="BEGAN: train it, draw with it.",

@@ -81,13 +81,24 @@ class TrainConfig:
     """How to train (paper §3.2-3.4, §4.1). Raises UserError for values out of range."""
 
     data: str = "faces"
-    """`faces` (procedural portraits; faces:COUNT for another number of them) or a folder of images."""
+    """faces (procedural portraits; faces:COUNT for another number of them), a folder of images, a .tar (webdataset) or
+    .tfrecord file or a folder of them, a .pack file, cifar10:ROOT or fashion-mnist:ROOT."""
     crop: str = "center"
-    """What to cut from each image before scaling: `center` (largest square), `none` (stretch), or pixels (128)."""
+    """What to cut from each image before scaling: center (largest square), none (stretch), pixels (128), or celeba
+    (the face in CelebA's aligned images)."""
     max_bad: float = 1.0
     """Percentage of broken files above which a folder is refused; below, they are named and left out."""
     flip: bool = True
     """Mirror half of the images left-right."""
+    jitter: int = 0
+    """Scale images to 2 * jitter pixels more than shown and show a random window of them, another one each epoch."""
+    loader: Literal["auto", "resident", "packed", "dali", "torch"] = "auto"
+    """Where batches come from: the packed set in the GPU's memory, the packed file, or the files themselves by DALI
+    or PIL. auto: resident where it fits, else packed."""
+    workers: int | None = None
+    """Processes or threads that decode files. Default: as many as there are cores to pack, 2 to train."""
+    prefetch: int = 2
+    """Batches that the loaders dali and torch have ready."""
     images: int | None = None
     """Stop after this many images seen in all, resumed runs included."""
     steps: int | None = None
@@ -146,6 +157,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.gamma <= 1, "gamma", self.gamma, "0 to 1")
         _require(0 <= self.max_bad <= 100, "max_bad", self.max_bad, "0 to 100")
+        _require(self.jitter >= 0, "jitter", self.jitter, "whole numbers from 0")
+        _require(self.workers is None or self.workers >= 1, "workers", self.workers, "whole numbers from 1")
+        _require(self.prefetch >= 1, "prefetch", self.prefetch, "whole numbers from 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "whole numbers from 1")
         _require(self.lr > 0, "lr", self.lr, "numbers above 0")
         _require(self.lr_floor >= 0, "lr_floor", self.lr_floor, "numbers from 0")
@@ -167,8 +181,8 @@ class TrainConfig:
 # may differ between a run and its continuation: they change how long, where and how often, not what is learned
 # `data` because the images' checksum says whether they are the same elsewhere, `lr` because a lower one cures NaN
 FREE_ON_RESUME = frozenset(
-    "images steps minutes data max_bad lr device passes compile cuda_graph recompute log_every sample_every "
-    "checkpoint_every keep tensorboard".split()
+    "images steps minutes data max_bad loader workers prefetch lr device passes compile cuda_graph recompute "
+    "log_every sample_every checkpoint_every keep tensorboard".split()
 )
 
 

@@ -14,7 +14,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 # one stream a purpose; numbers are part of the checkpoint format: a run must see the same draws after an upgrade
-ORDER, FLIP, Z_D, Z_G, FACES, SHEET = range(6)
+ORDER, FLIP, Z_D, Z_G, FACES, SHEET, JITTER = range(7)
 
 
 def _mix(value: int) -> int:

@@ -49,8 +49,8 @@ class Report:
         self.console.print(message, markup=False)
 
     def preparing(self, what: str, done: int, total: int) -> None:
-        """Progress of making a packed set; `data.source` calls it."""
-        self._show(what, done / total, f"{done:,} of {total:,}", last=done == total)
+        """Progress of making a packed set; `data.prepare` calls it."""
+        self._show(what, done / max(total, 1), f"{done:,} of {total:,}", last=done == total)
 
     def step(self, fraction: float, step: int, seconds_left: float) -> None:
         """Progress between log rows: what is known without reading from the device."""
@@ -66,6 +66,7 @@ class Report:
         )
         self._numbers = f"\n{numbers}"  # on a terminal a second line: one of 80 columns is too short for all
         speed = f"{row['images']:,} images  {row['images_per_second']:,.0f} img/s  {duration(seconds_left)} left"
+        speed += f"  {row['data_wait']:.1%} waiting for data"
         note = f"{fraction:4.0%}  {speed}" + (self._numbers if self._live else f"  {numbers}")
         self._show("training", fraction, note, last=fraction >= 1)
 

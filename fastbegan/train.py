@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -12,12 +13,12 @@ from typing import Any
 
 import torch
 
-from fastbegan_kernels import tuning
+from fastbegan_kernels import normalize_images, tuning
 
 from .checkpoint import load_latest, save_checkpoint
 from .counter import Z_D, Z_G, latents
-from .data.loader import PackedLoader, make_loader
-from .data.source import is_folder, load_images
+from .data.choose import open_loader
+from .data.source import is_path
 from .device import make_deterministic, pick_compile, pick_device, pick_precision
 from .equilibrium import StallHalving
 from .errors import UserError
@@ -87,19 +88,13 @@ class Training:
         precision, dtype = pick_precision(train.precision, self.device)
         seconds = run_seconds(config.model, train, self.device) if train.compile == "auto" else 0.0
         compile_mode, compile_line = pick_compile(train.compile, self.device, seconds)
-        where = str(Path(train.data).resolve()) if is_folder(train.data) else train.data
+        where = str(Path(train.data).resolve()) if is_path(train.data) else train.data
         train = dataclasses.replace(train, precision=precision, data=where)  # what the run continues with elsewhere
         self.config = config = dataclasses.replace(config, train=train)
         self.report, self.folder = report, RunFolder(out)
         stored = self._stored(resume)
-        data = load_images(
-            train.data, config.model.size, train.crop, report.preparing, minimum=train.batch_size, max_bad=train.max_bad
-        )
+        self.loader, data_line, self.data_crc32 = open_loader(train, config.model.size, self.device, report.preparing)
         make_folder(out)
-        self.loader, loader_line = make_loader(
-            data.images, batch_size=train.batch_size, seed=train.seed, flip=train.flip, device=self.device
-        )
-        self.data_crc32 = data.crc32
         generator, discriminator = build(config.model, seed=train.seed, device=self.device)
         self.step = TrainStep(generator, discriminator, train, dtype, compile_mode)
         self.advance = GraphedStep(self._work, self.device, enabled=train.cuda_graph == "auto")
@@ -107,6 +102,7 @@ class Training:
         self.health = HealthMonitor()
         self.done, self.images, self.seconds = 0, 0, 0.0  # totals over all sittings
         self._saved_step = -1
+        self._waited = 0.0  # seconds for batches, since the last row of metrics
         self._row: tuple[Reading, dict[str, Any]] | None = None  # of metrics, on its way from the device
         if stored is not None:
             self._resume(stored)
@@ -123,13 +119,14 @@ class Training:
         report.say(f"networks   {config.preset}: {size}; {train.updates} updates, {train.latents} z")
         graph_line = "the whole step one CUDA graph" if self.advance.enabled else "no CUDA graph"
         report.say(f"step       {self.step.describe()}; {compile_line}; {graph_line}")
-        report.say(f"data       {data.description}; {loader_line}")
+        report.say(f"data       {data_line}")
         report.say(f"run        {out}" + (f", continued at step {self.done:,}" if self.done else ""))
 
     def run(self, stop: StopRequest) -> int:
         """Train until a total is reached or someone asks to stop; returns the exit code."""
         train, equilibrium = self.config.train, self.step.equilibrium
         self._row_clock, self._row_images = time.monotonic(), self.images
+        self._waited = 0.0
         clock = time.monotonic()
         stop.patient = True
         last = self.fraction() >= 1
@@ -164,7 +161,9 @@ class Training:
 
     def advance_one(self) -> None:
         """One step, on the batch that is next."""
+        begin = time.monotonic()
         self.loader.prepare(self.images)
+        self._waited += time.monotonic() - begin
         self.advance()
         self.done, self.images = self.done + 1, self.images + self.config.train.batch_size
 
@@ -200,10 +199,11 @@ class Training:
         if found_bad:
             return False
         now, step, images = time.monotonic(), facts.pop("step"), facts.pop("images")
-        rate = (images - self._row_images) / max(now - self._row_clock, 1e-9)
-        self._row_clock, self._row_images = now, images
+        seconds = max(now - self._row_clock, 1e-9)
+        rate, waited = (images - self._row_images) / seconds, min(1.0, self._waited / seconds)
+        self._row_clock, self._row_images, self._waited = now, images, 0.0
         row = {"step": step, "images": images, **self.step.equilibrium.means(taken)}
-        row |= {"lr": facts.pop("lr"), "images_per_second": round(rate, 2), **facts}
+        row |= {"lr": facts.pop("lr"), "images_per_second": round(rate, 2), "data_wait": round(waited, 4), **facts}
         self._warn(self.health.after_log(row["k"]), step)
         self.folder.append_metrics(row)
         if self._tensorboard is not None:
@@ -214,8 +214,9 @@ class Training:
 
     def _sheet_inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         train, count = self.config.train, COLUMNS * ROWS
-        fixed = PackedLoader(self.loader.images, batch_size=count, seed=train.seed, flip=False, device=self.device)
-        return fixed.batch(0), sheet_latents(self.config.model.latent, train.seed, count, self.device)
+        ids, _ = self.loader.order.place(torch.arange(count))
+        fixed = normalize_images(self.loader.pixels(ids).to(self.device), margin=2 * train.jitter)
+        return fixed, sheet_latents(self.config.model.latent, train.seed, count, self.device)
 
     def _sheet(self) -> float:
         """Write a sample sheet; returns the diversity of its generated images."""
@@ -235,6 +236,7 @@ class Training:
             "images": self.images,
             "seconds": self.seconds,
             "data_crc32": self.data_crc32,
+            "data_count": self.loader.count,
             "schedule": self.schedule.state_dict(),
             "asked_lr": self.config.train.lr,
             "kernels": tuning.choices(self.device),
@@ -262,7 +264,10 @@ class Training:
         if state is None:
             self.folder.rewind(0)
             return
-        if state["data_crc32"] != self.data_crc32:
+        known, here = state["data_crc32"], self.data_crc32
+        # loaders of files know no checksum of all pixels
+        other = known != here if known is not None and here is not None else False
+        if other or state.get("data_count", self.loader.count) != self.loader.count:
             raise UserError(
                 f"data {self.config.train.data!r} is not what {self.folder.path} was trained on so far (other pixels); "
                 "restore it, or give another --out"
@@ -356,4 +361,6 @@ def _summary_writer() -> Any:
 def train(config: RunConfig, out: Path, *, resume: bool = True) -> int:
     """Train by `config` in the run folder `out`; returns the exit code. Raises UserError for bad input."""
     with StopRequest() as stop, Report() as report:
-        return Training(config, out, resume=resume, report=report).run(stop)
+        training = Training(config, out, resume=resume, report=report)
+        with contextlib.closing(training.loader):
+            return training.run(stop)

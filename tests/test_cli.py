@@ -18,9 +18,9 @@ from .conftest import environment
 
 TRAIN_OPTIONS = (
     "batch-size carry-steps checkpoint-every compile crop cuda-graph data deterministic device ema-half-life eta "
-    "filters flip gamma hidden images keep lambda-k latent latents log-every lr lr-floor lr-window max-bad minutes out "
-    "passes precision preset recompute repeats resume sample-every seed size skips steps tensorboard updates vanishing "
-    "widths"
+    "filters flip gamma hidden images jitter keep lambda-k latent latents loader log-every lr lr-floor lr-window "
+    "max-bad minutes out passes precision prefetch preset recompute repeats resume sample-every seed size skips steps "
+    "tensorboard updates vanishing widths workers"
 )
 BENCH_OPTIONS = "batch-size compile device filters json modes precision preset rounds size"
 SAMPLE_OPTIONS = "columns count device gif interpolate out seed single"

@@ -85,9 +85,9 @@ def test_a_checkpoint_waits_for_the_row_and_for_the_numbers(tmp_path: Path, monk
     assert rows_at == [1, 2, 4]  # at 7, 14 and 20: those of 5; of 10; of 15 and 20
 
     def poison(training: Training) -> None:
-        sound = training.loader.batch
+        sound = training.loader.current
         spoilt = lambda position: sound(position) * (float("nan") if position == 8 * 5 else 1)  # noqa: E731
-        monkeypatch.setattr(training.loader, "batch", spoilt)
+        monkeypatch.setattr(training.loader, "current", spoilt)
 
     assert _run(tmp_path / "bad", poison, sample_every=1000, checkpoint_every=7, log_every=10) == NOT_FINITE
     assert not list_checkpoints(tmp_path / "bad" / "checkpoints")
@@ -111,9 +111,9 @@ def test_images_a_second_are_of_the_row_and_of_training_alone(tmp_path: Path, mo
 
 def test_numbers_that_are_not_finite_are_seen_when_they_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(training: Training) -> None:
-        sound = training.loader.batch
+        sound = training.loader.current
         spoilt = lambda position: sound(position) * (float("nan") if position == 8 * 6 else 1)  # noqa: E731
-        monkeypatch.setattr(training.loader, "batch", spoilt)
+        monkeypatch.setattr(training.loader, "current", spoilt)
         monkeypatch.setattr(Reading, "arrived", lambda reading: False)
 
     assert _run(tmp_path / "run", poison, sample_every=1000) == NOT_FINITE

@@ -224,9 +224,9 @@ def test_nan_ends_the_run_with_a_dump(tmp_path: Path, monkeypatch: pytest.Monkey
     out = tmp_path / "run"
     with Report() as report:
         training = Training(RunConfig("demo", SMALL, SHORT), out, resume=True, report=report)
-        sound = training.loader.batch
+        sound = training.loader.current
         poisoned = lambda position: sound(position) * (float("nan") if position == 8 * 22 else 1)  # noqa: E731
-        monkeypatch.setattr(training.loader, "batch", poisoned)
+        monkeypatch.setattr(training.loader, "current", poisoned)
         assert training.run(StopRequest()) == NOT_FINITE
     dump = json.loads((out / "nonfinite.json").read_text())
     assert dump["step"] == 23 and dump["image_ids"] == training.loader.ids(8 * 22).tolist()

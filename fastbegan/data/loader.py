@@ -1,8 +1,9 @@
-"""Batches of a packed set in an order that follows from (seed, position): nothing to save but the position."""
+"""Batches of images in an order that follows from (seed, position), whatever holds the images."""
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,118 +11,183 @@ from torch import Tensor
 
 from fastbegan_kernels import normalize_images
 
-from .. import counter
+from .order import Order, corners, mirrored
+
+_CPU = torch.device("cpu")
 
 
-class PackedLoader:
-    """Shuffled batches, every image once an epoch, batches running on across epochs.
+@dataclass(frozen=True)
+class Reading:
+    """What is read and how: one for all loaders of a run.
 
-    `position` counts the images read since the start of the run. Image number `position` of a run is the same
-    whatever the batch size.
+    `batch_size` is what this rank reads of the `world * batch_size` images of a step; images are stored with
+    2 * `jitter` pixels more than `size` in each direction, of which a random window is shown.
     """
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        *,
-        batch_size: int,
-        seed: int,
-        flip: bool = True,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """`images` is uint8 [count, size, size, 3], memory-mapped or not."""
-        self.images, self.batch_size, self.seed, self.flip, self.device = (
-            images,
-            batch_size,
-            seed,
-            flip,
-            device,
-        )
-        self._orders: dict[int, Tensor] = {}
-        self._ready: Tensor | None = None
+    batch_size: int
+    size: int
+    seed: int
+    flip: bool = True
+    jitter: int = 0
+    rank: int = 0
+    world: int = 1
+    device: torch.device = _CPU
+
+    @property
+    def stored(self) -> int:
+        """Side of an image as it is stored."""
+        return self.size + 2 * self.jitter
+
+    @property
+    def step(self) -> int:
+        """Images that all ranks read at once."""
+        return self.batch_size * self.world
+
+
+class Loader(ABC):
+    """Batches by position, the number of images that all ranks have read since the start of the run.
+
+    Before a step the host calls `prepare(position)`; the step itself, which may be a CUDA graph, takes
+    `current(position)` with the same position in a tensor on the device.
+    """
+
+    def __init__(self, count: int, reading: Reading) -> None:
+        self.count, self.reading = count, reading
+        self.order = Order(count, reading.seed)
 
     def ids(self, position: int) -> Tensor:
-        """Numbers of the images of the batch that starts at `position`: int64 [batch_size]."""
+        """Numbers of the images of this rank's batch at `position`: int64 [batch_size], on the CPU."""
         return self._place(position)[0]
 
-    def batch(self, position: int) -> Tensor:
-        """The batch that starts at `position`: float32 [batch_size, 3, size, size] in [-1, 1], channels_last."""
-        ids, epochs = self._place(position)
-        images = torch.from_numpy(self.images[ids.numpy()]).to(self.device)
-        flip = None
-        if self.flip:
-            flip = (counter.bits(self.seed, counter.FLIP, (epochs << 40) + ids) & 1).bool().to(self.device)
-        return normalize_images(images, flip=flip)
-
+    @abstractmethod
     def prepare(self, position: int) -> None:
-        """What the host has to do before `current` can give the batch that starts at `position`."""
-        batch = self.batch(position)
-        if self._ready is None:
-            self._ready = torch.empty_like(batch)  # where it is, it stays: a CUDA graph reads it there
-        self._ready.copy_(batch)
+        """What the host has to do before `current` can give the batch at `position`."""
 
+    @abstractmethod
     def current(self, position: Tensor) -> Tensor:
-        """The batch that was prepared; `position` [] int64 is where it starts, on the device."""
-        assert self._ready is not None, "prepare was not called"
-        return self._ready
+        """The batch at `position` [] int64: float32 [batch_size, 3, size, size] in [-1, 1], channels_last."""
+
+    @abstractmethod
+    def pixels(self, ids: Tensor) -> Tensor:
+        """These images as they are stored: uint8 [N, stored, stored, 3]."""
+
+    def batch(self, position: int) -> Tensor:
+        """`prepare` and `current`."""
+        self.prepare(position)
+        return self.current(torch.tensor(position, device=self.reading.device))
+
+    def close(self) -> None:  # noqa: B027  # most have nothing to end
+        """End what works in the background."""
 
     def _place(self, position: int) -> tuple[Tensor, Tensor]:
-        count = len(self.images)
-        slots = torch.arange(position, position + self.batch_size)
-        epochs = slots // count
-        ids = torch.empty_like(slots)
-        for epoch in epochs.unique().tolist():
-            here = epochs == epoch
-            ids[here] = self._order(epoch)[slots[here] % count]
-        return ids, epochs
+        first = position + self.reading.rank * self.reading.batch_size
+        return self.order.place(torch.arange(first, first + self.reading.batch_size))
 
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = counter.permutation(self.seed, counter.ORDER, epoch, len(self.images))
-        return self._orders[epoch]
+    def _window(self, ids: Tensor, epochs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Which of these are mirrored and where their windows lie, where that is asked for."""
+        reading = self.reading
+        flip = mirrored(reading.seed, ids, epochs) if reading.flip else None
+        corner = corners(reading.seed, ids, epochs, 2 * reading.jitter) if reading.jitter else None
+        return flip, corner
 
 
-class ResidentLoader(PackedLoader):
-    """The same batches with all images in the device's memory: the host only sends each epoch's order, once."""
+class StagedLoader(Loader):
+    """A loader whose images come from the host, batch by batch, to where the step reads them.
 
-    def __init__(self, images: np.ndarray, *, batch_size: int, **options: Any) -> None:
-        """As `PackedLoader`; batch_size is at most the number of images, else ValueError."""
-        super().__init__(images, batch_size=batch_size, **options)
-        if batch_size > len(images):
-            raise ValueError(f"batch_size is {batch_size}; accepted: up to the {len(images)} images there are")
-        self._resident = torch.tensor(images, device=self.device)
-        self._two_orders = torch.zeros(2, len(images), dtype=torch.int64, device=self.device)
-        self._held: list[int | None] = [None, None]  # the epochs whose orders those are
+    On a GPU a batch is copied on a stream of its own, from pinned memory, while the step before is at work.
+    """
+
+    def __init__(self, count: int, reading: Reading) -> None:
+        super().__init__(count, reading)
+        self._staged: list[Tensor | None] = []  # where they are, they stay: a CUDA graph reads them there
+        self._pinned: list[tuple[list[Tensor], torch.cuda.Event]] = []
+        self._stream = torch.cuda.Stream(reading.device) if reading.device.type == "cuda" else None
+
+    @abstractmethod
+    def _read(self, position: int, ids: Tensor) -> Tensor:
+        """The images of this batch as they are stored, uint8 [batch_size, stored, stored, 3]."""
 
     def prepare(self, position: int) -> None:
-        """Send the orders of the epochs that the batch at `position` lies in."""
-        count = len(self.images)
-        for epoch in {position // count, (position + self.batch_size - 1) // count}:
+        ids, epochs = self._place(position)
+        values = [self._read(position, ids), *self._window(ids, epochs)]
+        if not self._staged:
+            device = self.reading.device
+            self._staged = [None if value is None else torch.empty_like(value, device=device) for value in values]
+        pairs = [(a, b) for a, b in zip(self._staged, values, strict=True) if a is not None and b is not None]
+        if self._stream is None:
+            for target, value in pairs:
+                target.copy_(value)
+        else:
+            self._send(pairs, self._stream)
+
+    def _send(self, pairs: list[tuple[Tensor, Tensor]], stream: torch.cuda.Stream) -> None:
+        if len(self._pinned) == 2:  # the copy out of it was asked for two batches ago
+            pinned, copied = self._pinned.pop(0)
+            copied.synchronize()
+        else:
+            pinned = [torch.empty_like(v, pin_memory=True) if v.device.type == "cpu" else v for _, v in pairs]
+            copied = torch.cuda.Event()
+        arrived = []
+        with torch.cuda.stream(stream):
+            for buffer, (_, value) in zip(pinned, pairs, strict=True):
+                on_host = value.device.type == "cpu"
+                arrived.append(buffer.copy_(value).to(self.reading.device, non_blocking=True) if on_host else value)
+            copied.record(stream)
+        self._pinned.append((pinned, copied))
+        now = torch.cuda.current_stream(self.reading.device)
+        now.wait_stream(stream)
+        for (target, _), value in zip(pairs, arrived, strict=True):  # after the step before, which reads it
+            target.copy_(value)
+            value.record_stream(now)
+
+    def current(self, position: Tensor) -> Tensor:
+        assert self._staged, "prepare was not called"
+        images, flip, corner = self._staged
+        assert images is not None
+        return normalize_images(images, None, flip, corner, margin=2 * self.reading.jitter)
+
+
+class PackedLoader(StagedLoader):
+    """From a packed set, memory-mapped or not: uint8 [count, stored, stored, 3]."""
+
+    def __init__(self, images: np.ndarray, reading: Reading) -> None:
+        super().__init__(len(images), reading)
+        self.images = images
+
+    def pixels(self, ids: Tensor) -> Tensor:
+        return torch.from_numpy(self.images[ids.numpy()])
+
+    def _read(self, position: int, ids: Tensor) -> Tensor:
+        return self.pixels(ids)
+
+
+class ResidentLoader(Loader):
+    """From the device's own memory, which holds all images: the host only sends each epoch's order, once."""
+
+    def __init__(self, images: np.ndarray, reading: Reading) -> None:
+        """As `PackedLoader`; a step reads at most as many images as there are, else ValueError."""
+        super().__init__(len(images), reading)
+        if reading.step > len(images):
+            raise ValueError(f"a step reads {reading.step} images; accepted: up to the {len(images)} there are")
+        self._resident = torch.tensor(images, device=reading.device)
+        self._two_orders = torch.zeros(2, len(images), dtype=torch.int64, device=reading.device)
+        self._held: list[int | None] = [None, None]  # the epochs whose orders those are
+
+    def pixels(self, ids: Tensor) -> Tensor:
+        return self._resident[ids.to(self._resident.device)].cpu()
+
+    def prepare(self, position: int) -> None:
+        """Send the orders of the epochs that the step at `position` lies in."""
+        for epoch in {position // self.count, (position + self.reading.step - 1) // self.count}:
             if self._held[epoch % 2] != epoch:
-                self._two_orders[epoch % 2].copy_(self._order(epoch))
+                self._two_orders[epoch % 2].copy_(self.order.epoch(epoch))
                 self._held[epoch % 2] = epoch
 
     def current(self, position: Tensor) -> Tensor:
-        """The batch that starts at `position` [] int64, gathered, mirrored and normalised on the device."""
-        slots = position + torch.arange(self.batch_size, device=self.device)
-        epochs = slots // len(self.images)
-        ids = self._two_orders[epochs % 2, slots % len(self.images)]
-        flip = None
-        if self.flip:
-            flip = (counter.bits(self.seed, counter.FLIP, (epochs << 40) + ids) & 1).bool()
-        return normalize_images(self._resident, ids, flip)
-
-
-def make_loader(
-    images: np.ndarray, *, batch_size: int, seed: int, flip: bool, device: torch.device
-) -> tuple[PackedLoader, str]:
-    """The loader for a device and one line about it: resident where the images fill at most half of free memory."""
-    options = {"batch_size": batch_size, "seed": seed, "flip": flip, "device": device}
-    if device.type != "cuda":
-        return PackedLoader(images, **options), "from the packed file"
-    free = torch.cuda.mem_get_info(device)[0]
-    size = f"{images.nbytes / 2**30:.2f} of {free / 2**30:.1f} GiB free"
-    if images.nbytes <= free / 2:
-        return ResidentLoader(images, **options), f"resident on the GPU, {size}"
-    return PackedLoader(images, **options), f"copied batch by batch: resident they would take {size}"
+        reading = self.reading
+        first = position + reading.rank * reading.batch_size
+        slots = first + torch.arange(reading.batch_size, device=position.device)
+        epochs = slots // self.count
+        ids = self._two_orders[epochs % 2, slots % self.count]
+        flip, corner = self._window(ids, epochs)
+        return normalize_images(self._resident, ids, flip, corner, margin=2 * reading.jitter)

@@ -1,86 +1,158 @@
-"""`--data` -> a packed set in the cache: made once, found again by what it was made from."""
+"""What images can come from: procedural portraits, folders, tar and TFRecord files, torchvision's data sets, packs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import torch
 
 from ..errors import UserError
-from ..files import atomic, make_folder
-from . import faces
-from .folder import Listing, RejectedImageError, check_crop, decode, list_images
-from .pack import DamagedPackError, read_pack, write_pack
+from . import arrays, faces, tfrecord
+from .decode import VERSION, Picture
+from .folder import SUFFIXES, list_images
+from .pack import Part
+from .workers import Request, decode_all
 
-DECODE_VERSION = 1  # counts up when the same files give other pixels
 _CHUNK = 512
-_STALE_SECONDS = 86_400
-_BROKEN = "\tbroken: "
+ACCEPTED = (
+    "'faces', 'faces:COUNT', a folder of images, a .tar (webdataset) or .tfrecord file or a folder of them, a .pack "
+    "file, cifar10:ROOT or fashion-mnist:ROOT"
+)
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being made, how many are done and how many there are."""
+
+class Source(Protocol):
+    """Images in a fixed order, counted from 0."""
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def doing(self) -> str:
+        """What making a pack of it is called: "packing images"."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """How many entries there are before any is decoded."""
+        ...
+
+    def made_from(self, crop: str) -> str:
+        """A hash that changes when other pixels would come out."""
+        ...
+
+    def parts(self, start: int, size: int, crop: str, workers: int | None) -> Iterator[Part]:
+        """From entry `start` on."""
+        ...
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """A packed set: uint8 [count, size, size, 3] (a memory map), the checksum of its pixels, and one line about it."""
+def _hash(**values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:20]
 
-    images: np.ndarray
-    crc32: int
+
+@dataclass
+class Portraits:
+    """Procedural portraits, drawn by number."""
+
+    total: int
+    doing: str = "drawing portraits"
+
+    @property
+    def description(self) -> str:
+        return f"{self.total:,} procedural portraits"
+
+    def made_from(self, crop: str) -> str:
+        return _hash(faces=self.total, version=faces.VERSION)
+
+    def parts(self, start: int, size: int, crop: str, workers: int | None) -> Iterator[Part]:
+        import torch
+
+        for first in range(start, self.total, _CHUNK):
+            stop = min(first + _CHUNK, self.total)
+            yield Part(stop, faces.faces(torch.arange(first, stop), size).numpy(), [], [])
+
+
+@dataclass
+class Arrays:
+    """Small pictures that are in memory: uint8 [count, height, width, 3], scaled as files are."""
+
     description: str
+    pictures: np.ndarray
+    doing: str = "packing images"
 
+    @property
+    def total(self) -> int:
+        return len(self.pictures)
 
-def cache_folder() -> Path:
-    """Where packed sets are kept: FASTBEGAN_CACHE, else fastbegan/ in the user's cache folder."""
-    if chosen := os.environ.get("FASTBEGAN_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbegan"
-
-
-def load_images(
-    data: str, size: int, crop: str, progress: Progress, *, minimum: int = 1, max_bad: float = 1.0
-) -> ImageSet:
-    """The packed set for `data` (`faces`, `faces:COUNT` or a folder), packed now if it is not in the cache.
-
-    Raises UserError for a folder that is missing, has fewer than `minimum` images or more than `max_bad` percent
-    broken ones.
-    """
-    check_crop(crop)
-    if not is_folder(data):
-        count = _count(data)
-        _require_enough(count, minimum, data)
-        key = {"faces": count, "size": size, "version": faces.VERSION}
-        found = _cached(_path(key), f"{count:,} procedural portraits", size, lambda: _draw(count, size, progress))
-    else:
-        folder = Path(data).resolve()
-        listing = list_images(folder)
-        _require_enough(len(listing.images), minimum, data)
-        key = {"folder": _fingerprint(folder, listing), "crop": crop, "size": size, "version": DECODE_VERSION}
-        path = _path(key)
-        report = path.with_suffix(".rejected.txt")
-        found = _cached(
-            path,
-            f"images of {folder}",
-            size,
-            lambda: _decode_all(folder, listing, size, crop, progress, report, max_bad),
+    def made_from(self, crop: str) -> str:
+        return _hash(
+            pixels=hashlib.sha256(np.ascontiguousarray(self.pictures).tobytes()).hexdigest(), crop=crop, version=VERSION
         )
-        _judge_rejected(report, len(listing.images), max_bad)
-    _require_enough(len(found.images), minimum, data)
-    return found
+
+    def parts(self, start: int, size: int, crop: str, workers: int | None) -> Iterator[Part]:
+        for first in range(start, self.total, _CHUNK):
+            some = self.pictures[first : first + _CHUNK]
+            yield Part(first + len(some), arrays.scaled(some, size, crop), [], [])
 
 
-def is_folder(data: str) -> bool:
-    """Whether `data` names a folder and not the procedural portraits; a folder called faces is ./faces."""
-    return data.partition(":")[0] != "faces"
+@dataclass
+class Files:
+    """Encoded pictures: files, or stretches of larger files."""
+
+    description: str
+    requests: list[Request]
+    names: list[str]
+    digest: str
+    """Of names, lengths and times."""
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    doing: str = "packing images"
+
+    @property
+    def total(self) -> int:
+        return len(self.requests)
+
+    def made_from(self, crop: str) -> str:
+        return _hash(files=self.digest, crop=crop, version=VERSION)
+
+    def parts(self, start: int, size: int, crop: str, workers: int | None) -> Iterator[Part]:
+        answers = decode_all(self.requests[start:], size, crop, workers=workers)
+        done = start
+        while some := list(islice(answers, _CHUNK)):
+            good, seen, broken = [], [], []
+            for number, (_, answer) in enumerate(some, done):
+                if isinstance(answer, Picture):
+                    good.append(answer.pixels)
+                    seen.append((number, answer.width, answer.height, answer.converted))
+                else:
+                    broken.append((self.names[number], str(answer)))
+            done += len(some)
+            yield Part(done, np.stack(good) if good else np.empty((0, size, size, 3), np.uint8), seen, broken)
+
+
+def is_path(data: str) -> bool:
+    """Whether `data` is a path as it stands; a folder called faces is ./faces."""
+    return data.partition(":")[0] not in ("faces", *arrays.NAMES)
+
+
+def find_source(data: str) -> Source:
+    """The source that `data` names. Raises UserError where there is none."""
+    kind, _, rest = data.partition(":")
+    if kind == "faces":
+        return Portraits(_count(data))
+    if kind in arrays.NAMES:
+        return Arrays(*arrays.load(kind, Path(rest)))
+    path = Path(data)
+    if path.is_file() and (opened := _archive(path.resolve())):
+        return opened
+    return _folder(path)
 
 
 def _count(data: str) -> int:
@@ -88,97 +160,82 @@ def _count(data: str) -> int:
     if data == "faces":
         return faces.DEFAULT_COUNT
     if not number.isdecimal() or int(number) < 1:
-        raise UserError(f"data is {data!r}; accepted: 'faces', 'faces:COUNT' with COUNT from 1, or a folder of images")
+        raise UserError(f"data is {data!r}; accepted: {ACCEPTED}; COUNT from 1")
     return int(number)
 
 
-def _require_enough(count: int, minimum: int, data: str) -> None:
-    if count < minimum:
-        found = "no images" if count == 0 else f"only {count} images"
-        raise UserError(f"data {data!r} has {found}; a batch needs {minimum}")
-
-
-def _fingerprint(folder: Path, listing: Listing) -> str:
-    digest = hashlib.sha256(os.fsencode(folder))
-    for path in listing.images:
-        status = (folder / path).stat()
-        digest.update(os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    for path, reason in listing.rejected:
-        digest.update(os.fsencode(path) + f"\0{reason}\n".encode())
+def _digest(start: str, rows: Iterable[tuple[object, ...]]) -> str:
+    digest = hashlib.sha256(os.fsencode(start))
+    for row in rows:
+        digest.update(os.fsencode("\0".join(map(str, row)) + "\n"))
     return digest.hexdigest()
 
 
-def _path(key: Mapping[str, object]) -> Path:
-    text = json.dumps(key, sort_keys=True)
-    return cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.pack"
+def _folder(path: Path) -> Files:
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"data {str(path)!r} {kind}; accepted: {ACCEPTED}")
+    folder = path.resolve()
+    listing = list_images(folder)
+    if not listing.images and (shards := [one for name in sorted(listing.others) if (one := _archive(folder / name))]):
+        return _joined(folder, shards)
+    names = [str(folder / one) for one in listing.images]
+    rejected = [(str(folder / one), reason) for one, reason in listing.rejected]
+    rows: list[tuple[object, ...]] = []
+    for one in listing.images:
+        status = (folder / one).stat()
+        rows.append((one, status.st_size, status.st_mtime_ns))
+    digest = _digest(str(folder), [*rows, *rejected])
+    requests = [Request(Path(name)) for name in names]
+    return Files(
+        f"images of {folder}", requests, names, digest, rejected, [str(folder / one) for one in listing.others]
+    )
 
 
-def _cached(path: Path, what: str, size: int, make: Callable[[], Iterator[np.ndarray]]) -> ImageSet:
-    if path.exists():
-        try:
-            images, header = read_pack(path)
-            return ImageSet(images, header.crc32, f"{header.source}, {header.count:,} at {size} px")
-        except DamagedPackError as error:
-            warnings.warn(f"{error}; packing again", stacklevel=2)
-    make_folder(path.parent)
-    for stale in path.parent.glob(f".{path.name}.*"):  # of a process that was killed while packing
-        if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
-            stale.unlink(missing_ok=True)
+def _archive(path: Path) -> Files | None:
+    if path.suffix == ".tar":
+        return _tar(path)
+    return _records(path) if ".tfrecord" in path.name else None  # NAME.tfrecord-00000-of-00010
+
+
+def _joined(folder: Path, shards: list[Files]) -> Files:
+    """Shards one after another, in the order of their names."""
+    digest = _digest(str(folder), [(shard.digest,) for shard in shards])
+    return Files(
+        f"images of {len(shards)} files in {folder}",
+        [request for shard in shards for request in shard.requests],
+        [name for shard in shards for name in shard.names],
+        digest,
+        others=[name for shard in shards for name in shard.others],
+    )
+
+
+def _tar(path: Path) -> Files:
+    """Pictures of a tar file in its order, as webdataset writes them; only headers are read here."""
+    requests, names, others = [], [], []
     try:
-        write_pack(path, make(), size, what)
-    except OSError as error:
-        raise UserError(f"the packed set {path} cannot be written ({error.strerror})") from None
-    images, header = read_pack(path)
-    return ImageSet(images, header.crc32, f"{header.source}, {header.count:,} at {size} px, packed now")
-
-
-def _draw(count: int, size: int, progress: Progress) -> Iterator[np.ndarray]:
-    for start in range(0, count, _CHUNK):
-        stop = min(start + _CHUNK, count)
-        yield faces.faces(torch.arange(start, stop), size).numpy()
-        progress("drawing portraits", stop, count)
-
-
-def _decode_all(
-    folder: Path, listing: Listing, size: int, crop: str, progress: Progress, report: Path, max_bad: float
-) -> Iterator[np.ndarray]:
-    """Decoded images in listing order; names the broken ones in `report`. Raises UserError if there are too many."""
-    rejected = list(listing.rejected)
-
-    def attempt(path: Path) -> np.ndarray | RejectedImageError:
-        try:
-            return decode(folder / path, size, crop)
-        except RejectedImageError as error:
-            return error
-
-    total = len(listing.images)
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, total, _CHUNK):
-            paths = listing.images[start : start + _CHUNK]
-            good = []
-            for path, result in zip(paths, pool.map(attempt, paths), strict=True):
-                if isinstance(result, RejectedImageError):
-                    rejected.append((path, str(result)))
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile() or Path(member.name).name.startswith("."):
+                    continue
+                if Path(member.name).suffix.lower() in SUFFIXES:
+                    requests.append(Request(path, member.offset_data, member.size))
+                    names.append(f"{path}:{member.name}")
                 else:
-                    good.append(result)
-            if good:
-                yield np.stack(good)
-            progress("packing images", start + len(paths), total)
-    lines = [f"{folder / path}{_BROKEN}{reason}" for path, reason in rejected]
-    lines += [f"{folder / path}\tleft out: not an image file by its name" for path in listing.others]
-    with atomic(report) as file:
-        file.write("".join(line + "\n" for line in lines).encode(errors="surrogateescape"))
-    _judge_rejected(report, total, max_bad, warn=False)
+                    others.append(f"{path}:{member.name}")
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"data {path} cannot be read as an uncompressed tar file: {error}") from None
+    return Files(f"images of {path}", requests, names, _stretches(path, requests), [], others)
 
 
-def _judge_rejected(report: Path, total: int, max_bad: float, *, warn: bool = True) -> None:
-    """Raises UserError if `report` names too many broken files, warns if it names some."""
-    lines = report.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if report.exists() else []
-    broken = [line.replace(_BROKEN, ": ") for line in lines if _BROKEN in line]
-    if not broken:
-        return
-    message = f"{len(broken)} of {total:,} images are broken ({'; '.join(broken[:3])}; all of them in {report})"
-    if len(broken) > max_bad / 100 * total:
-        raise UserError(f"{message}; max_bad accepts {max_bad:g} percent: repair them, remove them or raise it")
-    if warn:
-        warnings.warn(f"{message}; left out", stacklevel=2)
+def _records(path: Path) -> Files:
+    """Pictures of the records of a TFRecord file, in its order."""
+    requests = [Request(path, offset, length) for offset, length in tfrecord.pictures(path)]
+    names = [f"{path}:{number}" for number in range(len(requests))]
+    return Files(f"images of {path}", requests, names, _stretches(path, requests))
+
+
+def _stretches(path: Path, requests: list[Request]) -> str:
+    status = path.stat()
+    rows = [(request.offset, request.length) for request in requests]
+    return _digest(str(path), [(status.st_size, status.st_mtime_ns), *rows])

@@ -201,7 +201,12 @@ def _normalize(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Te
 
     images = torch.arange(3 * 7 * 9 * 3, device=device).remainder(256).to(torch.uint8).reshape(3, 7, 9, 3)
     index, flip = torch.tensor([2, 0, 2], device=device), torch.tensor([True, False, False], device=device)
-    return [normalize(images, index, flip, dtype, fused), normalize(images, None, None, dtype, fused)]
+    corner = torch.tensor([[0, 2], [1, 0], [2, 1]], device=device)
+    return [
+        normalize(images, index, flip, None, 0, dtype, fused),
+        normalize(images, index, flip, corner, 2, dtype, fused),
+        normalize(images, None, None, None, 0, dtype, fused),
+    ]
 
 
 def _equilibrium(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Tensor]:

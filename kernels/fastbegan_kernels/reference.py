@@ -300,14 +300,24 @@ def normalize_images(
     images: Tensor,
     index: Tensor | None = None,
     flip: Tensor | None = None,
+    corner: Tensor | None = None,
     *,
+    margin: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """uint8 images [M, H, W, C] -> batch [N, C, H, W] in [-1, 1], channels_last.
+    """uint8 images [M, H, W, C] -> batch [N, C, H - margin, W - margin] in [-1, 1], channels_last.
 
-    `index` [N] int64 picks and orders images (all, in order, where None); `flip` [N] bool mirrors left-right.
+    `index` [N] int64 picks and orders images (all, in order, where None); of each a window is taken whose top and left
+    are `corner` [N, 2] int64, 0 to margin (the middle where None); `flip` [N] bool then mirrors it left-right.
     """
     batch = images if index is None else images[index]
+    if margin:
+        count, height, width = batch.shape[:3]
+        corner = corner if corner is not None else torch.full((count, 2), margin // 2, device=batch.device)
+        rows = corner[:, :1] + torch.arange(height - margin, device=batch.device)
+        columns = corner[:, 1:] + torch.arange(width - margin, device=batch.device)
+        samples = torch.arange(count, device=batch.device)
+        batch = batch[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
     if flip is not None:
         batch = torch.where(flip[:, None, None, None], batch.flip(2), batch)
     return batch.to(dtype).div_(127.5).sub_(1).permute(0, 3, 1, 2)  # [N, C, H, W]

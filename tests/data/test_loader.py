@@ -1,18 +1,29 @@
-"""The order of images: every image once an epoch, a function of (seed, position)."""
+"""Loaders: the same images in the same order whatever holds them, and a position is all there is to know."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from fastbegan.data.loader import PackedLoader, ResidentLoader, make_loader
+from fastbegan import TrainConfig, UserError
+from fastbegan.data import choose, dali_loader
+from fastbegan.data.choose import open_loader
+from fastbegan.data.loader import Loader, PackedLoader, Reading, ResidentLoader
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
+CPU = torch.device("cpu")
+KINDS = ("resident", "packed", "dali", "torch")
 
 
-def _loader(batch_size: int = 4, seed: int = 0, flip: bool = True) -> PackedLoader:
-    return PackedLoader(IMAGES, batch_size=batch_size, seed=seed, flip=flip)
+def _loader(
+    batch_size: int = 4, seed: int = 0, flip: bool = True, jitter: int = 0, rank: int = 0, world: int = 1
+) -> PackedLoader:
+    return PackedLoader(IMAGES, Reading(batch_size, 8 - 2 * jitter, seed, flip, jitter, rank, world))
 
 
 def test_every_image_once_an_epoch() -> None:
@@ -34,7 +45,14 @@ def test_position_is_all_there_is_to_know() -> None:
 
 def test_batch_size_does_not_change_what_image_number_n_is() -> None:
     small, large = _loader(2), _loader(6)
-    assert torch.equal(torch.cat([small.batch(p) for p in (6, 8, 10)]), large.batch(6))
+    assert torch.equal(torch.cat([small.batch(p).clone() for p in (6, 8, 10)]), large.batch(6))
+
+
+def test_ranks_share_a_step() -> None:
+    whole = _loader(6)
+    ranks = [_loader(2, rank=rank, world=3) for rank in range(3)]
+    for position in (0, 6, 12):
+        assert torch.equal(torch.cat([one.batch(position) for one in ranks]), whole.batch(position))
 
 
 def test_pixels_and_flips() -> None:
@@ -51,32 +69,171 @@ def test_pixels_and_flips() -> None:
     assert len(set(shares)) > 1
 
 
+def test_jitter_shows_every_window() -> None:
+    loader, plain = _loader(10, flip=False, jitter=1), _loader(10, flip=False)
+    seen = set()
+    for position in range(0, 300, 10):
+        whole = plain.batch(position).clone()
+        for number, window in enumerate(loader.batch(position)):
+            (corner,) = [
+                (top, left)
+                for top in range(3)
+                for left in range(3)
+                if torch.equal(window, whole[number, :, top : top + 6, left : left + 6])
+            ]
+            seen.add(corner)
+    assert len(seen) == 9
+    mixed = _loader(10, jitter=1)
+    assert not torch.equal(mixed.batch(0).clone(), mixed.batch(10))
+
+
 def test_a_batch_may_be_larger_than_the_set() -> None:
     ids = _loader(25).ids(0)
     assert sorted(ids[:20].tolist()) == sorted([*range(10), *range(10)])
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_resident_images_come_in_the_same_order(flip: bool) -> None:
-    options = {"batch_size": 4, "seed": 3, "flip": flip}
-    packed, resident = PackedLoader(IMAGES, **options), ResidentLoader(IMAGES, **options)
+@pytest.mark.parametrize(("rank", "world", "jitter"), [(0, 1, 0), (1, 2, 1)])
+def test_resident_images_come_in_the_same_order(flip: bool, rank: int, world: int, jitter: int) -> None:
+    reading = Reading(4, 8 - 2 * jitter, seed=3, flip=flip, jitter=jitter, rank=rank, world=world)
+    packed, resident = PackedLoader(IMAGES, reading), ResidentLoader(IMAGES, reading)
     where = []
-    for position in (*range(0, 44, 4), 8, 100, 0):  # over the ends of epochs, and back as a resumed run does
+    step = 4 * world
+    for position in (*range(0, 11 * step, step), step * 2, 100, 0):  # over epochs' ends, and back as a resumed run does
         for loader in (packed, resident):
             loader.prepare(position)
         start = torch.tensor(position)
-        assert torch.equal(resident.current(start), packed.batch(position))
-        assert torch.equal(packed.current(start), packed.batch(position))
-        where.append(packed.current(start).data_ptr())
+        assert torch.equal(resident.current(start), packed.current(start))
+        assert torch.equal(packed.current(start), PackedLoader(IMAGES, reading).batch(position))
+        staged = packed._staged[0]
+        assert staged is not None
+        where.append(staged.data_ptr())
     assert len(set(where)) == 1  # a CUDA graph reads it there
+    ids = torch.tensor([3, 0, 3])
+    assert torch.equal(packed.pixels(ids), resident.pixels(ids))
 
 
-def test_resident_only_on_a_gpu_with_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"batch_size": 4, "seed": 0, "flip": True}
-    loader, line = make_loader(IMAGES, **options, device=torch.device("cpu"))
-    assert type(loader) is PackedLoader and line == "from the packed file"
-    with pytest.raises(ValueError, match="batch_size is 11; accepted: up to the 10 images there are"):
-        ResidentLoader(IMAGES, batch_size=11, seed=0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (IMAGES.nbytes, 10 * IMAGES.nbytes))
-    loader, line = make_loader(IMAGES, **options, device=torch.device("cuda", 0))
-    assert type(loader) is PackedLoader and line.startswith("copied batch by batch")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEG and PNG pictures of many shapes, some of which have to be converted."""
+    place = tmp_path_factory.mktemp("shapes")
+    generator = np.random.default_rng(1)
+    for number in range(40):
+        shape = generator.integers(40, 160, 2)
+        rough = generator.integers(0, 256, (*(shape // 8 + 2), 3), np.uint8)
+        image = Image.fromarray(rough).resize((int(shape[1]), int(shape[0])), Image.Resampling.BICUBIC)
+        if number % 10 == 3:
+            image.putalpha(Image.fromarray(generator.integers(0, 256, shape, np.uint8)))
+        if number % 10 == 5:
+            image = image.convert("L")
+        if number % 2 == 0:
+            image.convert("RGB" if number % 10 else "CMYK").save(place / f"{number:02d}.jpg", quality=92)
+        else:
+            image.save(place / f"{number:02d}.png")
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.open(place / "02.jpg").save(place / "turned.jpg", quality=92, exif=exif)
+    return place
+
+
+def _open(kind: str, data: Path, rank: int = 0, world: int = 1, **options: object) -> Loader:
+    given: Any = {"data": str(data), "batch_size": 8, "loader": kind, "seed": 5, "workers": 1, **options}
+    return open_loader(TrainConfig(**given), 24, CPU, lambda *_: None, rank=rank, world=world)[0]
+
+
+@pytest.mark.parametrize("crop", ["center", "none", "32"])
+def test_the_four_loaders_agree(folder: Path, crop: str) -> None:
+    if not dali_loader.INSTALLED:
+        pytest.skip("DALI is not installed")
+    _parity(folder, crop, jitter=2)
+
+
+def test_the_four_loaders_agree_on_photographs(orl: Path) -> None:
+    if not dali_loader.INSTALLED:
+        pytest.skip("DALI is not installed")
+    _parity(orl, "center", jitter=0)
+
+
+def _parity(data: Path, crop: str, jitter: int) -> None:
+    options = {"crop": crop, "jitter": jitter}
+    loaders = {kind: _open(kind, data, **options) for kind in KINDS}
+    split = {(kind, rank): _open(kind, data, rank, 2, **options) for kind in KINDS for rank in range(2)}
+    worst: dict[str, float] = {}
+    for position in (0, 8, 16, 32, 40):  # over an epoch's end, and a jump
+        expected_ids, expected = loaders["packed"].ids(position), loaders["packed"].batch(position).clone()
+        for kind in KINDS:
+            assert torch.equal(loaders[kind].ids(position), expected_ids)
+            batch = loaders[kind].batch(position)
+            assert batch.is_contiguous(memory_format=torch.channels_last)
+            worst[kind] = max(worst.get(kind, 0.0), 127.5 * (batch - expected).abs().mean().item())
+            halves = [split[kind, rank] for rank in range(2)]
+            assert torch.equal(torch.cat([half.ids(position) for half in halves]), expected_ids)
+            torch.testing.assert_close(torch.cat([half.batch(position) for half in halves]), batch, rtol=0, atol=1e-6)
+    assert worst["resident"] == 0 == worst["torch"] and worst["dali"] < 0.5, worst
+    for loader in (*loaders.values(), *split.values()):
+        loader.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_in_the_middle_of_an_epoch(folder: Path, kind: str) -> None:
+    if kind == "dali" and not dali_loader.INSTALLED:
+        pytest.skip("DALI is not installed")
+    first, second = _open(kind, folder, jitter=1), _open(kind, folder, jitter=1)
+    seen = [first.batch(position).clone() for position in range(0, 96, 8)]
+    for position in range(24, 88, 8):  # 64 images, over the end of an epoch
+        assert torch.equal(second.ids(position), first.ids(position))
+        assert torch.equal(second.batch(position), seen[position // 8])
+    for loader in (first, second):
+        loader.close()
+
+
+@pytest.mark.parametrize("kind", ["torch", "dali"])
+@pytest.mark.filterwarnings("default")  # some are given in the processes of the DataLoader
+def test_a_file_that_goes_bad_in_the_night(pictures: Path, kind: str) -> None:
+    if kind == "dali" and not dali_loader.INSTALLED:
+        pytest.skip("DALI is not installed")
+    loader = _open(kind, pictures, batch_size=12)
+    good = sorted(pictures.rglob("*.jpg"))
+    good[0].unlink()
+    content = good[1].read_bytes()
+    good[1].write_bytes(content[: len(content) // 3])
+    batches = [loader.batch(position).clone() for position in range(0, 48, 12)]
+    assert all(batch.isfinite().all() and batch.std() > 0.1 for batch in batches)
+    loader.close()
+
+
+def test_which_loader_and_why(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
+    def line(kind: str, device: str = "cpu", **options: object) -> str:
+        given: Any = {"data": str(pictures), "batch_size": 4, "loader": kind, **options}
+        train = TrainConfig(**given)
+        return open_loader(train, 16, torch.device(device), lambda *_: None)[1]
+
+    assert line("auto").endswith("12 at 16 px, packed now; loader packed: no GPU")
+    assert line("packed").endswith("loader packed: asked for")
+    assert "; loader resident: 0.00 GB of " in line("resident")
+    assert line("torch").endswith("12 of 12 good; loader torch: asked for")
+    with pytest.raises(UserError, match="batch_size is 4; accepted on 3 ranks: multiples of 3"):
+        open_loader(TrainConfig(data=str(pictures), batch_size=4), 16, CPU, lambda *_: None, world=3)
+    with pytest.raises(UserError, match="'faces:20' is not made of picture files"):
+        open_loader(TrainConfig(data="faces:20", loader="torch"), 16, CPU, lambda *_: None)
+    monkeypatch.setattr(choose, "available_memory", lambda _: 2 * 12 * 16 * 16 * 3)
+    with pytest.raises(UserError, match=r"loader resident would take 0.00 GB of 0.0 GB free; accepted: up to 40%"):
+        line("resident")
+    monkeypatch.setattr(choose.dali_loader, "INSTALLED", False)
+    with pytest.raises(UserError, match=r"loader dali needs NVIDIA DALI: pip install 'fastbegan\[dali\]'"):
+        line("dali")
+    monkeypatch.setattr("fastbegan.data.prepare._require_room", _no_room)
+    assert "loader torch: no room to pack them: full" in line("auto", crop="none")
+    with pytest.raises(UserError, match="full"):
+        line("packed", crop="20")
+
+
+def _no_room(*_: object) -> None:
+    from fastbegan.data.prepare import NoRoomError
+
+    raise NoRoomError("full")
+
+
+def test_a_step_of_resident_images_fits_the_set() -> None:
+    with pytest.raises(ValueError, match="a step reads 11 images; accepted: up to the 10 there are"):
+        ResidentLoader(IMAGES, Reading(11, 8, seed=0))

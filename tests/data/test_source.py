@@ -1,131 +1,171 @@
-"""--data to a packed set: made once, remade when its source changed or the file is damaged."""
+"""Sources: folders, tar and TFRecord files, torchvision's sets."""
 
 from __future__ import annotations
 
-import os
+import gzip
+import pickle
+import struct
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastbegan import UserError
-from fastbegan.data import source
-from fastbegan.data.pack import DamagedPackError, read_pack, write_pack
-from fastbegan.data.source import load_images
+from fastbegan.data.prepare import load_images
+from fastbegan.data.source import Files, find_source, is_path
+
+
+def _images(data: object, size: int = 16, **options: object) -> np.ndarray:
+    settings: dict = {"crop": "center", **options}
+    return load_images(str(data), size, progress=lambda *_: None, **settings).images
+
+
+def _field(number: int, body: bytes) -> bytes:
+    length, tag = len(body), number << 3 | 2
+    varint = b""
+    while length > 127:
+        varint, length = varint + bytes([length & 127 | 128]), length >> 7
+    return bytes([tag]) + varint + bytes([length]) + body
+
+
+def _example(**features: bytes) -> bytes:
+    entries = b""
+    for name, value in features.items():
+        feature = _field(1, _field(1, value))  # Feature.bytes_list, BytesList.value
+        entries += _field(1, _field(1, name.replace("_", "/").encode()) + _field(2, feature))
+    return _field(1, entries)
+
+
+def write_records(path: Path, records: list[bytes]) -> Path:
+    with path.open("wb") as file:
+        for record in records:
+            file.write(struct.pack("<QI", len(record), 0) + record + b"\0" * 4)
+    return path
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """What was made, chunk by chunk, in a cache of this test's own."""
-    monkeypatch.setenv("FASTBEGAN_CACHE", str(tmp_path / "cache"))
-    return []
+def sources(pictures: Path, tmp_path: Path) -> dict[str, Path]:
+    """The same twelve pictures as a folder, a tar and a TFRecord file."""
+    files = sorted(path for path in pictures.rglob("*.*") if path.is_file())
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for number, path in enumerate(files):
+            tar.add(path, f"{number:04d}{path.suffix}")
+            label = tmp_path / "label.cls"
+            label.write_text("7")
+            tar.add(label, f"{number:04d}.cls")
+    records = [_example(image_format=b"x" * 300, image_encoded=path.read_bytes()) for path in files]
+    write_records(tmp_path / "set.tfrecord", records)
+    return {"folder": pictures, "tar": tmp_path / "set.tar", "tfrecord": tmp_path / "set.tfrecord"}
 
 
-def _load(data: object, made: list[str], **options: object) -> np.ndarray:
-    settings: dict = {"size": 16, "crop": "center", **options}
-    return load_images(str(data), progress=lambda what, done, total: made.append(what), **settings).images
+def test_tar_and_tfrecord_hold_the_same_images(sources: dict[str, Path]) -> None:
+    folder = _images(sources["folder"])
+    assert len(folder) == 12
+    for kind in ("tar", "tfrecord"):
+        assert np.array_equal(_images(sources[kind]), folder), kind
+    source = find_source(str(sources["tar"]))
+    assert isinstance(source, Files) and len(source.others) == 12  # labels
 
 
-def test_a_folder_is_packed_once(pictures: Path, made: list[str]) -> None:
-    first = _load(pictures, made)
-    assert first.shape == (12, 16, 16, 3) and first.dtype == np.uint8
-    again = _load(pictures, made)
-    assert made == ["packing images"]
-    assert np.array_equal(first, again) and isinstance(again, np.memmap)
-    _load(pictures, made, size=8)
-    _load(pictures, made, crop="none")
-    assert len(made) == 3
+def test_a_folder_of_shards(sources: dict[str, Path], tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number, kind in enumerate(("tar", "tfrecord", "tar")):
+        name = f"{number}.{kind}" if kind == "tar" else f"{number}.tfrecord-00000-of-00001"
+        (shards / name).write_bytes(sources[kind].read_bytes())
+    folder, source = _images(sources["folder"]), find_source(str(shards))
+    assert source.total == 36 and source.description == f"images of 3 files in {shards}"
+    assert np.array_equal(_images(shards), np.concatenate([folder] * 3))
+    before = source.made_from("center")
+    (shards / "2.tar").unlink()
+    assert find_source(str(shards)).made_from("center") != before
 
 
-def test_a_changed_folder_is_packed_again(pictures: Path, made: list[str]) -> None:
-    _load(pictures, made)
-    os.utime(pictures / "01.png", (1, 1))
-    _load(pictures, made)
-    (pictures / "02.jpg").unlink()
-    assert len(_load(pictures, made)) == 11
-    assert len(made) == 3
+def test_a_changed_tar_is_packed_again(sources: dict[str, Path]) -> None:
+    before = find_source(str(sources["tar"])).made_from("center")
+    assert (
+        find_source(str(sources["tar"])).made_from("center")
+        == before
+        != find_source(str(sources["tar"])).made_from("none")
+    )
+    sources["tar"].write_bytes(sources["tar"].read_bytes())
+    assert find_source(str(sources["tar"])).made_from("center") != before
 
 
-def test_a_damaged_pack_is_packed_again(pictures: Path, made: list[str], tmp_path: Path) -> None:
-    expected = np.array(_load(pictures, made))
-    (pack,) = (tmp_path / "cache").glob("*.pack")
-    content = bytearray(pack.read_bytes())
-    content[5000] ^= 255
-    pack.write_bytes(content)
-    with pytest.warns(UserWarning, match="does not match its checksum; packing again"):
-        assert np.array_equal(_load(pictures, made), expected)
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: data[:-1], "it is cut off"),
+        (lambda data: data[:7], "record 0 is no tf.train.Example"),
+        (lambda data: data.replace(b"image/encoded", b"image/encodex"), "there is no image/encoded"),
+        (lambda data: data[:12] + b"\xff" * 40 + data[52:], "record 0 is no tf.train.Example"),
+    ],
+)
+def test_damaged_records_are_named(sources: dict[str, Path], damage: Callable[[bytes], bytes], reason: str) -> None:
+    path = sources["tfrecord"]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=reason):
+        find_source(str(path))
 
 
-def test_few_broken_files_are_left_out_by_name_and_many_refuse_the_folder(pictures: Path, made: list[str]) -> None:
-    (pictures / "broken.jpg").write_bytes(b"no picture")
-    with pytest.raises(
-        UserError, match=r"1 of 13 images are broken .*broken\.jpg: cannot identify.*max_bad accepts 1 percent"
-    ):
-        _load(pictures, made)
-    assert not list(source.cache_folder().glob("*.pack"))
-    with pytest.warns(UserWarning, match=r"broken\.jpg: cannot identify.*left out"):
-        assert len(_load(pictures, made, max_bad=10.0)) == 12
-    (report,) = source.cache_folder().glob("*.rejected.txt")
-    assert "broken.jpg\tbroken: cannot identify" in report.read_text()
-    with pytest.raises(UserError, match="1 of 13"):  # packed by now, and still too many for this caller
-        _load(pictures, made)
+def test_no_records_and_no_tar(tmp_path: Path) -> None:
+    (tmp_path / "empty.tfrecord").write_bytes(b"")
+    assert find_source(str(tmp_path / "empty.tfrecord")).total == 0
+    (tmp_path / "text.tar").write_text("x" * 2000)
+    with pytest.raises(UserError, match="cannot be read as an uncompressed tar file"):
+        find_source(str(tmp_path / "text.tar"))
 
 
-def test_a_folder_called_faces_is_named_with_its_path(
-    pictures: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pictures.rename(pictures.with_name("faces"))
-    monkeypatch.chdir(pictures.parent)
-    assert len(_load("./faces", made)) == 12
-    assert len(_load("faces:20", made)) == 20
-
-
-@pytest.mark.parametrize("data", ["faces:0", "faces:many", "faces:-3"])
-def test_wrong_counts_of_faces_are_named(data: str, made: list[str]) -> None:
-    with pytest.raises(UserError, match="accepted: 'faces', 'faces:COUNT'"):
-        _load(data, made)
-
-
-def test_too_few_images_are_named(tmp_path: Path, pictures: Path, made: list[str]) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="has no images; a batch needs 1"):
-        _load(tmp_path / "empty", made)
-    with pytest.raises(UserError, match="has only 12 images; a batch needs 16"):
-        _load(pictures, made, minimum=16)
-    with pytest.raises(UserError, match="has only 5 images; a batch needs 16"):
-        _load("faces:5", made, minimum=16)
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bad", ["missing", "file", "missing.tar"])
+def test_what_is_no_source_is_named(tmp_path: Path, bad: str) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FASTBEGAN_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match="cannot be written to"):
-        _load("faces:4", [])
-
-
-def test_pack_round_trip_and_damage(tmp_path: Path) -> None:
-    path = tmp_path / "a.pack"
-    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
-    write_pack(path, [images[:2], images[2:]], 4, "test")
-    read, header = read_pack(path)
-    assert np.array_equal(read, images) and (header.count, header.source) == (5, "test")
-    content = path.read_bytes()
-    for damaged, reason in (
-        (content[:-1], "its header says"),
-        (content[:100], "unreadable header|its header says"),
-        (b"x" + content[1:], "does not start like a pack"),
-        (content[:-1] + bytes([content[-1] ^ 1]), "checksum"),
+    with pytest.raises(
+        UserError, match=f"{bad}' (does not exist|is a file); accepted: 'faces', 'faces:COUNT', a folder"
     ):
-        path.write_bytes(damaged)
-        with pytest.raises(DamagedPackError, match=reason):
-            read_pack(path)
+        find_source(str(tmp_path / bad))
 
 
-def test_a_failure_while_packing_leaves_nothing(tmp_path: Path) -> None:
-    def chunks():
-        yield np.zeros((2, 4, 4, 3), np.uint8)
-        raise RuntimeError("power cut")
+def _idx(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+    with gzip.open(path, "wb") as file:
+        file.write(header + values.tobytes())
 
-    with pytest.raises(RuntimeError):
-        write_pack(tmp_path / "a.pack", chunks(), 4, "test")
-    assert list(tmp_path.iterdir()) == []
+
+def test_fashion_mnist_from_its_files(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+    raw = tmp_path / "FashionMNIST" / "raw"
+    for part in ("train", "t10k"):
+        _idx(raw / f"{part}-images-idx3-ubyte.gz", pictures)
+        _idx(raw / f"{part}-labels-idx1-ubyte.gz", np.zeros(20, np.uint8))
+    for path in list(raw.glob("*.gz")):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+    data = f"fashion-mnist:{tmp_path}"
+    assert not is_path(data) and is_path("./fashion-mnist") and is_path("set.tar")
+    same = _images(data, 28)
+    assert np.array_equal(same[..., 0], pictures) and np.array_equal(same[..., 0], same[..., 2])
+    small = _images(data, 16)
+    expected = Image.fromarray(pictures[3]).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)
+    assert np.array_equal(small[3], np.asarray(expected))
+    with pytest.raises(UserError, match="crop celeba: 28x28; the crop celeba takes"):
+        _images(data, 16, crop="celeba")
+
+
+def test_cifar_that_is_not_the_real_one_is_not_unpickled(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "batches.meta"):
+        (folder / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match=r"cifar10:.*torchvision finds no CIFAR10 there"):
+        find_source(f"cifar10:{tmp_path}")
+    assert not (tmp_path / "sprung").exists()

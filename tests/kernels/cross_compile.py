@@ -129,8 +129,9 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
             )  # fmt: skip
     yield (
         f"normalize images {dtype}", elementwise._normalize_images_kernel,
-        {"images_ptr": "*u8", "index_ptr": "*i64", "flip_ptr": "*u8", "out_ptr": data, "height": "i32", "width": "i32"},
-        {"C": 3, "HAS_INDEX": True, "HAS_FLIP": True, "BLOCK": 1024}, {}, (),
+        {"images_ptr": "*u8", "index_ptr": "*i64", "flip_ptr": "*u8", "corner_ptr": "*i64", "out_ptr": data}
+        | dict.fromkeys(("height", "width", "margin"), "i32"),
+        {"C": 3, "HAS_INDEX": True, "HAS_FLIP": True, "HAS_MARGIN": True, "BLOCK": 1024}, {}, (),
     )  # fmt: skip
     for backward in (False, True):
         yield (

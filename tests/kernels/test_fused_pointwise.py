@@ -75,14 +75,20 @@ def test_normalize_images(size: tuple[int, int], dtype: torch.dtype) -> None:
     images = torch.randint(0, 256, (6, *size, 3), dtype=torch.uint8, device=DEVICE)
     index = torch.tensor([5, 0, 0, 3], device=DEVICE)
     flip = torch.tensor([True, False, True, False], device=DEVICE)
-    for source, order, mirror in (
-        (images, None, None),
-        (images, index, None),
-        (images, index, flip),
-        (images[:4], None, flip),
+    corner = torch.tensor([[0, 3], [3, 0], [1, 2], [3, 3]], device=DEVICE)
+    for source, order, mirror, window, margin in (
+        (images, None, None, None, 0),
+        (images, index, None, None, 0),
+        (images, index, flip, None, 0),
+        (images[:4], None, flip, None, 0),
+        (images, index, flip, corner, 3),
+        (images[:4], None, None, corner, 3),
+        (images, index, flip, None, 2),
     ):
-        got = normalize_images(source, order, mirror, dtype=dtype, impl="fused")
-        exact = reference.normalize_images(source, order, mirror, dtype=torch.float64)
+        options = {"corner": window, "margin": margin}
+        got = normalize_images(source, order, mirror, dtype=dtype, impl="fused", **options)
+        exact = reference.normalize_images(source, order, mirror, dtype=torch.float64, **options)
+        assert got.shape == (len(source if order is None else order), 3, size[0] - margin, size[1] - margin)
         assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
         assert (got - exact).abs().max() <= {torch.float32: 2e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
 

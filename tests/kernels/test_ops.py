@@ -223,7 +223,8 @@ def test_opcheck() -> None:
         (ops.l1_reconstruction_loss_with_gradients, (still[0], still[0] + 1, losses[:2], 1, True, "fused")),
         (ops.l1_reconstruction_loss_with_gradients, (still[0], still[0] + 1, losses[:1], 2, False, "fused")),
         (ops.l1_reconstruction_loss_backward, (losses[:2], still[0], still[0] + 1, 1, True, "fused")),
-        (ops.normalize_images, (images, torch.tensor([2, 0], device=DEVICE), None, torch.float16, "fused")),
+        (ops.normalize_images, (images, torch.tensor([2, 0], device=DEVICE), None, None, 0, torch.float16, "fused")),
+        (ops.normalize_images, (images, None, None, None, 2, torch.float32, "fused")),
         (ops.equilibrium_update, (losses, losses + 1, k, sums, window, None, 0.5, 0.1, "fused")),
     ]
     for op, arguments in calls:
@@ -270,6 +271,8 @@ WRONG = [
     (lambda x, w: conv_stage(x, [w], skip=w), "skip was given but the last kind is 'same'; accepted: up"),
     (lambda x, w: normalize_images(x), "images is torch.float32"),
     (lambda x, w: normalize_images(x.byte(), torch.zeros(2)), r"index is torch.float32 \[2\]; accepted: torch.int64"),
+    (lambda x, w: normalize_images(x.byte(), corner=torch.zeros(2)), r"corner is torch.float32 \[2\]; accepted"),
+    (lambda x, w: normalize_images(x.byte(), margin=4), "margin is 4; accepted: 0 to below the images' sides"),
 ]
 
 

@@ -117,24 +117,35 @@ def _l1_kernel(
 
 @triton.jit
 def _normalize_images_kernel(
-    images_ptr, index_ptr, flip_ptr, out_ptr, height, width,
-    C: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_FLIP: tl.constexpr, BLOCK: tl.constexpr,
+    images_ptr, index_ptr, flip_ptr, corner_ptr, out_ptr, height, width, margin,
+    C: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_FLIP: tl.constexpr, HAS_MARGIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = images[index[n]], mirrored where flip[n], from 0..255 to -1..1; both NHWC in memory."""
+    """out[n] = images[index[n]] from corner[n] on, mirrored where flip[n], from 0..255 to -1..1; both NHWC in memory.
+
+    height and width are those of the output; images are `margin` higher and wider.
+    """
     values = height * width * C
+    stored = values
     blocks = tl.cdiv(values, BLOCK)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     ok = i < values
     source = tl.load(index_ptr + n) if HAS_INDEX else n
     read = i
-    if HAS_FLIP:
+    if HAS_FLIP or HAS_MARGIN:
         channel = i % C
         column = (i // C) % width
         row = i // (C * width)
-        mirrored = (row * width + width - 1 - column) * C + channel
-        read = tl.where(tl.load(flip_ptr + n) != 0, mirrored, i)
-    pixel = tl.load(images_ptr + source * values + tl.where(ok, read, 0), mask=ok, other=0).to(tl.float32)
+        across = width
+        if HAS_FLIP:
+            column = tl.where(tl.load(flip_ptr + n) != 0, width - 1 - column, column)
+        if HAS_MARGIN:
+            row += tl.load(corner_ptr + 2 * n).to(tl.int32)
+            column += tl.load(corner_ptr + 2 * n + 1).to(tl.int32)
+            across = width + margin
+            stored = (height + margin) * across * C
+        read = (row * across + column) * C + channel
+    pixel = tl.load(images_ptr + source * stored + tl.where(ok, read, 0), mask=ok, other=0).to(tl.float32)
     tl.store(out_ptr + n * values + i, (pixel / 127.5 - 1.0).to(out_ptr.dtype.element_ty), mask=ok)
 
 

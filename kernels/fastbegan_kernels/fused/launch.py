@@ -325,18 +325,25 @@ def l1_reconstruction_loss(
 
 
 @on_device
-def normalize_images(images: Tensor, index: Tensor | None, flip: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """uint8 [M, H, W, C] -> [N, C, H, W] in [-1, 1], channels_last; indices must be in range."""
+def normalize_images(
+    images: Tensor, index: Tensor | None, flip: Tensor | None, corner: Tensor | None, margin: int, dtype: torch.dtype
+) -> Tensor:
+    """uint8 [M, H, W, C] -> [N, C, H - margin, W - margin] in [-1, 1], channels_last.
+
+    Indices and corners must be in range.
+    """
     images = images.contiguous()
-    _, height, width, channels = images.shape
+    height, width, channels = images.shape[1] - margin, images.shape[2] - margin, images.shape[3]
     count = len(images) if index is None else len(index)
     shape = (count, channels, height, width)
     out = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
     values = height * width * channels
+    if margin and corner is None:
+        corner = torch.full((count, 2), margin // 2, device=images.device)
     if count and values:
         elementwise._normalize_images_kernel[(count * triton.cdiv(values, _BLOCK),)](
-            images, _dense(index), _flags(flip), out, height, width,
-            C=channels, HAS_INDEX=index is not None, HAS_FLIP=flip is not None, BLOCK=_BLOCK,
+            images, _dense(index), _flags(flip), _dense(corner), out, height, width, margin, C=channels,
+            HAS_INDEX=index is not None, HAS_FLIP=flip is not None, HAS_MARGIN=margin > 0, BLOCK=_BLOCK,
         )  # fmt: skip
     return out
 

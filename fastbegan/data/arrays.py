@@ -1,0 +1,48 @@
+"""torchvision's small data sets, from files that are there already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from .decode import RejectedImageError, crop_box
+
+NAMES = {"cifar10": "CIFAR10", "fashion-mnist": "FashionMNIST"}
+
+
+def load(name: str, root: Path) -> tuple[str, np.ndarray]:
+    """Description and pictures, uint8 [count, height, width, 3], of the training part below `root`.
+
+    Nothing is downloaded. torchvision checks CIFAR-10's files against its own checksums before it unpickles them.
+    Raises UserError where torchvision or the files are missing.
+    """
+    try:
+        from torchvision import datasets
+    except ImportError:
+        raise UserError(f"data {name} needs torchvision: pip install torchvision") from None
+    try:
+        pictures = getattr(datasets, NAMES[name])(str(root), train=True, download=False).data
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(
+            f"data {name}:{root}: torchvision finds no {NAMES[name]} there ({str(error).splitlines()[0]})"
+        ) from None
+    pictures = np.asarray(pictures, dtype=np.uint8)
+    if pictures.ndim == 3:  # grey
+        pictures = np.repeat(pictures[..., None], 3, axis=3)
+    return f"{NAMES[name]} of {root.resolve()}", pictures
+
+
+def scaled(pictures: np.ndarray, size: int, crop: str) -> np.ndarray:
+    """Cropped and scaled as files are. Raises UserError for a crop that does not fit."""
+    height, width = pictures.shape[1:3]
+    try:
+        box = crop_box((width, height), crop)
+    except RejectedImageError as error:
+        raise UserError(f"crop {crop}: {error}") from None
+    if box == (0, 0, size, size) and (height, width) == (size, size):
+        return pictures
+    images = (Image.fromarray(one).crop(box) for one in pictures)
+    return np.stack([np.asarray(one.resize((size, size), Image.Resampling.BILINEAR)) for one in images])

@@ -1,0 +1,143 @@
+"""Batches straight from picture files: NVIDIA DALI on the CPU, or with nvJPEG on the GPU."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError
+from .decode import crop_box, read_bytes, whole
+from .files_loader import Pictures, stacked
+from .loader import Reading, StagedLoader
+from .prepare import Catalogue
+
+INSTALLED = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+_READERS = 4  # threads that read files
+
+
+class _Encoded(NamedTuple):
+    """What the pipeline gets of a batch: files as they are on disk, and what to cut from each."""
+
+    files: list[np.ndarray]
+    starts: list[np.ndarray]
+    shapes: list[np.ndarray]
+
+
+class DaliLoader(StagedLoader):
+    """DALI decodes only what the crop keeps, scales with antialias and hands out uint8 NHWC.
+
+    The order is ours, file by file, so all ranks and loaders agree on it and a run continues by its position alone.
+    Files whose colours or rotation DALI would treat otherwise (16 bits, alpha, palettes, CMYK, EXIF) are converted
+    here before. Raises UserError where the package is missing.
+    """
+
+    def __init__(
+        self, catalogue: Catalogue, reading: Reading, crop: str, *, workers: int | None = None, prefetch: int = 2
+    ) -> None:
+        super().__init__(len(catalogue.requests), reading)
+        if not INSTALLED:
+            raise UserError(
+                "loader dali needs NVIDIA DALI: pip install 'fastbegan[dali]' (CUDA 12: fastbegan[dali-cu12])"
+            )
+        self.pictures, self._seen, self._crop = Pictures(catalogue, reading.stored, crop), catalogue.seen, crop
+        self._workers, self._prefetch = 2 if workers is None else max(1, workers), prefetch
+        self._readers = ThreadPoolExecutor(_READERS)
+        self._pipeline: Any = None
+        self._coming: deque[list[Future[tuple[np.ndarray, tuple[int, int, int, int]]]]] = deque()
+        self._next = 0
+
+    def pixels(self, ids: Tensor) -> Tensor:
+        return stacked([self.pictures[number] for number in ids.tolist()])
+
+    def _read(self, position: int, ids: Tensor) -> Tensor:
+        pipeline = self._pipeline
+        if pipeline is None or position != self._next:
+            pipeline = self._start(position)
+        self._next = position + self.reading.step
+        try:
+            (images,) = pipeline.run()
+        except RuntimeError as error:  # a file was damaged since it was checked; the others go on
+            warnings.warn(f"DALI: {str(error).splitlines()[0]}; this batch is decoded by PIL", stacklevel=2)
+            self._pipeline = None
+            return self.pixels(ids)
+        return torch.from_dlpack(images.as_tensor())
+
+    def close(self) -> None:
+        self._pipeline = None
+        for files in self._coming:
+            for file in files:
+                file.cancel()
+        self._coming.clear()
+
+    def finish(self, images: Any, fn: Any, types: Any) -> Any:
+        """What the pipeline does last: nothing, since our own kernel normalises."""
+        return images
+
+    def _start(self, position: int) -> Any:
+        """A pipeline whose first batch is the one at `position`."""
+        dali: Any = importlib.import_module("nvidia.dali")
+        fn, types = dali.fn, dali.types
+        self.close()
+        reading, batches = self.reading, self._encoded(position)
+        gpu = reading.device.type == "cuda"
+
+        @dali.pipeline_def(
+            batch_size=reading.batch_size, num_threads=self._workers, device_id=reading.device.index if gpu else None,
+            prefetch_queue_depth=self._prefetch,
+        )  # fmt: skip
+        def build() -> Any:
+            encoded, start, shape = fn.external_source(source=batches, num_outputs=3, batch=True)
+            images = fn.decoders.image_slice(
+                encoded, start, shape, device="mixed" if gpu else "cpu", output_type=types.RGB, axis_names="WH",
+                normalized_anchor=False, normalized_shape=False, jpeg_fancy_upsampling=True,
+            )  # fmt: skip
+            side = [reading.stored, reading.stored]
+            images = fn.resize(images, size=side, interp_type=types.INTERP_LINEAR, antialias=True)
+            return self.finish(images, fn, types)
+
+        self._pipeline = pipeline = build()
+        pipeline.build()
+        return pipeline
+
+    def _encoded(self, position: int) -> Iterator[_Encoded]:
+        """Batches from `position` on, whose files are read ahead."""
+        ahead = self._prefetch + 2
+        while True:
+            while len(self._coming) < ahead:
+                ids = self._place(position)[0].tolist()
+                self._coming.append([self._readers.submit(self._file, number) for number in ids])
+                position += self.reading.step
+            files = [one.result() for one in self._coming.popleft()]
+            boxes = np.array([box for _, box in files], dtype=np.float32)
+            starts, shapes = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+            yield _Encoded([data for data, _ in files], list(starts), list(shapes))
+
+    def _file(self, number: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+        """A file's bytes and what to cut from it; instead of one that is not good any more, the next one that is."""
+        for other in range(self.count):
+            found = (number + other) % self.count
+            path, offset, length = self.pictures.requests[found]
+            try:
+                data = read_bytes(path, offset, length)
+                width, height, converted = self._seen[found].tolist()
+                if converted:
+                    buffer = io.BytesIO()
+                    Image.fromarray(whole(data)).save(buffer, "BMP")
+                    data = buffer.getvalue()
+                return np.frombuffer(data, np.uint8), crop_box((width, height), self._crop)
+            except Exception as error:
+                warnings.warn(
+                    f"{path} was good and is not any more ({error}); the next one takes its place", stacklevel=2
+                )
+        raise RuntimeError("none of the files can be read any more")

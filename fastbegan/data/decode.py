@@ -1,0 +1,124 @@
+"""One picture file to one square RGB image, or the reason why not. Imports no torch: worker processes start with it."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this platform: PIL decodes JPEG too, more slowly
+    simplejpeg = None
+
+VERSION = 2  # counts up when the same file gives other pixels
+MAX_PIXELS = 64_000_000  # a header that declares more is refused before anything is decoded
+MAX_BYTES = 256 << 20  # of a file; what is larger is no picture that we can hold
+_CELEBA = (178, 218)  # the aligned and cropped images of CelebA ...
+_CELEBA_FACE = (25, 50, 153, 178)  # ... and the square of 128 pixels around the face
+_ORIENTATION = 0x0112
+_ALPHA = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
+_PLAIN = frozenset(("L", "RGB"))
+
+
+class RejectedImageError(Exception):
+    """This file does not become an image; the message says why."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded file: its height and width as seen, whether its colours or rotation were converted, and pixels.
+
+    `pixels` is uint8 [size, size, 3], cropped and scaled.
+    """
+
+    height: int
+    width: int
+    converted: bool
+    pixels: np.ndarray
+
+
+def read_bytes(path: Path | str, offset: int = 0, length: int | None = None) -> bytes:
+    """A regular file, or `length` bytes of it from `offset`. Raises RejectedImageError; never waits as on a FIFO."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(handle, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise RejectedImageError("not a regular file")
+            wanted = status.st_size - offset if length is None else length
+            if wanted > MAX_BYTES:
+                raise RejectedImageError(f"{wanted / 2**20:,.0f} MiB; accepted: up to {MAX_BYTES >> 20} MiB")
+            file.seek(offset)
+            return file.read(max(0, wanted))
+    except OSError as error:
+        raise RejectedImageError(f"cannot be opened ({error.strerror})") from None
+
+
+def decode(data: bytes, size: int, crop: str) -> Picture:
+    """Decode, crop and scale (antialiased) one file's bytes. Raises RejectedImageError.
+
+    One colour rule for all files: EXIF rotation applied, 16-bit scaled, transparency over white, all to RGB.
+    """
+    try:
+        image, converted = _upright(data)
+        square = image.crop(crop_box(image.size, crop))  # resize's own box lets pixels outside it in
+        pixels = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
+        return Picture(image.height, image.width, converted, pixels)
+    except RejectedImageError:
+        raise
+    except MemoryError:
+        raise RejectedImageError("needs more memory than one picture may have") from None
+    except Exception as error:  # PIL's plugins raise nearly anything on damaged files
+        raise RejectedImageError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def whole(data: bytes) -> np.ndarray:
+    """All of a file under the colour rule: uint8 [height, width, 3]. Raises what PIL raises."""
+    return np.asarray(_upright(data)[0])
+
+
+def _upright(data: bytes) -> tuple[Image.Image, bool]:
+    with Image.open(io.BytesIO(data)) as image:  # reads the header only
+        if image.width * image.height > MAX_PIXELS:
+            raise RejectedImageError(f"declares {image.width}x{image.height}, over {MAX_PIXELS // 10**6} megapixels")
+        turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+        plain = image.mode in _PLAIN and "transparency" not in image.info
+        if simplejpeg is not None and image.format == "JPEG" and image.mode in _PLAIN and not turned:
+            return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=True)), False
+        image.load()
+        upright = ImageOps.exif_transpose(image) if turned else image
+        return _to_rgb(upright), turned or not plain
+
+
+def crop_box(size: tuple[int, int], crop: str) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what `crop` cuts from a picture of (width, height)."""
+    width, height = size
+    if crop == "none":
+        return 0, 0, width, height
+    if crop == "celeba":
+        if size != _CELEBA:
+            raise RejectedImageError(f"{width}x{height}; the crop celeba takes the aligned images of 178x218")
+        return _CELEBA_FACE
+    side = min(width, height) if crop == "center" else min(width, height, int(crop))
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        # PIL's own conversion clips 16-bit grey to white; 32-bit modes do not say what their white is
+        scale = 257.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1.0
+        image = Image.fromarray(np.clip(values / scale, 0, 255).round().astype(np.uint8))
+    if image.mode in _ALPHA or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")

@@ -1,0 +1,49 @@
+"""Which image is read when, and how it is mirrored and cropped: functions of (seed, position), nothing to save."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import counter
+
+# a counter for each image of each epoch; a set has fewer images than this
+_EPOCH_BITS = 40
+
+
+class Order:
+    """Every image once an epoch, in another order each; batches run on across epochs.
+
+    Slot number n of a run is the same image whatever the batch size and the number of ranks.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epochs: dict[int, Tensor] = {}
+
+    def place(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Image numbers and epochs of slots: int64 [N] each, on the CPU."""
+        epochs = slots // self.count
+        ids = torch.empty_like(slots)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            ids[here] = self.epoch(epoch)[slots[here] % self.count]
+        return ids, epochs
+
+    def epoch(self, number: int) -> Tensor:
+        """The order of one epoch: int64 [count], on the CPU."""
+        if number not in self._epochs:
+            self._epochs = {e: order for e, order in self._epochs.items() if e >= number - 1}
+            self._epochs[number] = counter.permutation(self.seed, counter.ORDER, number, self.count)
+        return self._epochs[number]
+
+
+def mirrored(seed: int, ids: Tensor, epochs: Tensor) -> Tensor:
+    """Whether each image is mirrored in its epoch: bool [N], about half of them."""
+    return (counter.bits(seed, counter.FLIP, (epochs << _EPOCH_BITS) + ids) & 1).bool()
+
+
+def corners(seed: int, ids: Tensor, epochs: Tensor, margin: int) -> Tensor:
+    """Top and left of each image's window in its epoch: int64 [N, 2], uniform in 0 to `margin`."""
+    place = ((epochs << _EPOCH_BITS) + ids)[:, None] * 2 + torch.arange(2, device=ids.device)
+    return (counter.uniform(seed, counter.JITTER, place) * (margin + 1)).long()

@@ -1,0 +1,78 @@
+"""Where the encoded pictures are inside a TFRecord file of tf.train.Example messages."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import UserError
+
+KEY = b"image/encoded"  # what TensorFlow's own data sets call it
+_FRAME = struct.Struct("<QI")  # length and its checksum before the data; four more bytes of checksum behind it
+
+
+def pictures(path: Path) -> Iterator[tuple[int, int]]:
+    """Offset and length of each record's `image/encoded`. Raises UserError where that is not what the file holds."""
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            start = number = 0
+            while start < len(data):
+                try:
+                    length, _ = _FRAME.unpack_from(data, start)
+                    first = start + _FRAME.size
+                    if first + length + 4 > len(data):
+                        raise ValueError("it is cut off")
+                    yield _picture(data, first, first + length)
+                except (struct.error, ValueError, IndexError) as error:
+                    raise UserError(
+                        f"data {path}: record {number} is no tf.train.Example with {KEY.decode()!r} ({error})"
+                    ) from None
+                start, number = first + length + 4, number + 1
+
+
+def _picture(data: mmap.mmap, start: int, stop: int) -> tuple[int, int]:
+    # Example.features = 1; Features.feature = 1, a map: key = 1, value = 2; Feature.bytes_list = 1; BytesList.value = 1
+    for features in _fields(data, start, stop, 1):
+        for entry in _fields(data, *features, 1):
+            key = next(_fields(data, *entry, 1), (0, 0))
+            if data[slice(*key)] == KEY:
+                for value in _fields(data, *entry, 2):
+                    for strings in _fields(data, *value, 1):
+                        for first, last in _fields(data, *strings, 1):
+                            return first, last - first
+    raise ValueError(f"there is no {KEY.decode()}")
+
+
+def _fields(data: mmap.mmap, start: int, stop: int, wanted: int) -> Iterator[tuple[int, int]]:
+    """Stretches of the length-delimited fields with this number in a protobuf message."""
+    while start < stop:
+        tag, start = _varint(data, start)
+        kind = tag & 7
+        if kind == 0:
+            _, start = _varint(data, start)
+        elif kind in (1, 5):
+            start += 8 if kind == 1 else 4
+        elif kind == 2:
+            length, start = _varint(data, start)
+            if start + length > stop:
+                raise ValueError("a field is longer than its message")
+            if tag >> 3 == wanted:
+                yield start, start + length
+            start += length
+        else:
+            raise ValueError(f"wire type {kind}")
+
+
+def _varint(data: mmap.mmap, start: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[start]
+        value, shift, start = value | (byte & 127) << shift, shift + 7, start + 1
+        if byte < 128:
+            return value, start
+        if shift > 63:
+            raise ValueError("a number without end")

@@ -1,0 +1,160 @@
+"""Decoding in worker processes: strict, bounded in memory and time, results in order; a crash costs one file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from .decode import Picture, RejectedImageError
+from .worker import READY
+
+_CHUNK = 8  # requests on their way at once: less than a pipe holds, so that nobody waits for the other
+_SECONDS = 60.0  # a chunk's time
+
+
+class Request(NamedTuple):
+    """A file, or `length` bytes of it from `offset`."""
+
+    path: Path
+    offset: int = 0
+    length: int | None = None
+
+
+Answer = Picture | RejectedImageError
+
+
+class _Worker:
+    """One process, started again after a crash."""
+
+    def __init__(self, size: int, crop: str) -> None:
+        self._size, self._command = size, [sys.executable, "-m", f"{__package__}.worker", str(size), crop]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """End for good, in the middle of an answer too."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):  # what was still to be sent
+                    pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer a request."""
+        found: list[Answer] = []
+        while len(found) < len(requests):
+            process = self._started()
+            hung = threading.Event()
+
+            def stop(process: subprocess.Popen[bytes] = process, hung: threading.Event = hung) -> None:
+                hung.set()
+                process.kill()
+
+            clock = threading.Timer(_SECONDS, stop)
+            clock.start()
+            try:
+                self._ask(process, requests[len(found) :], found)
+            except (OSError, EOFError, ValueError):  # the first file without an answer is what it died of
+                self._end()
+                code = process.returncode
+                why = f"took more than {_SECONDS:g} seconds" if hung.is_set() else f"its decoder crashed ({code})"
+                found.append(RejectedImageError(why))
+            finally:
+                clock.cancel()
+        return found
+
+    def _ask(self, process: subprocess.Popen[bytes], requests: Sequence[Request], found: list[Answer]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        lines = [json.dumps([os.fspath(one.path), one.offset, one.length]) + "\n" for one in requests]
+        process.stdin.write("".join(lines).encode())
+        process.stdin.flush()
+        for _ in requests:
+            found.append(self._read(process.stdout))  # noqa: PERF401  # what came before a crash counts
+
+    def _read(self, pipe: IO[bytes]) -> Answer:
+        line = pipe.readline()
+        if not line.endswith(b"\n"):
+            raise EOFError
+        seen = json.loads(line)
+        if "rejected" in seen:
+            return RejectedImageError(seen["rejected"])
+        pixels = pipe.read(self._size**2 * 3)
+        if len(pixels) < self._size**2 * 3:
+            raise EOFError
+        return Picture(**seen, pixels=np.frombuffer(pixels, np.uint8).reshape(self._size, self._size, 3))
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._closed:
+            raise RuntimeError("closed")
+        if self._process is None:
+            paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)  # it finds what we found
+            single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # their stacks count as memory
+            self._process = process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                env={**os.environ, **single, "PYTHONPATH": paths},
+                start_new_session=True,  # Ctrl-C is for us: a worker that it ended would look like one that crashed
+            )  # fmt: skip
+            assert process.stdout is not None
+            if process.stdout.readline() != READY:
+                self._end()
+                raise UserError(f"decoder processes do not start here: {shlex.join(self._command)} ends at once")
+        return self._process
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decode_all(
+    requests: Iterable[Request], size: int, crop: str, *, workers: int | None = None
+) -> Generator[tuple[Request, Answer]]:
+    """Every request with its answer, in order; `workers` processes, as many as there are cores where None.
+
+    Raises UserError where processes cannot be started.
+    """
+    count = workers or _cores()
+    waiting, iterator = deque[tuple[list[Request], Future[list[Answer]]]](), iter(requests)
+    free: deque[_Worker] = deque(_Worker(size, crop) for _ in range(count))
+
+    def work(chunk: list[Request]) -> list[Answer]:
+        worker = free.pop()  # there are as many threads
+        try:
+            return worker.answer(chunk)
+        finally:
+            free.append(worker)
+
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(count))
+        for worker in list(free):  # before the pool waits for its threads
+            stack.callback(worker.close)
+        try:
+            while True:
+                while len(waiting) < 4 * count and (chunk := list(islice(iterator, _CHUNK))):
+                    waiting.append((chunk, pool.submit(work, chunk)))
+                if not waiting:
+                    return
+                chunk, future = waiting.popleft()
+                yield from zip(chunk, future.result(), strict=True)
+        finally:
+            for _, future in waiting:
+                future.cancel()

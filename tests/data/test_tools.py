@@ -1,0 +1,115 @@
+"""`fastbegan data`: what people see of it, on the files that they really have."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastbegan.data.pack import read_pack
+from tests.data import zoo
+
+Run = Callable[..., "CompletedProcess[str]"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The whole zoo and sixteen plain pictures."""
+    place = tmp_path / "zoo"
+    place.mkdir()
+    zoo.broken(place)
+    zoo.converted(place)
+    for number in range(16):
+        Image.new("RGB", (20, 20), (number, number, number)).save(place / f"plain{number:02d}.png")
+    (place / "notes.txt").write_text("notes")
+    return place
+
+
+def test_check_names_every_broken_file(folder: Path, fastbegan: Run) -> None:
+    done = fastbegan("data", "check", folder)
+    assert done.returncode == 1, done.stderr
+    named = {line.split(": ")[0].rpartition("/")[2]: line for line in done.stdout.splitlines() if line[:6] == "broken"}
+    assert set(named) == set(zoo.BROKEN)
+    for name, reason in zoo.BROKEN.items():
+        assert any(words in named[name] for words in reason.split("|")), named[name]
+    assert f"{len(zoo.BROKEN)} broken, {len(zoo.CONVERTED)} with colours or rotation converted" in done.stdout
+    for name in zoo.BROKEN:
+        (folder / name).unlink()
+    again = fastbegan("data", "check", folder)
+    assert again.returncode == 0 and "21 of 21 good; 0 broken, 5 with" in again.stdout
+
+
+def test_pack_refuses_many_broken_files_and_leaves_few_out(folder: Path, tmp_path: Path, fastbegan: Run) -> None:
+    out = tmp_path / "zoo.pack"
+    refused = fastbegan("data", "pack", folder, out, "--size", 8)
+    assert refused.returncode == 2 and not out.exists()
+    assert "max_bad accepts 1 percent" in refused.stderr and "Traceback" not in refused.stderr
+    done = fastbegan("data", "pack", folder, out, "--size", 8, "--max-bad", 40)
+    assert done.returncode == 0, done.stderr
+    assert "21 at 8 px, 5 of them converted, packed now" in done.stdout
+    report = out.with_suffix(".rejected.txt").read_text()
+    for name in zoo.BROKEN:
+        assert f"/{name}\tbroken: " in report
+    for name in zoo.CONVERTED:
+        assert f"/{name}\tconverted" in report
+    assert "notes.txt\tleft out" in report
+    images = read_pack(out)[0]
+    names = sorted([*zoo.CONVERTED, *(f"plain{number:02d}.png" for number in range(16))])
+    for name, colour in zoo.CONVERTED.items():
+        found = images[names.index(name)].reshape(-1, 3)
+        assert np.abs(found.astype(int) - colour).max() <= 2, name
+    again = fastbegan("data", "pack", folder, out, "--size", 8, "--max-bad", 40)
+    assert again.returncode == 0 and "packed now" not in again.stdout
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    assert peak < 1e9, peak
+
+
+def test_links_lead_to_each_picture_once(tmp_path: Path, fastbegan: Run) -> None:
+    place = tmp_path / "links"
+    place.mkdir()
+    count = zoo.links(place)
+    done = fastbegan("data", "check", place)
+    assert done.returncode == 0 and f"{count} of {count} good" in done.stdout, done.stdout + done.stderr
+
+
+def test_training_on_a_packed_zoo_meets_no_bad_image(folder: Path, tmp_path: Path, fastbegan: Run) -> None:
+    out = tmp_path / "zoo.pack"
+    assert fastbegan("data", "pack", folder, out, "--size", 16, "--max-bad", 40).returncode == 0
+    options = ("--size", 16, "--filters", 4, "--steps", 4, "--batch-size", 8, "--data", out)
+    done = fastbegan("train", *options, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "loader packed: no GPU" in done.stdout
+
+
+def test_info_draws_a_contact_sheet(folder: Path, tmp_path: Path, fastbegan: Run) -> None:
+    out = tmp_path / "faces.pack"
+    assert fastbegan("data", "pack", "faces:100", out, "--size", 16).returncode == 0
+    done = fastbegan("data", "info", out)
+    assert done.returncode == 0 and "100 procedural portraits: 100 images of 16 px, 0.1 MB" in done.stdout
+    with Image.open(tmp_path / "faces.png") as sheet:
+        assert sheet.size == (128, 128)
+    fastbegan("data", "info", out, "--sheet", tmp_path / "other.png")
+    assert (tmp_path / "other.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pack", "faces:4", "out.npz"), "out is out.npz; accepted: a name that ends with .pack"),
+        (("pack", "faces:4", "out.pack", "--size", "0"), "size is 0; accepted: whole numbers from 1"),
+        (("pack", "nowhere", "out.pack"), "'nowhere' does not exist; accepted: 'faces'"),
+        (("pack", "faces:4", "out.pack", "--crop", "left"), "crop is 'left'; accepted: center"),
+        (("check", "faces:4"), "'faces:4' is not made of picture files"),
+        (("info", "nowhere.pack"), "nowhere.pack does not exist; accepted: a .pack file"),
+        (("info", "."), ". is no file"),
+    ],
+)
+def test_bad_input_is_named(arguments: tuple[str, ...], message: str, fastbegan: Run) -> None:
+    done = fastbegan("data", *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not Path("out.pack").exists()

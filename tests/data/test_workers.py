@@ -1,0 +1,115 @@
+"""Processes that decode: answers in order, a crash or a hang costs one file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastbegan import UserError
+from fastbegan.data import worker, workers
+from fastbegan.data.decode import Picture, RejectedImageError, decode, read_bytes
+from fastbegan.data.workers import Request, decode_all
+from tests.data import zoo
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_answers_are_in_order_and_as_decoded_here(pictures: Path, count: int) -> None:
+    (pictures / "05.png").write_bytes(b"broken")
+    paths = sorted(path for path in pictures.rglob("*.*") if path.is_file())
+    found = list(decode_all(map(Request, paths), 16, "center", workers=count))
+    assert [request.path for request, _ in found] == paths
+    for request, answer in found:
+        if request.path.name == "05.png":
+            assert isinstance(answer, RejectedImageError) and "cannot identify" in str(answer)
+        else:
+            expected = decode(read_bytes(request.path), 16, "center")
+            assert isinstance(answer, Picture) and np.array_equal(answer.pixels, expected.pixels)
+            assert (answer.height, answer.width, answer.converted) == (40, 50, False)
+
+
+def test_stopping_early_leaves_no_process(pictures: Path) -> None:
+    answers = decode_all([Request(pictures / "02.jpg")] * 100, 16, "center", workers=2)
+    next(answers)
+    answers.close()
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    if children.exists():
+        for child in children.read_text().split():
+            assert "fastbegan.data.worker" not in Path(f"/proc/{child}/cmdline").read_text()
+
+
+_HOSTILE = """
+import os, time
+from fastbegan.data import decode
+real = decode.read_bytes
+def read_bytes(path, *more):
+    if "crash" in path:
+        os.kill(os.getpid(), 11)
+    if "hang" in path:
+        time.sleep(60)
+    return real(path, *more)
+decode.read_bytes = read_bytes
+"""
+
+
+def test_a_crash_and_a_hang_cost_one_file_each(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_HOSTILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(workers, "_SECONDS", 3.0)
+    names = [
+        "02.jpg",
+        "crash.jpg",
+        "04.jpg",
+        "hang.jpg",
+        "08.jpg",
+        "01.png",
+        "crash2.jpg",
+        "07.png",
+        "10.jpg",
+        "05.png",
+    ]
+    for name in ("crash.jpg", "hang.jpg", "crash2.jpg"):
+        (pictures / name).write_bytes((pictures / "02.jpg").read_bytes())
+    found = list(decode_all((Request(pictures / name) for name in names), 16, "center", workers=1))
+    reasons = {r.path.name: str(a) for r, a in found if isinstance(a, RejectedImageError)}
+    assert reasons == {
+        "crash.jpg": "its decoder crashed (-11)",
+        "crash2.jpg": "its decoder crashed (-11)",
+        "hang.jpg": "took more than 3 seconds",
+    }
+
+
+def test_processes_that_do_not_start_are_no_broken_files(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "PIL.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"decoder processes do not start here: .*fastbegan\.data\.worker 16 center"):
+        list(decode_all([Request(pictures / "02.jpg")], 16, "center", workers=1))
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """A picture that passes the header's check but not the worker's memory is named, and the next one decoded."""
+    side = 7900  # 62 megapixels: 250 MB as RGBA, and as much again for each step of the colour rule
+    Image.new("RGBA", (side, side), (255, 0, 0, 128)).save(tmp_path / "large.png", compress_level=1)
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(tmp_path / "small.png")
+    requests = [Request(tmp_path / name) for name in ("large.png", "small.png")]
+    (_, large), (_, small) = decode_all(requests, 8, "none", workers=1)
+    assert isinstance(small, Picture)
+    if isinstance(large, RejectedImageError):
+        assert str(large) == "needs more memory than one picture may have"
+    else:
+        assert large.pixels[0, 0].tolist() == [255, 127, 127]
+    assert worker.MEMORY <= 1e9
+
+
+def test_bombs_cost_no_memory(tmp_path: Path) -> None:
+    zoo.broken(tmp_path)
+    names = ["bomb.png", "bomb.jpg"]
+    found = list(decode_all((Request(tmp_path / name) for name in names), 8, "center", workers=1))
+    for name, (_, answer) in zip(names, found, strict=True):
+        assert isinstance(answer, RejectedImageError)
+        assert any(words in str(answer) for words in zoo.BROKEN[name].split("|"))
