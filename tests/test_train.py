@@ -87,7 +87,9 @@ def test_a_run_leaves_all_it_promises(forty: Path) -> None:
     assert config["model"]["widths"] == [2, 3, 3] and config["train"]["steps"] == 40
     rows = [json.loads(line) for line in (forty / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
-    names = {"step", "images", "loss_real", "loss_fake", "k", "convergence", "gap", "lr", "images_per_second"}
+    names = {"step", "images", "loss_real", "loss_fake", "k", "convergence", "gap", "lr", "images_per_second"} | {
+        "data_wait"
+    }
     assert all(names <= row.keys() for row in rows) and rows[-1]["images"] == 320
     assert rows[-1]["loss_real"] < rows[0]["loss_real"]
     assert sorted(p.name for p in (forty / "samples").iterdir()) == [f"{n:09d}.png" for n in (10, 20, 40)]

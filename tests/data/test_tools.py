@@ -79,8 +79,8 @@ def test_links_lead_to_each_picture_once(tmp_path: Path, fastbegan: Run) -> None
 
 def test_training_on_a_packed_zoo_meets_no_bad_image(folder: Path, tmp_path: Path, fastbegan: Run) -> None:
     out = tmp_path / "zoo.pack"
-    assert fastbegan("data", "pack", folder, out, "--size", 16, "--max-bad", 40).returncode == 0
-    options = ("--size", 16, "--filters", 4, "--steps", 4, "--batch-size", 8, "--data", out)
+    assert fastbegan("data", "pack", folder, out, "--size", 32, "--max-bad", 40).returncode == 0
+    options = ("--size", 32, "--filters", 4, "--steps", 4, "--batch-size", 8, "--data", out)
     done = fastbegan("train", *options, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "loader packed: no GPU" in done.stdout
