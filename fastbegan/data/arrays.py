@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..errors import UserError
 from .decode import RejectedImageError, crop_box
+from .scale import scale
 
 NAMES = {"cifar10": "CIFAR10", "fashion-mnist": "FashionMNIST"}
 
@@ -42,7 +42,5 @@ def scaled(pictures: np.ndarray, size: int, crop: str) -> np.ndarray:
         box = crop_box((width, height), crop)
     except RejectedImageError as error:
         raise UserError(f"crop {crop}: {error}") from None
-    if box == (0, 0, size, size) and (height, width) == (size, size):
-        return pictures
-    images = (Image.fromarray(one).crop(box) for one in pictures)
-    return np.stack([np.asarray(one.resize((size, size), Image.Resampling.BILINEAR)) for one in images])
+    left, top, right, bottom = box
+    return scale(pictures[:, top:bottom, left:right], size)

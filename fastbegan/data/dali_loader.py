@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from .decode import crop_box, read_bytes, whole
+from .decode import crop_box, decode, read_bytes
 from .files_loader import Pictures, stacked
 from .loader import Reading, StagedLoader
 from .prepare import Catalogue
@@ -133,7 +133,7 @@ class DaliLoader(StagedLoader):
                 width, height, converted = self._seen[found].tolist()
                 if converted:
                     buffer = io.BytesIO()
-                    Image.fromarray(whole(data)).save(buffer, "BMP")
+                    Image.fromarray(decode(data, "none").pixels).save(buffer, "BMP")
                     data = buffer.getvalue()
                 return np.frombuffer(data, np.uint8), crop_box((width, height), self._crop)
             except Exception as error:

@@ -1,4 +1,4 @@
-"""One picture file to one square RGB image, or the reason why not. Imports no torch: worker processes start with it."""
+"""One picture file to RGB pixels, or the reason why not. Imports no torch: worker processes start with it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ MAX_BYTES = 256 << 20  # of a file; what is larger is no picture that we can hol
 _CELEBA = (178, 218)  # the aligned and cropped images of CelebA ...
 _CELEBA_FACE = (25, 50, 153, 178)  # ... and the square of 128 pixels around the face
 _ORIENTATION = 0x0112
+_EXIF_WITHIN = 1 << 17  # bytes from the start; its segment comes first
 _ALPHA = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
 _PLAIN = frozenset(("L", "RGB"))
 
@@ -32,9 +33,9 @@ class RejectedImageError(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded file: its height and width as seen, whether its colours or rotation were converted, and pixels.
+    """A decoded file: height and width as seen, whether colours or rotation were converted, and what the crop keeps.
 
-    `pixels` is uint8 [size, size, 3], cropped and scaled.
+    `pixels` is uint8 [rows, columns, 3].
     """
 
     height: int
@@ -60,16 +61,16 @@ def read_bytes(path: Path | str, offset: int = 0, length: int | None = None) -> 
         raise RejectedImageError(f"cannot be opened ({error.strerror})") from None
 
 
-def decode(data: bytes, size: int, crop: str) -> Picture:
-    """Decode, crop and scale (antialiased) one file's bytes. Raises RejectedImageError.
+def decode(data: bytes, crop: str) -> Picture:
+    """Decode and crop one file's bytes. Raises RejectedImageError.
 
     One colour rule for all files: EXIF rotation applied, 16-bit scaled, transparency over white, all to RGB.
     """
     try:
-        image, converted = _upright(data)
-        square = image.crop(crop_box(image.size, crop))  # resize's own box lets pixels outside it in
-        pixels = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
-        return Picture(image.height, image.width, converted, pixels)
+        pixels, converted = _upright(data)
+        height, width = pixels.shape[:2]
+        left, top, right, bottom = crop_box((width, height), crop)
+        return Picture(height, width, converted, pixels[top:bottom, left:right])
     except RejectedImageError:
         raise
     except MemoryError:
@@ -78,22 +79,26 @@ def decode(data: bytes, size: int, crop: str) -> Picture:
         raise RejectedImageError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def whole(data: bytes) -> np.ndarray:
-    """All of a file under the colour rule: uint8 [height, width, 3]. Raises what PIL raises."""
-    return np.asarray(_upright(data)[0])
-
-
-def _upright(data: bytes) -> tuple[Image.Image, bool]:
+def _upright(data: bytes) -> tuple[np.ndarray, bool]:
+    if simplejpeg is not None and simplejpeg.is_jpeg(data) and b"Exif\0" not in data[:_EXIF_WITHIN]:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        _require_size(int(width), int(height))
+        if space in ("YCbCr", "Gray"):
+            return simplejpeg.decode_jpeg(data, "RGB", strict=True), False
     with Image.open(io.BytesIO(data)) as image:  # reads the header only
-        if image.width * image.height > MAX_PIXELS:
-            raise RejectedImageError(f"declares {image.width}x{image.height}, over {MAX_PIXELS // 10**6} megapixels")
+        _require_size(image.width, image.height)
         turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
         plain = image.mode in _PLAIN and "transparency" not in image.info
         if simplejpeg is not None and image.format == "JPEG" and image.mode in _PLAIN and not turned:
-            return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=True)), False
+            return simplejpeg.decode_jpeg(data, "RGB", strict=True), False
         image.load()
         upright = ImageOps.exif_transpose(image) if turned else image
-        return _to_rgb(upright), turned or not plain
+        return np.asarray(_to_rgb(upright)), turned or not plain
+
+
+def _require_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise RejectedImageError(f"declares {width}x{height}, over {MAX_PIXELS // 10**6} megapixels")
 
 
 def crop_box(size: tuple[int, int], crop: str) -> tuple[int, int, int, int]:

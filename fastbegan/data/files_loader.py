@@ -16,6 +16,7 @@ from .decode import RejectedImageError, decode, read_bytes
 from .loader import Reading, StagedLoader
 from .order import Order
 from .prepare import Catalogue
+from .scale import scale
 
 
 class Pictures(Dataset[np.ndarray]):
@@ -32,7 +33,7 @@ class Pictures(Dataset[np.ndarray]):
         for other in range(len(self)):
             path, offset, length = self.requests[(number + other) % len(self)]
             try:
-                return decode(read_bytes(path, offset, length), self.size, self.crop).pixels
+                return scale([decode(read_bytes(path, offset, length), self.crop).pixels], self.size)[0]
             except RejectedImageError as error:
                 warnings.warn(
                     f"{path} was good and is not any more ({error}); the next one takes its place", stacklevel=2

@@ -16,10 +16,10 @@ import numpy as np
 
 from ..errors import UserError
 from . import arrays, faces, tfrecord
-from .decode import VERSION, Picture
+from .decode import VERSION
 from .folder import SUFFIXES, list_images
 from .pack import Part
-from .workers import Request, decode_all
+from .workers import Request, Scaled, decode_all
 
 _CHUNK = 512
 ACCEPTED = (
@@ -128,7 +128,7 @@ class Files:
         while some := list(islice(answers, _CHUNK)):
             good, seen, broken = [], [], []
             for number, (_, answer) in enumerate(some, done):
-                if isinstance(answer, Picture):
+                if isinstance(answer, Scaled):
                     good.append(answer.pixels)
                     seen.append((number, answer.width, answer.height, answer.converted))
                 else:

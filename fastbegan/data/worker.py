@@ -1,6 +1,6 @@
 """A process that decodes files one after another: what damaged ones do to it, they do to nobody else.
 
-Requests are lines of JSON, [path, offset, length or null], answers a line of JSON and then the pixels' bytes.
+Requests are lines of JSON, [path, offset, length or null]; an answer is a HEAD and as many bytes as it says.
 """
 
 from __future__ import annotations
@@ -8,12 +8,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import struct
 import sys
 
 from .decode import RejectedImageError, decode, read_bytes
 
 MEMORY = 1_000_000_000  # bytes of address space
 READY = b"ready\n"
+# rows and columns of the pixels that follow, height and width of the picture, whether it was converted; or, where there
+# are no rows, how many bytes of a reason follow
+HEAD = struct.Struct("<5I")
 
 
 def _limit_memory() -> None:
@@ -24,24 +28,26 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def main(size: int, crop: str) -> None:
+def main(crop: str) -> None:
     """Answer requests until there are no more."""
     _limit_memory()
-    answers = os.fdopen(os.dup(1), "wb")
+    answers = os.fdopen(os.dup(1), "wb", buffering=1 << 20)
     os.dup2(2, 1)  # what libraries print is no answer
     answers.write(READY)
     answers.flush()
     for line in sys.stdin.buffer:
         path, offset, length = json.loads(line)
         try:
-            picture = decode(read_bytes(path, offset, length), size, crop)
+            picture = decode(read_bytes(path, offset, length), crop)
         except RejectedImageError as error:
-            answers.write(json.dumps({"rejected": str(error)}).encode() + b"\n")
+            reason = str(error).encode(errors="replace")
+            answers.write(HEAD.pack(0, len(reason), 0, 0, 0) + reason)
         else:
-            seen = {"height": picture.height, "width": picture.width, "converted": picture.converted}
-            answers.write(json.dumps(seen).encode() + b"\n" + picture.pixels.tobytes())
+            rows, columns, _ = picture.pixels.shape
+            answers.write(HEAD.pack(rows, columns, picture.height, picture.width, picture.converted))
+            answers.write(picture.pixels.tobytes())
         answers.flush()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1])

@@ -12,18 +12,27 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
+import torch
 
 from ..errors import UserError
 from .decode import Picture, RejectedImageError
-from .worker import READY
+from .scale import scale
+from .worker import HEAD, READY
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _CHUNK = 8  # requests on their way at once: less than a pipe holds, so that nobody waits for the other
 _SECONDS = 60.0  # a chunk's time
+_PIPE = 1 << 20  # bytes, the most that Linux gives everybody
 
 
 class Request(NamedTuple):
@@ -37,11 +46,22 @@ class Request(NamedTuple):
 Answer = Picture | RejectedImageError
 
 
+def _exactly(pipe: IO[bytes], length: int) -> bytearray:
+    """This many bytes; raises EOFError where the process has ended before."""
+    data = bytearray(length)
+    view = memoryview(data)
+    while view and (read := pipe.readinto(view)):  # pyright: ignore[reportAttributeAccessIssue]  # it is unbuffered
+        view = view[read:]
+    if view:
+        raise EOFError
+    return data
+
+
 class _Worker:
     """One process, started again after a crash."""
 
-    def __init__(self, size: int, crop: str) -> None:
-        self._size, self._command = size, [sys.executable, "-m", f"{__package__}.worker", str(size), crop]
+    def __init__(self, crop: str) -> None:
+        self._command = [sys.executable, "-m", f"{__package__}.worker", crop]
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
 
@@ -87,21 +107,15 @@ class _Worker:
         assert process.stdin is not None and process.stdout is not None
         lines = [json.dumps([os.fspath(one.path), one.offset, one.length]) + "\n" for one in requests]
         process.stdin.write("".join(lines).encode())
-        process.stdin.flush()
         for _ in requests:
             found.append(self._read(process.stdout))  # noqa: PERF401  # what came before a crash counts
 
     def _read(self, pipe: IO[bytes]) -> Answer:
-        line = pipe.readline()
-        if not line.endswith(b"\n"):
-            raise EOFError
-        seen = json.loads(line)
-        if "rejected" in seen:
-            return RejectedImageError(seen["rejected"])
-        pixels = pipe.read(self._size**2 * 3)
-        if len(pixels) < self._size**2 * 3:
-            raise EOFError
-        return Picture(**seen, pixels=np.frombuffer(pixels, np.uint8).reshape(self._size, self._size, 3))
+        rows, columns, height, width, converted = HEAD.unpack(_exactly(pipe, HEAD.size))
+        if not rows:
+            return RejectedImageError(bytes(_exactly(pipe, columns)).decode())
+        pixels = np.frombuffer(_exactly(pipe, rows * columns * 3), np.uint8).reshape(rows, columns, 3)
+        return Picture(height, width, bool(converted), pixels)
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._closed:
@@ -110,12 +124,18 @@ class _Worker:
             paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)  # it finds what we found
             single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # their stacks count as memory
             self._process = process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
                 env={**os.environ, **single, "PYTHONPATH": paths},
                 start_new_session=True,  # Ctrl-C is for us: a worker that it ended would look like one that crashed
             )  # fmt: skip
             assert process.stdout is not None
-            if process.stdout.readline() != READY:
+            with contextlib.suppress(AttributeError, OSError):  # so that a picture is on its way while one is scaled
+                fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)  # pyright: ignore
+            try:
+                ready = _exactly(process.stdout, len(READY)) == READY
+            except EOFError:
+                ready = False
+            if not ready:
                 self._end()
                 raise UserError(f"decoder processes do not start here: {shlex.join(self._command)} ends at once")
         return self._process
@@ -125,26 +145,37 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A decoded file: height and width as seen, whether it was converted, and its pixels, uint8 [size, size, 3]."""
+
+    height: int
+    width: int
+    converted: bool
+    pixels: np.ndarray
+
+
 def decode_all(
     requests: Iterable[Request], size: int, crop: str, *, workers: int | None = None
-) -> Generator[tuple[Request, Answer]]:
+) -> Generator[tuple[Request, Scaled | RejectedImageError]]:
     """Every request with its answer, in order; `workers` processes, as many as there are cores where None.
 
     Raises UserError where processes cannot be started.
     """
     count = workers or _cores()
-    waiting, iterator = deque[tuple[list[Request], Future[list[Answer]]]](), iter(requests)
-    free: deque[_Worker] = deque(_Worker(size, crop) for _ in range(count))
+    waiting, iterator = deque[tuple[list[Request], Future[list[Scaled | RejectedImageError]]]](), iter(requests)
+    free: deque[_Worker] = deque(_Worker(crop) for _ in range(count))
 
-    def work(chunk: list[Request]) -> list[Answer]:
+    def work(chunk: list[Request]) -> list[Scaled | RejectedImageError]:
         worker = free.pop()  # there are as many threads
         try:
-            return worker.answer(chunk)
+            return _scaled(worker.answer(chunk), size)
         finally:
             free.append(worker)
 
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(count))
+        # torch's own threads would be one set of them for each of these
+        pool = stack.enter_context(ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)))
         for worker in list(free):  # before the pool waits for its threads
             stack.callback(worker.close)
         try:
@@ -158,3 +189,11 @@ def decode_all(
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def _scaled(answers: list[Answer], size: int) -> list[Scaled | RejectedImageError]:
+    pixels = iter(scale([one.pixels for one in answers if isinstance(one, Picture)], size))
+    return [
+        Scaled(one.height, one.width, one.converted, next(pixels)) if isinstance(one, Picture) else one
+        for one in answers
+    ]

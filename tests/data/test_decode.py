@@ -12,11 +12,17 @@ import pytest
 from PIL import Image
 
 from fastbegan.data import decode as decoding
-from fastbegan.data.decode import RejectedImageError, crop_box, read_bytes, whole
+from fastbegan.data.decode import RejectedImageError, crop_box, read_bytes
+from fastbegan.data.scale import scale
 
 
 def decode(path: Path, size: int, crop: str) -> np.ndarray:
-    return decoding.decode(read_bytes(path), size, crop).pixels
+    (pixels,) = scale([decoding.decode(read_bytes(path), crop).pixels], size)
+    return pixels
+
+
+def whole(data: bytes) -> np.ndarray:
+    return decoding.decode(data, "none").pixels
 
 
 def _png_header(width: int, height: int) -> bytes:
@@ -123,7 +129,7 @@ def test_every_rotation(tmp_path: Path, orientation: int) -> None:
         (slice(None, None, -1), slice(None, None, -1)), (slice(None, None, -1), slice(None)),
     ))]  # fmt: skip
     assert np.array_equal(whole(read_bytes(turned)), ways[orientation - 1])
-    assert decoding.decode(read_bytes(turned), 8, "none").converted == (orientation > 1)
+    assert decoding.decode(read_bytes(turned), "none").converted == (orientation > 1)
 
 
 def test_both_jpeg_decoders_agree(orl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

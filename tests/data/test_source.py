@@ -150,7 +150,7 @@ def test_fashion_mnist_from_its_files(tmp_path: Path) -> None:
     assert np.array_equal(same[..., 0], pictures) and np.array_equal(same[..., 0], same[..., 2])
     small = _images(data, 16)
     expected = Image.fromarray(pictures[3]).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)
-    assert np.array_equal(small[3], np.asarray(expected))
+    assert np.abs(small[3].astype(int) - np.asarray(expected)).max() <= 1
     with pytest.raises(UserError, match="crop celeba: 28x28; the crop celeba takes"):
         _images(data, 16, crop="celeba")
 

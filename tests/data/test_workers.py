@@ -11,8 +11,9 @@ from PIL import Image
 
 from fastbegan import UserError
 from fastbegan.data import worker, workers
-from fastbegan.data.decode import Picture, RejectedImageError, decode, read_bytes
-from fastbegan.data.workers import Request, decode_all
+from fastbegan.data.decode import RejectedImageError, decode, read_bytes
+from fastbegan.data.scale import scale
+from fastbegan.data.workers import Request, Scaled, decode_all
 from tests.data import zoo
 
 
@@ -26,8 +27,8 @@ def test_answers_are_in_order_and_as_decoded_here(pictures: Path, count: int) ->
         if request.path.name == "05.png":
             assert isinstance(answer, RejectedImageError) and "cannot identify" in str(answer)
         else:
-            expected = decode(read_bytes(request.path), 16, "center")
-            assert isinstance(answer, Picture) and np.array_equal(answer.pixels, expected.pixels)
+            (expected,) = scale([decode(read_bytes(request.path), "center").pixels], 16)
+            assert isinstance(answer, Scaled) and np.array_equal(answer.pixels, expected)
             assert (answer.height, answer.width, answer.converted) == (40, 50, False)
 
 
@@ -87,7 +88,7 @@ def test_processes_that_do_not_start_are_no_broken_files(
 ) -> None:
     (tmp_path / "PIL.py").write_text("raise ImportError")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=r"decoder processes do not start here: .*fastbegan\.data\.worker 16 center"):
+    with pytest.raises(UserError, match=r"decoder processes do not start here: .*fastbegan\.data\.worker center"):
         list(decode_all([Request(pictures / "02.jpg")], 16, "center", workers=1))
 
 
@@ -98,7 +99,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20), (1, 2, 3)).save(tmp_path / "small.png")
     requests = [Request(tmp_path / name) for name in ("large.png", "small.png")]
     (_, large), (_, small) = decode_all(requests, 8, "none", workers=1)
-    assert isinstance(small, Picture)
+    assert isinstance(small, Scaled)
     if isinstance(large, RejectedImageError):
         assert str(large) == "needs more memory than one picture may have"
     else:
