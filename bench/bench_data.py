@@ -22,14 +22,13 @@ from fastbegan.data.loader import Loader
 from fastbegan.data.prepare import make_pack
 
 WIDTH, HEIGHT = 178, 218  # of CelebA's aligned images
-BATCH, TURN, KINDS = 64, 8, 256  # TURN batches make a turn; KINDS of pictures, each of them many times
+BATCH, COUNT, KINDS = 64, 4096, 256  # files, and different pictures among them
 BYTES = 5 * BATCH * 3  # read as uint8 and written as float32, a pixel of each image
 
 
 @pytest.fixture(scope="session")
-def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of JPEG files, as ImageFolder wants it: in a folder of their class."""
-    count = 1024 if request.config.getoption("--quick") else 4096
     folder = tmp_path_factory.mktemp("files") / "all"
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -38,32 +37,48 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         noisy = picture + generator.normal(0, 4, picture.shape)  # as cameras do, so that files are as large as theirs
         first = folder / f"{number:06d}.jpg"
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(first, quality=90)
-        for other in range(number + KINDS, count, KINDS):
+        for other in range(number + KINDS, COUNT, KINDS):
             (folder / f"{other:06d}.jpg").write_bytes(first.read_bytes())
     return folder
 
 
+class _Stretch(torch.utils.data.Sampler[int]):
+    """As many random images as a turn takes, so that nothing is read ahead once it is over."""
+
+    def __init__(self, batches: int) -> None:
+        self.images = batches * BATCH
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randint(COUNT, (self.images,)).tolist())
+
+
 @pytest.fixture
-def other(files: Path, side: int) -> Callable[[], torch.Tensor]:
-    """A turn of what a short script would write, with a process for each core."""
+def batches(quick: bool) -> int:
+    """In a turn: many, since loaders have some ready when it begins, and read some ahead when it is over."""
+    return 16 if quick else 32
+
+
+@pytest.fixture
+def others(files: Path, side: int, batches: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """Turns of what a short script would write: in the process itself, as DataLoader does by default, and in others."""
     datasets = pytest.importorskip("torchvision.datasets")
     from torchvision import transforms
 
     steps = [transforms.CenterCrop(WIDTH), transforms.Resize(side, antialias=True), transforms.RandomHorizontalFlip()]
     steps += [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
     folder = datasets.ImageFolder(str(files.parent), transforms.Compose(steps))
-    workers = len(os.sched_getaffinity(0))
-    loader = torch.utils.data.DataLoader(
-        folder, BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
-    )
+    cores = len(os.sched_getaffinity(0))
 
-    def endless() -> Iterator[torch.Tensor]:
-        while True:
-            for images, _ in loader:
-                yield images
+    def turn(workers: int) -> Callable[[], torch.Tensor]:
+        loader = torch.utils.data.DataLoader(
+            folder, BATCH, sampler=_Stretch(batches), num_workers=workers, persistent_workers=workers > 0
+        )
+        return lambda: [images.to(DEVICE) for images, _ in loader][-1]
 
-    batches = endless()
-    return lambda: [next(batches).to(DEVICE) for _ in range(TURN)][-1]
+    return {"ImageFolder": turn(0), f"ImageFolder, {cores} processes": turn(cores)}
 
 
 @pytest.fixture(params=[64, 128])
@@ -74,11 +89,11 @@ def side(request: pytest.FixtureRequest, quick: bool, sizes: list[int]) -> int:
     return side
 
 
-def _turn(loader: Loader) -> Callable[[], torch.Tensor]:
+def _turn(loader: Loader, batches: int) -> Callable[[], torch.Tensor]:
     position, done = torch.zeros((), dtype=torch.int64, device=DEVICE), 0
 
     def work() -> torch.Tensor:
-        for _ in range(TURN - 1):
+        for _ in range(batches - 1):
             take()
         return take()
 
@@ -103,44 +118,59 @@ class _NormalizedByDali(dali_loader.DaliLoader):
         return torch.where(flip[:, None, None, None], images.flip(2), images).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("kind", ["resident", "packed", "dali", "torch"])
+def _plain(loader: Loader, batches: int) -> Callable[[], torch.Tensor]:
+    """The same from images in memory, in plain PyTorch."""
+    images = loader.pixels(torch.arange(COUNT)).to(DEVICE)
+
+    def take() -> torch.Tensor:
+        batch = images[torch.randint(COUNT, (BATCH,), device=DEVICE)]
+        flip = torch.rand(BATCH, 1, 1, 1, device=DEVICE) < 0.5
+        return torch.where(flip, batch.flip(2), batch).float().div_(127.5).sub_(1).permute(0, 3, 1, 2)
+
+    return lambda: [take() for _ in range(batches)][-1]
+
+
+@pytest.mark.parametrize("kind", ["packed", "dali", "resident", "torch"])
 def bench_loader(
-    kind: str, side: int, files: Path, other: Callable[[], object], race: Callable[..., Row],
-    needs: Callable[[float], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    kind: str, side: int, files: Path, others: dict[str, Callable[[], torch.Tensor]], race: Callable[..., Row],
+    needs: Callable[[float], None], quick: bool, batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    if quick and kind in ("resident", "torch"):
+        pytest.skip("not in --quick")
     if kind == "dali" and not dali_loader.INSTALLED:
         pytest.skip("NVIDIA DALI is not installed: pip install 'fastbegan[dali]'")
-    needs(8.0 * len(list(files.iterdir())) * side * side * 3)
+    needs(8.0 * COUNT * side * side * 3)
     monkeypatch.setenv("FASTBEGAN_CACHE", str(tmp_path))
     train = TrainConfig(data=str(files), crop=str(WIDTH), batch_size=BATCH, loader=kind)  # pyright: ignore
     loader, *_ = open_loader(train, side, DEVICE, lambda *_: None)
-    turns = {kind: _turn(loader), "ImageFolder": other}
-    assert turns[kind]().shape == other().shape == (BATCH, 3, side, side)  # pyright: ignore
+    plain = {"plain PyTorch": _plain(loader, batches)} if kind in ("packed", "resident") else {}
+    turns = {kind: _turn(loader, batches), **plain, **others}
+    assert all(turn().shape == (BATCH, 3, side, side) for turn in turns.values())
     if kind == "dali":
         with monkeypatch.context() as patched:
             patched.setattr("fastbegan.data.choose._FROM_FILES", {"dali": _NormalizedByDali})
             normalized = open_loader(train, side, DEVICE, lambda *_: None)[0]
-        _same(normalized, loader)
-        turns["normalised in DALI"] = _turn(normalized)
+        assert (normalized.batch(0) - loader.batch(0)).abs().max() < 1e-5
+        turns["normalised in DALI"] = _turn(normalized, batches)
     row = Row("data", f"{kind} {side} px", images=BATCH, moved=BYTES * side * side)
-    race(row, turns, calls=dict.fromkeys(turns, TURN))
+    race(row, turns, calls=dict.fromkeys(turns, batches), least=5)
     loader.close()
 
 
-def _same(one: Loader, two: Loader) -> None:
-    assert (one.batch(0) - two.batch(0)).abs().max() < 1e-5
-
-
-def bench_pack(side: int, files: Path, other: Callable[[], object], race: Callable[..., Row], tmp_path: Path) -> None:
+def bench_pack(
+    side: int, files: Path, others: dict[str, Callable[[], torch.Tensor]], race: Callable[..., Row], batches: int,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     """From the files to the finished pack, worker processes' start included."""
-    count, number = len(list(files.iterdir())), 0
+    number = 0
 
     def pack() -> None:
         nonlocal number
         number += 1
         found = make_pack(str(files), tmp_path / f"{number}.pack", side, str(WIDTH), lambda *_: None)
-        assert len(found.images) == count
+        assert len(found.images) == COUNT
         (tmp_path / f"{number}.pack").unlink()
 
     row = Row("data", f"pack {side} px", images=BATCH)
-    race(row, {"pack": pack, "ImageFolder": other}, calls={"pack": count // BATCH, "ImageFolder": TURN}, least=3)
+    turns = {"pack": pack, **others}
+    race(row, turns, calls=dict.fromkeys(turns, batches) | {"pack": COUNT // BATCH}, least=5)

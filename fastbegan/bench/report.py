@@ -134,7 +134,7 @@ def speed_up(results: Results) -> Any:
     axes.axvline(1, color=_GREY, linewidth=1)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)
-    axes.set_xlabel("times as fast as eager PyTorch (loader: DataLoader; train: the textbook step)")
+    axes.set_xlabel("times as fast as eager PyTorch (data: ImageFolder and DataLoader; train: the textbook step)")
     axes.set_title(f"{results.machine['device']}, {results.machine['date']}", fontsize=10)
     _plain(axes)
     return figure

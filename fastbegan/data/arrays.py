@@ -43,4 +43,4 @@ def scaled(pictures: np.ndarray, size: int, crop: str) -> np.ndarray:
     except RejectedImageError as error:
         raise UserError(f"crop {crop}: {error}") from None
     left, top, right, bottom = box
-    return scale(pictures[:, top:bottom, left:right], size)
+    return scale(list(pictures[:, top:bottom, left:right]), size)

@@ -6,6 +6,7 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import UserError
 
@@ -13,13 +14,21 @@ SUFFIXES = frozenset((".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", 
 CROPS = ("center", "none", "celeba")
 
 
+class Found(NamedTuple):
+    """An image file: its path, bytes, and time of last change in nanoseconds."""
+
+    path: str
+    size: int
+    time: int
+
+
 @dataclass
 class Listing:
     """Result of `list_images`: paths relative to the folder, sorted."""
 
-    images: list[Path] = field(default_factory=list)
-    rejected: list[tuple[Path, str]] = field(default_factory=list)
-    others: list[Path] = field(default_factory=list)
+    images: list[Found] = field(default_factory=list)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
 
 def list_images(folder: Path) -> Listing:
@@ -33,18 +42,17 @@ def list_images(folder: Path) -> Listing:
         raise UserError(f"data {str(folder)!r} {kind}; accepted: 'faces', 'faces:COUNT' or a folder of images")
     listing, root = Listing(), folder.stat()
     seen = {(root.st_dev, root.st_ino)}
-    waiting = [folder]
+    waiting = [""]  # strings, not paths: there may be a million
     while waiting:
         current = waiting.pop()
         try:
-            entries = sorted(os.scandir(current), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(folder / current), key=lambda entry: entry.name)
         except OSError as error:
-            raise UserError(f"data folder {current} cannot be read ({error.strerror})") from None
+            raise UserError(f"data folder {folder / current} cannot be read ({error.strerror})") from None
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            path = Path(entry.path)
-            relative = path.relative_to(folder)
+            relative = os.path.join(current, entry.name)  # noqa: PTH118
             try:
                 status = entry.stat()
             except OSError as error:
@@ -54,13 +62,13 @@ def list_images(folder: Path) -> Listing:
                 continue
             seen.add(identity)
             if stat.S_ISDIR(status.st_mode):
-                waiting.append(path)
-            elif path.suffix.lower() not in SUFFIXES:
+                waiting.append(relative)
+            elif os.path.splitext(entry.name)[1].lower() not in SUFFIXES:  # noqa: PTH122
                 listing.others.append(relative)
             elif not stat.S_ISREG(status.st_mode):
                 listing.rejected.append((relative, "not a regular file"))  # opening a FIFO would wait for ever
             else:
-                listing.images.append(relative)
+                listing.images.append(Found(relative, status.st_size, status.st_mtime_ns))
     listing.images.sort()
     listing.rejected.sort()
     return listing

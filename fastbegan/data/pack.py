@@ -112,8 +112,8 @@ def _journal(path: Path, made_from: str, lines: list[Line]) -> Iterator[Callable
 
         note(made_from)
         for line in lines:
-            note(asdict(line))
-        yield lambda line: note(asdict(line))
+            note(vars(line))
+        yield lambda line: note(vars(line))
 
 
 def read_journal(path: Path, made_from: str) -> list[Line]:

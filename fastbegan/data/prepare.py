@@ -9,7 +9,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +183,7 @@ def _catalogue_path(made_from: str) -> Path:
 def _write_catalogue(path: Path, made_from: str, lines: list[Line]) -> None:
     make_folder(path.parent)
     with atomic(path) as file:
-        for value in (made_from, *map(asdict, lines)):
+        for value in (made_from, *map(vars, lines)):
             file.write((json.dumps(value) + "\n").encode())
 
 

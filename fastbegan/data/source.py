@@ -179,17 +179,11 @@ def _folder(path: Path) -> Files:
     listing = list_images(folder)
     if not listing.images and (shards := [one for name in sorted(listing.others) if (one := _archive(folder / name))]):
         return _joined(folder, shards)
-    names = [str(folder / one) for one in listing.images]
+    names = [f"{folder}{os.sep}{one.path}" for one in listing.images]
     rejected = [(str(folder / one), reason) for one, reason in listing.rejected]
-    rows: list[tuple[object, ...]] = []
-    for one in listing.images:
-        status = (folder / one).stat()
-        rows.append((one, status.st_size, status.st_mtime_ns))
-    digest = _digest(str(folder), [*rows, *rejected])
-    requests = [Request(Path(name)) for name in names]
-    return Files(
-        f"images of {folder}", requests, names, digest, rejected, [str(folder / one) for one in listing.others]
-    )
+    digest = _digest(str(folder), [*listing.images, *rejected])
+    others = [str(folder / one) for one in listing.others]
+    return Files(f"images of {folder}", [Request(name) for name in names], names, digest, rejected, others)
 
 
 def _archive(path: Path) -> Files | None:
@@ -219,7 +213,7 @@ def _tar(path: Path) -> Files:
                 if not member.isfile() or Path(member.name).name.startswith("."):
                     continue
                 if Path(member.name).suffix.lower() in SUFFIXES:
-                    requests.append(Request(path, member.offset_data, member.size))
+                    requests.append(Request(str(path), member.offset_data, member.size))
                     names.append(f"{path}:{member.name}")
                 else:
                     others.append(f"{path}:{member.name}")
@@ -230,7 +224,7 @@ def _tar(path: Path) -> Files:
 
 def _records(path: Path) -> Files:
     """Pictures of the records of a TFRecord file, in its order."""
-    requests = [Request(path, offset, length) for offset, length in tfrecord.pictures(path)]
+    requests = [Request(str(path), offset, length) for offset, length in tfrecord.pictures(path)]
     names = [f"{path}:{number}" for number in range(len(requests))]
     return Files(f"images of {path}", requests, names, _stretches(path, requests))
 

@@ -11,6 +11,8 @@ import os
 import struct
 import sys
 
+import numpy as np
+
 from .decode import RejectedImageError, decode, read_bytes
 
 MEMORY = 1_000_000_000  # bytes of address space
@@ -31,10 +33,9 @@ def _limit_memory() -> None:
 def main(crop: str) -> None:
     """Answer requests until there are no more."""
     _limit_memory()
-    answers = os.fdopen(os.dup(1), "wb", buffering=1 << 20)
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print is no answer
     answers.write(READY)
-    answers.flush()
     for line in sys.stdin.buffer:
         path, offset, length = json.loads(line)
         try:
@@ -45,8 +46,7 @@ def main(crop: str) -> None:
         else:
             rows, columns, _ = picture.pixels.shape
             answers.write(HEAD.pack(rows, columns, picture.height, picture.width, picture.converted))
-            answers.write(picture.pixels.tobytes())
-        answers.flush()
+            answers.write(np.ascontiguousarray(picture.pixels).data)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_CHUNK = 8  # requests on their way at once: less than a pipe holds, so that nobody waits for the other
+_CHUNK = 32  # files that a worker gets at once
+_AHEAD = 8  # requests on their way: less than a pipe holds, so that nobody waits for the other
 _SECONDS = 60.0  # a chunk's time
 _PIPE = 1 << 20  # bytes, the most that Linux gives everybody
 
@@ -38,7 +39,7 @@ _PIPE = 1 << 20  # bytes, the most that Linux gives everybody
 class Request(NamedTuple):
     """A file, or `length` bytes of it from `offset`."""
 
-    path: Path
+    path: str
     offset: int = 0
     length: int | None = None
 
@@ -105,10 +106,12 @@ class _Worker:
 
     def _ask(self, process: subprocess.Popen[bytes], requests: Sequence[Request], found: list[Answer]) -> None:
         assert process.stdin is not None and process.stdout is not None
-        lines = [json.dumps([os.fspath(one.path), one.offset, one.length]) + "\n" for one in requests]
-        process.stdin.write("".join(lines).encode())
-        for _ in requests:
-            found.append(self._read(process.stdout))  # noqa: PERF401  # what came before a crash counts
+        lines = [(json.dumps(one) + "\n").encode() for one in requests]
+        process.stdin.write(b"".join(lines[:_AHEAD]))
+        for number in range(len(lines)):
+            found.append(self._read(process.stdout))
+            if later := lines[number + _AHEAD : number + _AHEAD + 1]:
+                process.stdin.write(later[0])
 
     def _read(self, pipe: IO[bytes]) -> Answer:
         rows, columns, height, width, converted = HEAD.unpack(_exactly(pipe, HEAD.size))

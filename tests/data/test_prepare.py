@@ -190,7 +190,7 @@ def test_catalogue_of_good_files(pictures: Path, made: list[str]) -> None:
     with pytest.raises(UserError, match=r"1 of 14 images are broken"):
         load_catalogue(str(pictures), "center", _quiet)
     found = load_catalogue(str(pictures), "center", lambda what, *_: made.append(what), max_bad=10)
-    names = [request.path.name for request in found.requests]
+    names = [Path(request.path).name for request in found.requests]
     assert names[0] == "00.png" and len(names) == 13 and "broken.jpg" not in names
     assert found.seen[0].tolist() == [30, 20, 1] and (found.seen[1:] == [50, 40, 0]).all()
     assert [Path(name).name for name, _ in found.broken] == ["broken.jpg"]

@@ -21,10 +21,10 @@ from tests.data import zoo
 def test_answers_are_in_order_and_as_decoded_here(pictures: Path, count: int) -> None:
     (pictures / "05.png").write_bytes(b"broken")
     paths = sorted(path for path in pictures.rglob("*.*") if path.is_file())
-    found = list(decode_all(map(Request, paths), 16, "center", workers=count))
-    assert [request.path for request, _ in found] == paths
+    found = list(decode_all(map(Request, map(str, paths)), 16, "center", workers=count))
+    assert [request.path for request, _ in found] == [str(path) for path in paths]
     for request, answer in found:
-        if request.path.name == "05.png":
+        if request.path.endswith("05.png"):
             assert isinstance(answer, RejectedImageError) and "cannot identify" in str(answer)
         else:
             (expected,) = scale([decode(read_bytes(request.path), "center").pixels], 16)
@@ -33,7 +33,7 @@ def test_answers_are_in_order_and_as_decoded_here(pictures: Path, count: int) ->
 
 
 def test_stopping_early_leaves_no_process(pictures: Path) -> None:
-    answers = decode_all([Request(pictures / "02.jpg")] * 100, 16, "center", workers=2)
+    answers = decode_all([Request(str(pictures / "02.jpg"))] * 100, 16, "center", workers=2)
     next(answers)
     answers.close()
     children = Path(f"/proc/self/task/{os.getpid()}/children")
@@ -74,8 +74,8 @@ def test_a_crash_and_a_hang_cost_one_file_each(pictures: Path, tmp_path: Path, m
     ]
     for name in ("crash.jpg", "hang.jpg", "crash2.jpg"):
         (pictures / name).write_bytes((pictures / "02.jpg").read_bytes())
-    found = list(decode_all((Request(pictures / name) for name in names), 16, "center", workers=1))
-    reasons = {r.path.name: str(a) for r, a in found if isinstance(a, RejectedImageError)}
+    found = list(decode_all((Request(str(pictures / name)) for name in names), 16, "center", workers=1))
+    reasons = {Path(r.path).name: str(a) for r, a in found if isinstance(a, RejectedImageError)}
     assert reasons == {
         "crash.jpg": "its decoder crashed (-11)",
         "crash2.jpg": "its decoder crashed (-11)",
@@ -89,7 +89,7 @@ def test_processes_that_do_not_start_are_no_broken_files(
     (tmp_path / "PIL.py").write_text("raise ImportError")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"decoder processes do not start here: .*fastbegan\.data\.worker center"):
-        list(decode_all([Request(pictures / "02.jpg")], 16, "center", workers=1))
+        list(decode_all([Request(str(pictures / "02.jpg"))], 16, "center", workers=1))
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     side = 7900  # 62 megapixels: 250 MB as RGBA, and as much again for each step of the colour rule
     Image.new("RGBA", (side, side), (255, 0, 0, 128)).save(tmp_path / "large.png", compress_level=1)
     Image.new("RGB", (20, 20), (1, 2, 3)).save(tmp_path / "small.png")
-    requests = [Request(tmp_path / name) for name in ("large.png", "small.png")]
+    requests = [Request(str(tmp_path / name)) for name in ("large.png", "small.png")]
     (_, large), (_, small) = decode_all(requests, 8, "none", workers=1)
     assert isinstance(small, Scaled)
     if isinstance(large, RejectedImageError):
@@ -110,7 +110,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 def test_bombs_cost_no_memory(tmp_path: Path) -> None:
     zoo.broken(tmp_path)
     names = ["bomb.png", "bomb.jpg"]
-    found = list(decode_all((Request(tmp_path / name) for name in names), 8, "center", workers=1))
+    found = list(decode_all((Request(str(tmp_path / name)) for name in names), 8, "center", workers=1))
     for name, (_, answer) in zip(names, found, strict=True):
         assert isinstance(answer, RejectedImageError)
         assert any(words in str(answer) for words in zoo.BROKEN[name].split("|"))
