@@ -143,7 +143,7 @@ class DataPack:
     max_bad: float = 1.0
     """Percentage of broken files above which nothing is packed."""
     workers: int | None = None
-    """Processes that decode. Default: as many as there are cores."""
+    """Processes that decode. Default: one more than there are cores."""
 
     def run(self) -> int:
         from .data.tools import pack
@@ -160,7 +160,7 @@ class DataCheck:
     crop: str = "center"
     """As for pack."""
     workers: int | None = None
-    """Processes that decode. Default: as many as there are cores."""
+    """Processes that decode. Default: one more than there are cores."""
 
     def run(self) -> int:
         from .data.tools import check

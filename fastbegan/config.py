@@ -96,7 +96,7 @@ class TrainConfig:
     """Where batches come from: the packed set in the GPU's memory, the packed file, or the files themselves by DALI
     or PIL. auto: resident where it fits, else packed."""
     workers: int | None = None
-    """Processes or threads that decode files. Default: as many as there are cores to pack, 2 to train."""
+    """Processes or threads that decode files. Default: one more than there are cores to pack, 2 to train."""
     prefetch: int = 2
     """Batches that the loaders dali and torch have ready."""
     images: int | None = None

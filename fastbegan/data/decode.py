@@ -48,15 +48,17 @@ def read_bytes(path: Path | str, offset: int = 0, length: int | None = None) -> 
     """A regular file, or `length` bytes of it from `offset`. Raises RejectedImageError; never waits as on a FIFO."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(handle, "rb") as file:
-            status = os.fstat(file.fileno())
+        try:
+            status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise RejectedImageError("not a regular file")
-            wanted = status.st_size - offset if length is None else length
+            wanted = max(0, status.st_size - offset) if length is None else length
             if wanted > MAX_BYTES:
                 raise RejectedImageError(f"{wanted / 2**20:,.0f} MiB; accepted: up to {MAX_BYTES >> 20} MiB")
-            file.seek(offset)
-            return file.read(max(0, wanted))
+            os.lseek(handle, offset, os.SEEK_SET)
+            return os.read(handle, wanted)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise RejectedImageError(f"cannot be opened ({error.strerror})") from None
 

@@ -135,7 +135,7 @@ def make_pack(
                 _write_report(report, source, lines)
                 if isinstance(source, Files):
                     _write_catalogue(_catalogue_path(made_from), made_from, lines)
-                images, header = read_pack(path)
+                images, header = read_pack(path, check=False)  # it was summed up while it was written
                 found = _image_set(images, header, report, ", packed now")
     _judge(report, source.total, max_bad)
     return found

@@ -47,10 +47,10 @@ class Request(NamedTuple):
 Answer = Picture | RejectedImageError
 
 
-def _exactly(pipe: IO[bytes], length: int) -> bytearray:
-    """This many bytes; raises EOFError where the process has ended before."""
-    data = bytearray(length)
-    view = memoryview(data)
+def _exactly(pipe: IO[bytes], length: int) -> np.ndarray:
+    """This many bytes, uint8; raises EOFError where the process has ended before."""
+    data = np.empty(length, np.uint8)
+    view = memoryview(data.data)
     while view and (read := pipe.readinto(view)):  # pyright: ignore[reportAttributeAccessIssue]  # it is unbuffered
         view = view[read:]
     if view:
@@ -114,10 +114,10 @@ class _Worker:
                 process.stdin.write(later[0])
 
     def _read(self, pipe: IO[bytes]) -> Answer:
-        rows, columns, height, width, converted = HEAD.unpack(_exactly(pipe, HEAD.size))
+        rows, columns, height, width, converted = HEAD.unpack(_exactly(pipe, HEAD.size).data)
         if not rows:
-            return RejectedImageError(bytes(_exactly(pipe, columns)).decode())
-        pixels = np.frombuffer(_exactly(pipe, rows * columns * 3), np.uint8).reshape(rows, columns, 3)
+            return RejectedImageError(_exactly(pipe, columns).tobytes().decode())
+        pixels = _exactly(pipe, rows * columns * 3).reshape(rows, columns, 3)
         return Picture(height, width, bool(converted), pixels)
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -135,7 +135,7 @@ class _Worker:
             with contextlib.suppress(AttributeError, OSError):  # so that a picture is on its way while one is scaled
                 fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)  # pyright: ignore
             try:
-                ready = _exactly(process.stdout, len(READY)) == READY
+                ready = _exactly(process.stdout, len(READY)).tobytes() == READY
             except EOFError:
                 ready = False
             if not ready:
@@ -161,11 +161,11 @@ class Scaled:
 def decode_all(
     requests: Iterable[Request], size: int, crop: str, *, workers: int | None = None
 ) -> Generator[tuple[Request, Scaled | RejectedImageError]]:
-    """Every request with its answer, in order; `workers` processes, as many as there are cores where None.
+    """Every request with its answer, in order; `workers` processes, one more than there are cores where None.
 
     Raises UserError where processes cannot be started.
     """
-    count = workers or _cores()
+    count = workers or _cores() + 1  # one waits while its pictures are scaled
     waiting, iterator = deque[tuple[list[Request], Future[list[Scaled | RejectedImageError]]]](), iter(requests)
     free: deque[_Worker] = deque(_Worker(crop) for _ in range(count))
 
