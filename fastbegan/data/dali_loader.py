@@ -60,7 +60,7 @@ class DaliLoader(StagedLoader):
     def pixels(self, ids: Tensor) -> Tensor:
         return stacked([self.pictures[number] for number in ids.tolist()])
 
-    def _read(self, position: int, ids: Tensor) -> Tensor:
+    def _read(self, position: int, ids: Tensor, out: Tensor) -> Tensor:
         pipeline = self._pipeline
         if pipeline is None or position != self._next:
             pipeline = self._start(position)

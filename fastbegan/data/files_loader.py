@@ -80,7 +80,7 @@ class TorchLoader(StagedLoader):
     def pixels(self, ids: Tensor) -> Tensor:
         return stacked([self.pictures[number] for number in ids.tolist()])
 
-    def _read(self, position: int, ids: Tensor) -> Tensor:
+    def _read(self, position: int, ids: Tensor, out: Tensor) -> Tensor:
         if self._batches is None or position != self._next:
             self.close()
             batches = DataLoader(

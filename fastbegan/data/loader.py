@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,51 +100,60 @@ class StagedLoader(Loader):
 
     def __init__(self, count: int, reading: Reading) -> None:
         super().__init__(count, reading)
-        self._staged: list[Tensor | None] = []  # where they are, they stay: a CUDA graph reads them there
+        self._staged: list[Tensor] = []  # where they are, they stay: a CUDA graph reads them there
         self._pinned: list[tuple[list[Tensor], torch.cuda.Event]] = []
         self._stream = torch.cuda.Stream(reading.device) if reading.device.type == "cuda" else None
 
     @abstractmethod
-    def _read(self, position: int, ids: Tensor) -> Tensor:
-        """The images of this batch as they are stored, uint8 [batch_size, stored, stored, 3]."""
+    def _read(self, position: int, ids: Tensor, out: Tensor) -> Tensor:
+        """The images of this batch as they are stored, uint8 [N, stored, stored, 3]: in `out`, or elsewhere."""
 
     def prepare(self, position: int) -> None:
         ids, epochs = self._place(position)
-        values = [self._read(position, ids), *self._window(ids, epochs)]
+        window = [value for value in self._window(ids, epochs) if value is not None]
         if not self._staged:
-            device = self.reading.device
-            self._staged = [None if value is None else torch.empty_like(value, device=device) for value in values]
-        pairs = [(a, b) for a, b in zip(self._staged, values, strict=True) if a is not None and b is not None]
+            self._staged = self._buffers(window, device=self.reading.device)
         if self._stream is None:
-            for target, value in pairs:
-                target.copy_(value)
+            self._fill(self._staged, self._read(position, ids, self._staged[0]), window)
         else:
-            self._send(pairs, self._stream)
+            self._send(position, ids, window, self._stream)
 
-    def _send(self, pairs: list[tuple[Tensor, Tensor]], stream: torch.cuda.Stream) -> None:
-        if len(self._pinned) == 2:  # the copy out of it was asked for two batches ago
+    def _buffers(self, window: list[Tensor], **options: Any) -> list[Tensor]:
+        side = self.reading.stored
+        images = torch.empty(self.reading.batch_size, side, side, 3, dtype=torch.uint8, **options)
+        return [images, *(torch.empty(value.shape, dtype=value.dtype, **options) for value in window)]
+
+    def _fill(self, buffers: list[Tensor], images: Tensor, window: list[Tensor]) -> None:
+        for buffer, value in zip(buffers, [images, *window], strict=True):
+            if buffer is not value:
+                buffer.copy_(value)
+
+    def _send(self, position: int, ids: Tensor, window: list[Tensor], stream: torch.cuda.Stream) -> None:
+        if len(self._pinned) == 2:
             pinned, copied = self._pinned.pop(0)
-            copied.synchronize()
+            copied.synchronize()  # it was asked for two batches ago
         else:
-            pinned = [torch.empty_like(v, pin_memory=True) if v.device.type == "cpu" else v for _, v in pairs]
-            copied = torch.cuda.Event()
-        arrived = []
+            pinned, copied = self._buffers(window, pin_memory=True), torch.cuda.Event()
+        images = self._read(position, ids, pinned[0])
+        decoded_there = images.device.type == "cuda"
+        self._fill(pinned, pinned[0] if decoded_there else images, window)
         with torch.cuda.stream(stream):
-            for buffer, (_, value) in zip(pinned, pairs, strict=True):
-                on_host = value.device.type == "cpu"
-                arrived.append(buffer.copy_(value).to(self.reading.device, non_blocking=True) if on_host else value)
+            device = self.reading.device
+            first = images if decoded_there else pinned[0]
+            arrived = [value.to(device, non_blocking=True) for value in (first, *pinned[1:])]
             copied.record(stream)
         self._pinned.append((pinned, copied))
         now = torch.cuda.current_stream(self.reading.device)
         now.wait_stream(stream)
-        for (target, _), value in zip(pairs, arrived, strict=True):  # after the step before, which reads it
+        for target, value in zip(self._staged, arrived, strict=True):  # after the step before, which reads it
             target.copy_(value)
             value.record_stream(now)
 
     def current(self, position: Tensor) -> Tensor:
         assert self._staged, "prepare was not called"
-        images, flip, corner = self._staged
-        assert images is not None
+        images, *window = self._staged
+        flip = window[0] if self.reading.flip else None
+        corner = window[-1] if self.reading.jitter else None
         return normalize_images(images, None, flip, corner, margin=2 * self.reading.jitter)
 
 
@@ -157,8 +167,9 @@ class PackedLoader(StagedLoader):
     def pixels(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(self.images[ids.numpy()])
 
-    def _read(self, position: int, ids: Tensor) -> Tensor:
-        return self.pixels(ids)
+    def _read(self, position: int, ids: Tensor, out: Tensor) -> Tensor:
+        np.take(self.images, ids.numpy(), axis=0, out=out.numpy(), mode="clip")  # "raise" would copy it once more
+        return out
 
 
 class ResidentLoader(Loader):

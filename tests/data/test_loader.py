@@ -105,9 +105,7 @@ def test_resident_images_come_in_the_same_order(flip: bool, rank: int, world: in
         start = torch.tensor(position)
         assert torch.equal(resident.current(start), packed.current(start))
         assert torch.equal(packed.current(start), PackedLoader(IMAGES, reading).batch(position))
-        staged = packed._staged[0]
-        assert staged is not None
-        where.append(staged.data_ptr())
+        where.append(packed._staged[0].data_ptr())
     assert len(set(where)) == 1  # a CUDA graph reads it there
     ids = torch.tensor([3, 0, 3])
     assert torch.equal(packed.pixels(ids), resident.pixels(ids))
