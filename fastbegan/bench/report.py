@@ -12,6 +12,7 @@ from ..files import atomic, make_folder
 from .machine import slug
 from .results import HEAD, Results, Row, cells, count_lines, title
 
+_REST = "the rest"  # as the counts call it
 _BLUE, _GREY, _RED = "#1f77b4", "#999999", "#d62728"
 
 
@@ -134,7 +135,7 @@ def speed_up(results: Results) -> Any:
     axes.axvline(1, color=_GREY, linewidth=1)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)
-    axes.set_xlabel("times as fast as eager PyTorch (data: ImageFolder and DataLoader; train: the textbook step)")
+    axes.set_xlabel("times as fast as eager PyTorch\n(data: ImageFolder and DataLoader; train: the textbook step)")
     axes.set_title(f"{results.machine['device']}, {results.machine['date']}", fontsize=10)
     _plain(axes)
     return figure
@@ -174,13 +175,15 @@ def breakdown(results: Results) -> Any:
         return None
     from matplotlib import colormaps
 
-    names = list(dict.fromkeys(name for row in rows for name in row.breakdown))
+    seen = [_large(row.breakdown) for row in rows]
+    names = [*dict.fromkeys(name for shares in seen for name in shares if name != _REST), _REST]
     figure = _figure(1.6 + 0.5 * len(rows))
     axes = figure.subplots()
     left = [0.0] * len(rows)
     for place, name in enumerate(names):
-        shares = [100 * row.breakdown.get(name, 0.0) for row in rows]
-        axes.barh([row.name for row in rows], shares, left=left, label=name, color=colormaps["tab20"](place % 20))
+        shares = [100 * one.get(name, 0.0) for one in seen]
+        label = name.strip("_")  # matplotlib hides those that begin so
+        axes.barh([row.name for row in rows], shares, left=left, label=label, color=colormaps["tab20"](place % 20))
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("percent of the step")
@@ -190,11 +193,17 @@ def breakdown(results: Results) -> Any:
     return figure
 
 
+def _large(breakdown: dict[str, float]) -> dict[str, float]:
+    """Shares that can be seen; all others are in the rest."""
+    found = {name: share for name, share in breakdown.items() if share >= 0.02 and name != _REST}
+    return found | {_REST: 1 - sum(found.values())}
+
+
 def history(every: Sequence[Results]) -> Any:
     """Ratios of whole steps over commits; nothing for a single run."""
     if len(every) < 2:
         return None
-    figure = _figure(4)
+    figure = _figure(5)
     axes = figure.subplots()
     labels = [f"{one.machine.get('commit') or '?'}\n{one.machine['date']}" for one in every]
     for key in dict.fromkeys(row.key for one in every for row in one.rows if row.group == "step"):
@@ -204,6 +213,6 @@ def history(every: Sequence[Results]) -> Any:
         )
     axes.set_xticks(range(len(every)), labels, fontsize=8)
     axes.set_ylabel("times as fast as eager PyTorch")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.15))
     _plain(axes)
     return figure
