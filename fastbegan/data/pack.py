@@ -62,9 +62,15 @@ class Line:
 
 
 def write_pack(
-    path: Path, parts: Callable[[int], Iterable[Part]], *, size: int, source: str, made_from: str
-) -> list[Line]:
-    """Write a pack to `path`, which appears only when complete; returns its journal.
+    path: Path,
+    parts: Callable[[int], Iterable[Part]],
+    *,
+    size: int,
+    source: str,
+    made_from: str,
+    before: Callable[[list[Line]], None] = lambda lines: None,
+) -> None:
+    """Write a pack to `path`, which appears only when complete, and after `before` was called with its journal.
 
     `parts(start)` gives the source's parts from entry `start` on. What a killed process wrote of the same source is
     kept beside `path` and taken up again. Only one process may do this at a time: see `files.locked`.
@@ -91,10 +97,10 @@ def write_pack(
         file.write((_MAGIC + json.dumps(asdict(header)).encode()).ljust(OFFSET - 1) + b"\n")
         file.flush()
         os.fsync(file.fileno())
+    before(lines)
     partial.replace(path)
     journal.unlink()
     sync_folder(path.parent)
-    return lines
 
 
 def leftovers(path: Path) -> tuple[Path, Path]:

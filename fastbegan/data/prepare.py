@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,8 @@ def make_pack(
         try:
             images, header = read_pack(path)
         except DamagedPackError as error:
+            if path.stat().st_size and path.parent != cache_folder():
+                raise UserError(f"{error}; give another file for {source.description}, or remove it") from None
             warnings.warn(f"{error}; packing again", stacklevel=3)
             return None
         if header.source != source.description:
@@ -130,11 +133,11 @@ def make_pack(
             if (found := ready()) is None:  # by the one that was waited for
                 _clear(path)
                 _require_room(path, source.total, size)
-                lines = _write(source, path, size, crop, progress, max_bad, workers)
-                _require_same(data, source, crop, path)
-                _write_report(report, source, lines)
-                if isinstance(source, Files):
-                    _write_catalogue(_catalogue_path(made_from), made_from, lines)
+                if isinstance(source, Files):  # what it says of them is there before the pack is
+                    before = partial(_finish_files, data, source, crop, path)
+                else:
+                    before = partial(_finish, report)
+                _write(source, path, size, crop, progress, max_bad, workers, before)
                 images, header = read_pack(path, check=False)  # it was summed up while it was written
                 found = _image_set(images, header, report, ", packed now")
     _judge(report, source.total, max_bad)
@@ -212,8 +215,8 @@ def require_enough(count: int, minimum: int, data: str) -> None:
 
 
 def _require_room(path: Path, total: int, size: int) -> None:
-    wanted, partial = OFFSET + total * size * size * 3, leftovers(path)[0]
-    there = partial.stat().st_size if partial.exists() else 0
+    wanted, begun = OFFSET + total * size * size * 3, leftovers(path)[0]
+    there = begun.stat().st_size if begun.exists() else 0
     free = shutil.disk_usage(path.parent).free
     if wanted - there > free:
         raise NoRoomError(
@@ -222,10 +225,19 @@ def _require_room(path: Path, total: int, size: int) -> None:
         )
 
 
-def _require_same(data: str, source: Source, crop: str, path: Path) -> None:
-    if isinstance(source, Files) and find_source(data).made_from(crop) != source.made_from(crop):
-        path.unlink()
+def _finish_files(data: str, source: Files, crop: str, path: Path, lines: list[Line]) -> None:
+    """Before a pack of files appears: they are still the same, and what was broken or converted is written down."""
+    made_from = source.made_from(crop)
+    if find_source(data).made_from(crop) != made_from:
+        for left in leftovers(path):
+            left.unlink(missing_ok=True)
         raise UserError(f"{source.description} changed while they were packed; pack them when nobody writes there")
+    _write_report(path.with_suffix(".rejected.txt"), source, lines)
+    _write_catalogue(_catalogue_path(made_from), made_from, lines)
+
+
+def _finish(report: Path, _: list[Line]) -> None:
+    report.unlink(missing_ok=True)  # of files that were packed here before
 
 
 def _clear(path: Path) -> None:
@@ -237,17 +249,18 @@ def _clear(path: Path) -> None:
 
 
 def _write(
-    source: Source, path: Path, size: int, crop: str, progress: Progress, max_bad: float, workers: int | None
-) -> list[Line]:
+    source: Source, path: Path, size: int, crop: str, progress: Progress, max_bad: float, workers: int | None,
+    before: Callable[[list[Line]], None],
+) -> None:  # fmt: skip
     made_from = source.made_from(crop)
     known = [one for line in read_journal(leftovers(path)[1], made_from) for one in line.broken]
 
     def parts(start: int) -> Iterator[Part]:
-        before = known if start else []
-        return _judged(source, source.parts(start, size, crop, workers), progress, max_bad, before, source.doing)
+        taken_up = known if start else []
+        return _judged(source, source.parts(start, size, crop, workers), progress, max_bad, taken_up, source.doing)
 
     try:
-        return write_pack(path, parts, size=size, source=source.description, made_from=made_from)
+        write_pack(path, parts, size=size, source=source.description, made_from=made_from, before=before)
     except OSError as error:
         raise UserError(f"the packed set {path} cannot be written ({error.strerror})") from None
 
@@ -278,9 +291,7 @@ def _broken_words(broken: list[str], done: int, total: int) -> str:
     return f"{len(broken)} of {where} are broken ({'; '.join(broken[:_NAMED])}{more})"
 
 
-def _write_report(report: Path, source: Source, lines: list[Line]) -> None:
-    if not isinstance(source, Files):
-        return
+def _write_report(report: Path, source: Files, lines: list[Line]) -> None:
     broken = [*source.rejected, *(one for line in lines for one in line.broken)]
     text = [f"{name}{_BROKEN}{reason}" for name, reason in broken]
     text += [f"{name}\tleft out: not an image file by its name" for name in source.others]

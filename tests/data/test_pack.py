@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbegan.data.pack import DamagedPackError, Part, leftovers, read_journal, read_pack, write_pack
+from fastbegan.data.pack import DamagedPackError, Line, Part, leftovers, read_journal, read_pack, write_pack
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), np.uint8)
 
@@ -21,8 +21,15 @@ def _parts(start: int, *, stop: int = 10, end: BaseException | None = None) -> I
         raise end
 
 
-def _write(path: Path, parts=_parts, made_from: str = "hash") -> list:
-    return write_pack(path, parts, size=4, source="test", made_from=made_from)
+def _write(path: Path, parts=_parts, made_from: str = "hash") -> list[Line]:
+    found: list[Line] = []
+
+    def before(lines: list[Line]) -> None:
+        assert not path.exists()
+        found.extend(lines)
+
+    write_pack(path, parts, size=4, source="test", made_from=made_from, before=before)
+    return found
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -134,6 +134,9 @@ def test_pack_at_a_place_of_ones_own(pictures: Path, tmp_path: Path, made: list[
     out.write_bytes(b"no pack")
     with pytest.raises(UserError, match="does not start like a pack; make it again"):
         _load(out, made)
+    with pytest.raises(UserError, match="does not start like a pack; give another file for images of"):
+        pack(pictures)
+    assert out.read_bytes() == b"no pack"
 
 
 def test_too_many_broken_files_stop_early_and_are_taken_up_with_a_higher_bound(
@@ -171,7 +174,27 @@ def test_a_folder_that_changes_while_it_is_packed(pictures: Path, made: list[str
 
     with pytest.raises(UserError, match="changed while they were packed"):
         load_images(str(pictures), 16, "center", progress)
-    assert not list(cache_folder().glob("*.pack"))
+    assert not list(cache_folder().glob("*"))
+
+
+def test_what_a_pack_says_is_there_before_the_pack(
+    pictures: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pictures / "broken.jpg").write_bytes(b"no picture")
+    replace = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if target.suffix == ".pack":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", killed)
+        _load(pictures, made, max_bad=10.0)
+    assert "broken.jpg" in next(cache_folder().glob("*.rejected.txt")).read_text()
+    with pytest.warns(UserWarning, match="1 of 13 images are broken"):
+        assert len(_load(pictures, made, max_bad=10.0)) == 12
+    assert len(made) == 1  # all of it was there
 
 
 def test_old_leftovers_of_other_sets_are_cleared(pictures: Path, made: list[str]) -> None:

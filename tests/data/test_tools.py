@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastbegan.data import dali_loader
 from fastbegan.data.pack import read_pack
+from fastbegan.run import RunFolder
 from tests.data import zoo
 
 Run = Callable[..., "CompletedProcess[str]"]
@@ -84,6 +86,22 @@ def test_training_on_a_packed_zoo_meets_no_bad_image(folder: Path, tmp_path: Pat
     done = fastbegan("train", *options, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "loader packed: no GPU" in done.stdout
+
+
+def test_a_run_goes_on_with_another_loader(pictures: Path, tmp_path: Path, fastbegan: Run) -> None:
+    flags = ("--filters", 4, "--batch-size", 4, "--data", pictures, "--jitter", 1, "--out", tmp_path / "run")
+    kinds = ("packed", "torch", *(("dali",) if dali_loader.INSTALLED else ()), "resident")
+    for number, kind in enumerate(kinds, 1):
+        done = fastbegan("train", *flags, "--loader", kind, "--steps", 3 * number, "--log-every", 1)
+        assert done.returncode == 0, done.stderr
+        assert f"loader {kind}" in done.stdout and "% waiting for data" in done.stdout
+        assert number == 1 or f"continued at step {3 * (number - 1)}" in done.stdout
+    rows = RunFolder(tmp_path / "run").read_metrics()
+    assert [row["step"] for row in rows] == list(range(1, 3 * len(kinds) + 1))
+    assert all(0 <= row["data_wait"] <= 1 for row in rows)
+    (pictures / "02.jpg").unlink()
+    other = fastbegan("train", *flags, "--loader", "torch", "--steps", 100)
+    assert other.returncode == 2 and "is not what" in other.stderr
 
 
 def test_info_draws_a_contact_sheet(folder: Path, tmp_path: Path, fastbegan: Run) -> None:
