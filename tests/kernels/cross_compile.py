@@ -127,12 +127,14 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
                 {"ETA": eta, "LOSS": loss, "GRADIENT": gradient, "TO_TARGET": gradient, "BLOCK": 1024}
                 | dict.fromkeys(absent), {}, ("values",),
             )  # fmt: skip
-    yield (
-        f"normalize images {dtype}", elementwise._normalize_images_kernel,
-        {"images_ptr": "*u8", "index_ptr": "*i64", "flip_ptr": "*u8", "corner_ptr": "*i64", "out_ptr": data}
-        | dict.fromkeys(("height", "width", "margin"), "i32"),
-        {"C": 3, "HAS_INDEX": True, "HAS_FLIP": True, "HAS_MARGIN": True, "BLOCK": 1024}, {}, (),
-    )  # fmt: skip
+    for windows in (False, True):
+        yield (
+            f"normalize images{', windows' if windows else ''} {dtype}", elementwise._normalize_images_kernel,
+            {"images_ptr": "*u8", "index_ptr": "*i64", "flip_ptr": "*u8", "corner_ptr": "*i64", "out_ptr": data}
+            | dict.fromkeys(("height", "width", "margin"), "i32"),
+            {"C": 3, "HAS_INDEX": True, "HAS_FLIP": True, "HAS_MARGIN": windows, "BLOCK": 1024}
+            | ({} if windows else {"corner_ptr": None}), {}, (),
+        )  # fmt: skip
     for backward in (False, True):
         yield (
             f"fold{' backward' if backward else ''} {dtype}", elementwise._fold_kernel,

@@ -136,15 +136,17 @@ def _normalize_images_kernel(
         channel = i % C
         column = (i // C) % width
         row = i // (C * width)
-        across = width
-        if HAS_FLIP:
-            column = tl.where(tl.load(flip_ptr + n) != 0, width - 1 - column, column)
         if HAS_MARGIN:
+            if HAS_FLIP:
+                column = tl.where(tl.load(flip_ptr + n) != 0, width - 1 - column, column)
             row += tl.load(corner_ptr + 2 * n).to(tl.int32)
             column += tl.load(corner_ptr + 2 * n + 1).to(tl.int32)
             across = width + margin
             stored = (height + margin) * across * C
-        read = (row * across + column) * C + channel
+            read = (row * across + column) * C + channel
+        else:  # chosen last: fewer registers
+            mirrored = (row * width + width - 1 - column) * C + channel
+            read = tl.where(tl.load(flip_ptr + n) != 0, mirrored, i)
     pixel = tl.load(images_ptr + source * stored + tl.where(ok, read, 0), mask=ok, other=0).to(tl.float32)
     tl.store(out_ptr + n * values + i, (pixel / 127.5 - 1.0).to(out_ptr.dtype.element_ty), mask=ok)
 
