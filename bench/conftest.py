@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from fastbegan.capacity import available_memory
 from fastbegan_kernels import tuning
 
 FOLDER = Path(__file__).parent
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 Turn = Callable[[], object]
 
 
@@ -61,6 +64,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "default")
     if impl := config.getoption("--impl"):
         os.environ["FASTBEGAN_IMPL"] = impl
+    _keep_memory()
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what is freed: else large buffers cost page faults, or none, by what ran before them."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the most it takes
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 _runs: list[Suites] = []
@@ -86,19 +98,22 @@ class Race:
     suites: Suites
 
     def __call__(
-        self, row: Row, turns: dict[str, Turn], *, calls: dict[str, int] | None = None, least: int | None = None
-    ) -> Row:
+        self, row: Row, turns: dict[str, Turn], *, calls: dict[str, int] | None = None, least: int | None = None,
+        anew: Callable[[], dict[str, Turn]] | None = None,
+    ) -> Row:  # fmt: skip
         """Time `turns`, the first of which is ours and the second what it is held to, and keep what came out in `row`.
 
         A turn of `name` is `calls[name]` calls, 1 where nothing is said. `least` turns are taken if one takes long.
-        Fails where the ratio fell out of the band of the accepted one, twice. The lower one of two is what is accepted.
+        Fails where the ratio fell out of the band of the accepted one, twice: where buffers lie in memory can make a
+        small op a tenth slower for as long as they lie there, so `anew` gives the turns of the second time with others.
+        The lower of two is what is accepted.
         """
         accepted, updates = self.suites.accepted, self.suites.updates
         calls = dict.fromkeys(turns, 1) | (calls or {})
         self._fill(row, self._timed(turns, self._benchmarked, least), calls)
         once, fell = row.ratio, accepted.fell(row)
         if fell or updates:
-            self._fill(row, self._timed(turns, self._again, least), calls)
+            self._fill(row, self._timed(anew() if anew else turns, self._again, least), calls)
             fell = accepted.fell(row)
         if updates:
             accepted.accept(row.key, once, row.ratio)

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from fastbegan.bench import step as bench  # noqa: E402
 from fastbegan.config import ModelConfig, TrainConfig  # noqa: E402
-from fastbegan.data.loader import Loader, PackedLoader, Reading, ResidentLoader  # noqa: E402
+from fastbegan.data.loader import Batching, Loader, PackedLoader, ResidentLoader  # noqa: E402
 from fastbegan.device import make_deterministic, pick_precision  # noqa: E402
 from fastbegan.graph import GraphedStep  # noqa: E402
 from fastbegan.info import step_cost  # noqa: E402
@@ -73,10 +73,10 @@ def loaders() -> list[dict[str, Any]]:
     """Batches from the device's memory and by way of pinned memory, inside a graph, against those of a CPU."""
     images = np.random.default_rng(0).integers(0, 256, (70, 36, 36, 3), np.uint8)
     options: dict[str, Any] = {"batch_size": 16, "size": 32, "seed": 0, "jitter": 2}
-    exact = PackedLoader(images, Reading(**options))
+    exact = PackedLoader(images, Batching(**options))
     found = []
     for kind in (PackedLoader, ResidentLoader):
-        loader = kind(images, Reading(**options, device=DEVICE))
+        loader = kind(images, Batching(**options, device=DEVICE))
         position, out = torch.zeros((), dtype=torch.int64, device=DEVICE), torch.empty(16, 3, 32, 32, device=DEVICE)
         loader.prepare(0)
 

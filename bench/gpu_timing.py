@@ -80,16 +80,9 @@ def capture(run: Run, sets: int) -> tuple[Callable[[], object], Outcome]:
     loop(5)
     wait()
     direct = (time.perf_counter() - start) / 5  # with the host's share
-    if ON_CPU:  # a turn goes on with the inputs where the last one ended
+    if ON_CPU:
         calls = math.ceil(_CPU_TURN / direct)
-        starts = itertools.count(0, calls)
-
-        def turn() -> None:
-            first = next(starts)
-            for number in range(first, first + calls):
-                run(number % sets)
-
-        return turn, {"calls": calls}
+        return in_turns(run, sets, calls), {"calls": calls}
     # enough calls a replay that the events' own microseconds do not count
     repeat = min(64, max(sets, math.ceil(1e-3 / direct)))
     known: Outcome = {"direct_us": direct * 1e6, "calls": repeat, "graph": False}
@@ -107,6 +100,18 @@ def capture(run: Run, sets: int) -> tuple[Callable[[], object], Outcome]:
         wait()
         return plain, known | {"capture": named(error)}
     return graph.replay, known | {"graph": True}
+
+
+def in_turns(run: Run, sets: int, calls: int) -> Callable[[], None]:
+    """Several calls a turn, which goes on with the inputs where the last one ended."""
+    starts = itertools.count(0, calls)
+
+    def turn() -> None:
+        first = next(starts)
+        for number in range(first, first + calls):
+            run(number % sets)
+
+    return turn
 
 
 def _try_capture(run: Run, sets: int) -> tuple[Callable[[], object] | None, Outcome]:

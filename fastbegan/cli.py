@@ -175,7 +175,7 @@ class DataInfo:
     pack: Positional[Path]
     """The file."""
     sheet: Path | None = None
-    """Where the sheet goes. Default: NAME.png beside NAME.pack."""
+    """Where the sheet goes. Default: NAME.sheet.png beside NAME.pack."""
 
     def run(self) -> int:
         from .data.tools import info

@@ -56,7 +56,8 @@ class GraphedStep:
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            # what loaders' threads do meanwhile is not part of it, and no reason to fail
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self.work()
         except Exception as error:  # torch raises many types here; nothing of the step was run
             torch.cuda.synchronize(self.device)

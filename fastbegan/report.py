@@ -46,7 +46,8 @@ class Report:
 
     def say(self, message: str) -> None:
         """One line that stays."""
-        self.console.print(message, markup=False)
+        # names of files may be no UTF-8
+        self.console.print(message.encode("utf-8", "replace").decode(), markup=False)
 
     def preparing(self, what: str, done: int, total: int) -> None:
         """Progress of making a packed set; `data.prepare` calls it."""

@@ -18,7 +18,7 @@ from fastbegan_kernels import normalize_images, tuning
 from .checkpoint import load_latest, save_checkpoint
 from .counter import Z_D, Z_G, latents
 from .data.choose import open_loader
-from .data.source import is_path
+from .data.source import absolute
 from .device import make_deterministic, pick_compile, pick_device, pick_precision
 from .equilibrium import StallHalving
 from .errors import UserError
@@ -88,12 +88,13 @@ class Training:
         precision, dtype = pick_precision(train.precision, self.device)
         seconds = run_seconds(config.model, train, self.device) if train.compile == "auto" else 0.0
         compile_mode, compile_line = pick_compile(train.compile, self.device, seconds)
-        where = str(Path(train.data).resolve()) if is_path(train.data) else train.data
-        train = dataclasses.replace(train, precision=precision, data=where)  # what the run continues with elsewhere
+        train = dataclasses.replace(
+            train, precision=precision, data=absolute(train.data)
+        )  # what the run continues with elsewhere
         self.config = config = dataclasses.replace(config, train=train)
         self.report, self.folder = report, RunFolder(out)
         stored = self._stored(resume)
-        self.loader, data_line, self.data_crc32 = open_loader(train, config.model.size, self.device, report.preparing)
+        self.loader, data_line, self.data = open_loader(train, config.model.size, self.device, report.preparing)
         make_folder(out)
         generator, discriminator = build(config.model, seed=train.seed, device=self.device)
         self.step = TrainStep(generator, discriminator, train, dtype, compile_mode)
@@ -235,8 +236,7 @@ class Training:
             "step": self.done,
             "images": self.images,
             "seconds": self.seconds,
-            "data_crc32": self.data_crc32,
-            "data_count": self.loader.count,
+            "data": self.data,
             "schedule": self.schedule.state_dict(),
             "asked_lr": self.config.train.lr,
             "kernels": tuning.choices(self.device),
@@ -264,10 +264,9 @@ class Training:
         if state is None:
             self.folder.rewind(0)
             return
-        known, here = state["data_crc32"], self.data_crc32
-        # loaders of files know no checksum of all pixels
-        other = known != here if known is not None and here is not None else False
-        if other or state.get("data_count", self.loader.count) != self.loader.count:
+        known = state.get("data") or {"crc32": state["data_crc32"]}
+        # a loader of files knows no checksum of pixels, a pack that was given none of files
+        if any(None not in (seen, self.data[name]) and seen != self.data[name] for name, seen in known.items()):
             raise UserError(
                 f"data {self.config.train.data!r} is not what {self.folder.path} was trained on so far (other pixels); "
                 "restore it, or give another --out"

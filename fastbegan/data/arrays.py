@@ -25,10 +25,9 @@ def load(name: str, root: Path) -> tuple[str, np.ndarray]:
         raise UserError(f"data {name} needs torchvision: pip install torchvision") from None
     try:
         pictures = getattr(datasets, NAMES[name])(str(root), train=True, download=False).data
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(
-            f"data {name}:{root}: torchvision finds no {NAMES[name]} there ({str(error).splitlines()[0]})"
-        ) from None
+    except Exception as error:  # whatever reading garbage comes to
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"data {name}:{root}: torchvision finds no {NAMES[name]} there ({why})") from None
     pictures = np.asarray(pictures, dtype=np.uint8)
     if pictures.ndim == 3:  # grey
         pictures = np.repeat(pictures[..., None], 3, axis=3)

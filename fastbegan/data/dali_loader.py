@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ..errors import UserError
 from .decode import crop_box, decode, read_bytes
-from .files_loader import Pictures, stacked
-from .loader import Reading, StagedLoader
+from .files_loader import NONE_LEFT, NoneLeftError, Pictures, stacked
+from .loader import Batching, StagedLoader
 from .prepare import Catalogue
 
 INSTALLED = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 _READERS = 4  # threads that read files
+_MOST_FAILURES = 5  # batches in a row
 
 
 class _Encoded(NamedTuple):
@@ -43,19 +44,19 @@ class DaliLoader(StagedLoader):
     """
 
     def __init__(
-        self, catalogue: Catalogue, reading: Reading, crop: str, *, workers: int | None = None, prefetch: int = 2
+        self, catalogue: Catalogue, batching: Batching, crop: str, *, workers: int | None = None, prefetch: int = 2
     ) -> None:
-        super().__init__(len(catalogue.requests), reading)
+        super().__init__(len(catalogue.requests), batching)
         if not INSTALLED:
             raise UserError(
                 "loader dali needs NVIDIA DALI: pip install 'fastbegan[dali]' (CUDA 12: fastbegan[dali-cu12])"
             )
-        self.pictures, self._seen, self._crop = Pictures(catalogue, reading.stored, crop), catalogue.seen, crop
+        self.pictures, self._seen, self._crop = Pictures(catalogue, batching.stored, crop), catalogue.seen, crop
         self._workers, self._prefetch = 2 if workers is None else max(1, workers), prefetch
         self._readers = ThreadPoolExecutor(_READERS)
         self._pipeline: Any = None
         self._coming: deque[list[Future[tuple[np.ndarray, tuple[int, int, int, int]]]]] = deque()
-        self._next = 0
+        self._next = self._failures = 0
 
     def pixels(self, ids: Tensor) -> Tensor:
         return stacked([self.pictures[number] for number in ids.tolist()])
@@ -64,13 +65,17 @@ class DaliLoader(StagedLoader):
         pipeline = self._pipeline
         if pipeline is None or position != self._next:
             pipeline = self._start(position)
-        self._next = position + self.reading.step
+        self._next = position + self.batching.step
         try:
             (images,) = pipeline.run()
-        except RuntimeError as error:  # a file was damaged since it was checked; the others go on
+        except RuntimeError as error:  # most likely a file was damaged since it was checked; the others go on
+            self._failures += 1
+            if self._failures >= _MOST_FAILURES:
+                raise
             warnings.warn(f"DALI: {str(error).splitlines()[0]}; this batch is decoded by PIL", stacklevel=2)
             self._pipeline = None
             return self.pixels(ids)
+        self._failures = 0
         return torch.from_dlpack(images.as_tensor())
 
     def close(self) -> None:
@@ -89,11 +94,11 @@ class DaliLoader(StagedLoader):
         dali: Any = importlib.import_module("nvidia.dali")
         fn, types = dali.fn, dali.types
         self.close()
-        reading, batches = self.reading, self._encoded(position)
-        gpu = reading.device.type == "cuda"
+        batching, batches = self.batching, self._encoded(position)
+        gpu = batching.device.type == "cuda"
 
         @dali.pipeline_def(
-            batch_size=reading.batch_size, num_threads=self._workers, device_id=reading.device.index if gpu else None,
+            batch_size=batching.batch_size, num_threads=self._workers, device_id=batching.device.index if gpu else None,
             prefetch_queue_depth=self._prefetch,
         )  # fmt: skip
         def build() -> Any:
@@ -102,7 +107,7 @@ class DaliLoader(StagedLoader):
                 encoded, start, shape, device="mixed" if gpu else "cpu", output_type=types.RGB, axis_names="WH",
                 normalized_anchor=False, normalized_shape=False, jpeg_fancy_upsampling=True,
             )  # fmt: skip
-            side = [reading.stored, reading.stored]
+            side = [batching.stored, batching.stored]
             images = fn.resize(images, size=side, interp_type=types.INTERP_LINEAR, antialias=True)
             return self.finish(images, fn, types)
 
@@ -117,7 +122,7 @@ class DaliLoader(StagedLoader):
             while len(self._coming) < ahead:
                 ids = self._place(position)[0].tolist()
                 self._coming.append([self._readers.submit(self._file, number) for number in ids])
-                position += self.reading.step
+                position += self.batching.step
             files = [one.result() for one in self._coming.popleft()]
             boxes = np.array([box for _, box in files], dtype=np.float32)
             starts, shapes = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
@@ -140,4 +145,4 @@ class DaliLoader(StagedLoader):
                 warnings.warn(
                     f"{path} was good and is not any more ({error}); the next one takes its place", stacklevel=2
                 )
-        raise RuntimeError("none of the files can be read any more")
+        raise NoneLeftError(NONE_LEFT)

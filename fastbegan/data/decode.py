@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ MAX_BYTES = 256 << 20  # of a file; what is larger is no picture that we can hol
 _CELEBA = (178, 218)  # the aligned and cropped images of CelebA ...
 _CELEBA_FACE = (25, 50, 153, 178)  # ... and the square of 128 pixels around the face
 _ORIENTATION = 0x0112
-_EXIF_WITHIN = 1 << 17  # bytes from the start; its segment comes first
+_EXIF_WITHIN = 1 << 17  # bytes from the start, where segments are that may speak of ...
+_ORIENTED = (b"Exif\0", b"Orientation")  # ... the orientation: as EXIF or as XMP
 _ALPHA = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
 _PLAIN = frozenset(("L", "RGB"))
 
@@ -78,11 +80,13 @@ def decode(data: bytes, crop: str) -> Picture:
     except MemoryError:
         raise RejectedImageError("needs more memory than one picture may have") from None
     except Exception as error:  # PIL's plugins raise nearly anything on damaged files
-        raise RejectedImageError(" ".join(str(error).split()) or type(error).__name__) from None
+        text = re.sub(r" ?'?<_io\.BytesIO[^>]*>'?", "", " ".join(str(error).split()))
+        raise RejectedImageError(text or type(error).__name__) from None
 
 
 def _upright(data: bytes) -> tuple[np.ndarray, bool]:
-    if simplejpeg is not None and simplejpeg.is_jpeg(data) and b"Exif\0" not in data[:_EXIF_WITHIN]:
+    head = data[:_EXIF_WITHIN]
+    if simplejpeg is not None and simplejpeg.is_jpeg(data) and not any(mark in head for mark in _ORIENTED):
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         _require_size(int(width), int(height))
         if space in ("YCbCr", "Gray"):

@@ -56,14 +56,18 @@ def list_images(folder: Path) -> Listing:
             try:
                 status = entry.stat()
             except OSError as error:
-                listing.rejected.append((relative, f"cannot be opened ({error.strerror})"))
+                if _is_image(entry.name):
+                    listing.rejected.append((relative, f"cannot be opened ({error.strerror})"))
+                else:
+                    listing.others.append(relative)
                 continue
             if (identity := (status.st_dev, status.st_ino)) in seen:
                 continue
-            seen.add(identity)
+            if status.st_ino:  # Windows tells none
+                seen.add(identity)
             if stat.S_ISDIR(status.st_mode):
                 waiting.append(relative)
-            elif os.path.splitext(entry.name)[1].lower() not in SUFFIXES:  # noqa: PTH122
+            elif not _is_image(entry.name):
                 listing.others.append(relative)
             elif not stat.S_ISREG(status.st_mode):
                 listing.rejected.append((relative, "not a regular file"))  # opening a FIFO would wait for ever
@@ -72,6 +76,10 @@ def list_images(folder: Path) -> Listing:
     listing.images.sort()
     listing.rejected.sort()
     return listing
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122
 
 
 def check_crop(crop: str) -> None:

@@ -18,7 +18,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Reading:
+class Batching:
     """What is read and how: one for all loaders of a run.
 
     `batch_size` is what this rank reads of the `world * batch_size` images of a step; images are stored with
@@ -52,9 +52,9 @@ class Loader(ABC):
     `current(position)` with the same position in a tensor on the device.
     """
 
-    def __init__(self, count: int, reading: Reading) -> None:
-        self.count, self.reading = count, reading
-        self.order = Order(count, reading.seed)
+    def __init__(self, count: int, batching: Batching) -> None:
+        self.count, self.batching = count, batching
+        self.order = Order(count, batching.seed)
 
     def ids(self, position: int) -> Tensor:
         """Numbers of the images of this rank's batch at `position`: int64 [batch_size], on the CPU."""
@@ -75,20 +75,20 @@ class Loader(ABC):
     def batch(self, position: int) -> Tensor:
         """`prepare` and `current`."""
         self.prepare(position)
-        return self.current(torch.tensor(position, device=self.reading.device))
+        return self.current(torch.tensor(position, device=self.batching.device))
 
     def close(self) -> None:  # noqa: B027  # most have nothing to end
         """End what works in the background."""
 
     def _place(self, position: int) -> tuple[Tensor, Tensor]:
-        first = position + self.reading.rank * self.reading.batch_size
-        return self.order.place(torch.arange(first, first + self.reading.batch_size))
+        first = position + self.batching.rank * self.batching.batch_size
+        return self.order.place(torch.arange(first, first + self.batching.batch_size))
 
     def _window(self, ids: Tensor, epochs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Which of these are mirrored and where their windows lie, where that is asked for."""
-        reading = self.reading
-        flip = mirrored(reading.seed, ids, epochs) if reading.flip else None
-        corner = corners(reading.seed, ids, epochs, 2 * reading.jitter) if reading.jitter else None
+        batching = self.batching
+        flip = mirrored(batching.seed, ids, epochs) if batching.flip else None
+        corner = corners(batching.seed, ids, epochs, 2 * batching.jitter) if batching.jitter else None
         return flip, corner
 
 
@@ -98,11 +98,12 @@ class StagedLoader(Loader):
     On a GPU a batch is copied on a stream of its own, from pinned memory, while the step before is at work.
     """
 
-    def __init__(self, count: int, reading: Reading) -> None:
-        super().__init__(count, reading)
+    def __init__(self, count: int, batching: Batching) -> None:
+        super().__init__(count, batching)
         self._staged: list[Tensor] = []  # where they are, they stay: a CUDA graph reads them there
-        self._pinned: list[tuple[list[Tensor], torch.cuda.Event]] = []
-        self._stream = torch.cuda.Stream(reading.device) if reading.device.type == "cuda" else None
+        # pinned memory, where it arrived on the device (DALI's own memory, maybe), and when that was read
+        self._flights: list[tuple[list[Tensor], list[Tensor], torch.cuda.Event]] = []
+        self._stream = torch.cuda.Stream(batching.device) if batching.device.type == "cuda" else None
 
     @abstractmethod
     def _read(self, position: int, ids: Tensor, out: Tensor) -> Tensor:
@@ -112,15 +113,15 @@ class StagedLoader(Loader):
         ids, epochs = self._place(position)
         window = [value for value in self._window(ids, epochs) if value is not None]
         if not self._staged:
-            self._staged = self._buffers(window, device=self.reading.device)
+            self._staged = self._buffers(window, device=self.batching.device)
         if self._stream is None:
             self._fill(self._staged, self._read(position, ids, self._staged[0]), window)
         else:
             self._send(position, ids, window, self._stream)
 
     def _buffers(self, window: list[Tensor], **options: Any) -> list[Tensor]:
-        side = self.reading.stored
-        images = torch.empty(self.reading.batch_size, side, side, 3, dtype=torch.uint8, **options)
+        side = self.batching.stored
+        images = torch.empty(self.batching.batch_size, side, side, 3, dtype=torch.uint8, **options)
         return [images, *(torch.empty(value.shape, dtype=value.dtype, **options) for value in window)]
 
     def _fill(self, buffers: list[Tensor], images: Tensor, window: list[Tensor]) -> None:
@@ -129,39 +130,37 @@ class StagedLoader(Loader):
                 buffer.copy_(value)
 
     def _send(self, position: int, ids: Tensor, window: list[Tensor], stream: torch.cuda.Stream) -> None:
-        if len(self._pinned) == 2:
-            pinned, copied = self._pinned.pop(0)
-            copied.synchronize()  # it was asked for two batches ago
+        if len(self._flights) == 2:
+            pinned, arrived, landed = self._flights.pop(0)
+            landed.synchronize()  # two batches ago: what it came from may be used again
         else:
-            pinned, copied = self._buffers(window, pin_memory=True), torch.cuda.Event()
+            pinned, landed = self._buffers(window, pin_memory=True), torch.cuda.Event()
         images = self._read(position, ids, pinned[0])
         decoded_there = images.device.type == "cuda"
         self._fill(pinned, pinned[0] if decoded_there else images, window)
         with torch.cuda.stream(stream):
-            device = self.reading.device
             first = images if decoded_there else pinned[0]
-            arrived = [value.to(device, non_blocking=True) for value in (first, *pinned[1:])]
-            copied.record(stream)
-        self._pinned.append((pinned, copied))
-        now = torch.cuda.current_stream(self.reading.device)
+            arrived = [value.to(self.batching.device, non_blocking=True) for value in (first, *pinned[1:])]
+        now = torch.cuda.current_stream(self.batching.device)
         now.wait_stream(stream)
         for target, value in zip(self._staged, arrived, strict=True):  # after the step before, which reads it
             target.copy_(value)
-            value.record_stream(now)
+        landed.record(now)
+        self._flights.append((pinned, arrived, landed))
 
     def current(self, position: Tensor) -> Tensor:
         assert self._staged, "prepare was not called"
         images, *window = self._staged
-        flip = window[0] if self.reading.flip else None
-        corner = window[-1] if self.reading.jitter else None
-        return normalize_images(images, None, flip, corner, margin=2 * self.reading.jitter)
+        flip = window[0] if self.batching.flip else None
+        corner = window[-1] if self.batching.jitter else None
+        return normalize_images(images, None, flip, corner, margin=2 * self.batching.jitter)
 
 
 class PackedLoader(StagedLoader):
     """From a packed set, memory-mapped or not: uint8 [count, stored, stored, 3]."""
 
-    def __init__(self, images: np.ndarray, reading: Reading) -> None:
-        super().__init__(len(images), reading)
+    def __init__(self, images: np.ndarray, batching: Batching) -> None:
+        super().__init__(len(images), batching)
         self.images = images
 
     def pixels(self, ids: Tensor) -> Tensor:
@@ -175,13 +174,13 @@ class PackedLoader(StagedLoader):
 class ResidentLoader(Loader):
     """From the device's own memory, which holds all images: the host only sends each epoch's order, once."""
 
-    def __init__(self, images: np.ndarray, reading: Reading) -> None:
+    def __init__(self, images: np.ndarray, batching: Batching) -> None:
         """As `PackedLoader`; a step reads at most as many images as there are, else ValueError."""
-        super().__init__(len(images), reading)
-        if reading.step > len(images):
-            raise ValueError(f"a step reads {reading.step} images; accepted: up to the {len(images)} there are")
-        self._resident = torch.tensor(images, device=reading.device)
-        self._two_orders = torch.zeros(2, len(images), dtype=torch.int64, device=reading.device)
+        super().__init__(len(images), batching)
+        if batching.step > len(images):
+            raise ValueError(f"a step reads {batching.step} images; accepted: up to the {len(images)} there are")
+        self._resident = torch.tensor(images, device=batching.device)
+        self._two_orders = torch.zeros(2, len(images), dtype=torch.int64, device=batching.device)
         self._held: list[int | None] = [None, None]  # the epochs whose orders those are
 
     def pixels(self, ids: Tensor) -> Tensor:
@@ -189,16 +188,16 @@ class ResidentLoader(Loader):
 
     def prepare(self, position: int) -> None:
         """Send the orders of the epochs that the step at `position` lies in."""
-        for epoch in {position // self.count, (position + self.reading.step - 1) // self.count}:
+        for epoch in {position // self.count, (position + self.batching.step - 1) // self.count}:
             if self._held[epoch % 2] != epoch:
                 self._two_orders[epoch % 2].copy_(self.order.epoch(epoch))
                 self._held[epoch % 2] = epoch
 
     def current(self, position: Tensor) -> Tensor:
-        reading = self.reading
-        first = position + reading.rank * reading.batch_size
-        slots = first + torch.arange(reading.batch_size, device=position.device)
+        batching = self.batching
+        first = position + batching.rank * batching.batch_size
+        slots = first + torch.arange(batching.batch_size, device=position.device)
         epochs = slots // self.count
         ids = self._two_orders[epochs % 2, slots % self.count]
         flip, corner = self._window(ids, epochs)
-        return normalize_images(self._resident, ids, flip, corner, margin=2 * reading.jitter)
+        return normalize_images(self._resident, ids, flip, corner, margin=2 * batching.jitter)

@@ -17,7 +17,6 @@ from ..files import sync_folder
 
 _MAGIC = b"FASTBEGAN PACK 1\n"
 OFFSET = 4096  # the header's room; pixels start on a page
-_CHECK_BELOW = 1 << 30  # bytes whose checksum is verified whenever the file is opened
 _BLOCK = 1 << 24
 
 
@@ -163,10 +162,10 @@ def _crc(file: IO[bytes], length: int, crc: int) -> int:
     return crc if length == 0 else -1
 
 
-def read_pack(path: Path, *, check: bool = True) -> tuple[np.ndarray, PackHeader]:
+def read_pack(path: Path, *, check_below: int = 1 << 30) -> tuple[np.ndarray, PackHeader]:
     """Memory-map a pack: read-only uint8 [count, size, size, 3] and its header. Raises DamagedPackError.
 
-    `check` compares the checksum of packs below 1 GiB.
+    The checksum of packs of fewer bytes than `check_below` is verified.
     """
     with path.open("rb") as file:
         start = file.read(OFFSET)
@@ -184,6 +183,6 @@ def read_pack(path: Path, *, check: bool = True) -> tuple[np.ndarray, PackHeader
     if length == 0:
         return np.empty((0, header.size, header.size, 3), np.uint8), header
     images = np.memmap(path, np.uint8, "r", OFFSET, (header.count, header.size, header.size, 3))
-    if check and length < _CHECK_BELOW and zlib.crc32(images.data) != header.crc32:
+    if length < check_below and zlib.crc32(images.data) != header.crc32:
         raise DamagedPackError(f"{path} does not match its checksum")
     return images, header

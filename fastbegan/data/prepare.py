@@ -9,7 +9,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,11 +36,15 @@ class NoRoomError(UserError):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A packed set: uint8 [count, size, size, 3] (a memory map), the checksum of its pixels, and one line about it."""
+    """A packed set: uint8 [count, size, size, 3] (a memory map), the checksum of its pixels, and one line about it.
+
+    `contents` is the digest of the files, where they are files.
+    """
 
     images: np.ndarray
     crc32: int
     description: str
+    contents: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Catalogue:
     seen: np.ndarray
     broken: list[tuple[str, str]]
     description: str
+    contents: str
 
 
 def cache_folder() -> Path:
@@ -108,6 +113,7 @@ def make_pack(
     """
     check_crop(crop)
     source = find_source(data) if source is None else source
+    require_enough(source.total, 1, data)
     made_from, report = source.made_from(crop), path.with_suffix(".rejected.txt")
 
     def ready() -> ImageSet | None:
@@ -138,10 +144,10 @@ def make_pack(
                 else:
                     before = partial(_finish, report)
                 _write(source, path, size, crop, progress, max_bad, workers, before)
-                images, header = read_pack(path, check=False)  # it was summed up while it was written
+                images, header = read_pack(path, check_below=0)  # it was summed up while it was written
                 found = _image_set(images, header, report, ", packed now")
     _judge(report, source.total, max_bad)
-    return found
+    return replace(found, contents=source.contents) if isinstance(source, Files) else found
 
 
 def load_catalogue(
@@ -176,7 +182,7 @@ def load_catalogue(
     _refuse_many(broken, source.total, source.total, max_bad)
     seen = np.array([one[1:] for one in files], dtype=np.int64).reshape(-1, 3)
     description = f"{source.description}, {len(files):,} of {source.total:,} good"
-    return Catalogue([source.requests[entry] for entry, *_ in files], seen, broken, description)
+    return Catalogue([source.requests[entry] for entry, *_ in files], seen, broken, description, source.contents)
 
 
 def _catalogue_path(made_from: str) -> Path:
@@ -253,10 +259,10 @@ def _write(
     before: Callable[[list[Line]], None],
 ) -> None:  # fmt: skip
     made_from = source.made_from(crop)
-    known = [one for line in read_journal(leftovers(path)[1], made_from) for one in line.broken]
+    journal = read_journal(leftovers(path)[1], made_from)  # before it is begun anew
 
     def parts(start: int) -> Iterator[Part]:
-        taken_up = known if start else []
+        taken_up = [one for line in journal if line.done <= start for one in line.broken]
         return _judged(source, source.parts(start, size, crop, workers), progress, max_bad, taken_up, source.doing)
 
     try:

@@ -19,7 +19,9 @@ def scale(pictures: Sequence[np.ndarray], size: int) -> np.ndarray:
         if shape == (size, size, 3):
             found[numbers] = [pictures[number] for number in numbers]
             continue
-        batch = torch.from_numpy(np.stack([pictures[number] for number in numbers])).permute(0, 3, 1, 2)
+        some = [pictures[number] for number in numbers]
+        alone = len(some) == 1 and some[0].flags.writeable  # torch takes nothing else as it is
+        batch = torch.from_numpy(some[0][None] if alone else np.stack(some)).permute(0, 3, 1, 2)
         scaled = interpolate(batch, size=(size, size), mode="bilinear", antialias=True)
         found[numbers] = scaled.permute(0, 2, 3, 1).numpy()
     return found

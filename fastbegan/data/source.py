@@ -111,6 +111,8 @@ class Files:
     names: list[str]
     digest: str
     """Of names, lengths and times."""
+    contents: str
+    """Of names within the source and lengths: the same for a copy of it elsewhere."""
     rejected: list[tuple[str, str]] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     doing: str = "packing images"
@@ -137,9 +139,12 @@ class Files:
             yield Part(done, np.stack(good) if good else np.empty((0, size, size, 3), np.uint8), seen, broken)
 
 
-def is_path(data: str) -> bool:
-    """Whether `data` is a path as it stands; a folder called faces is ./faces."""
-    return data.partition(":")[0] not in ("faces", *arrays.NAMES)
+def absolute(data: str) -> str:
+    """`data` with paths that hold from anywhere; a folder called faces is ./faces."""
+    kind, _, rest = data.partition(":")
+    if kind in arrays.NAMES:
+        return f"{kind}:{Path(rest).resolve()}"
+    return data if kind == "faces" else str(Path(data).resolve())
 
 
 def find_source(data: str) -> Source:
@@ -150,9 +155,7 @@ def find_source(data: str) -> Source:
     if kind in arrays.NAMES:
         return Arrays(*arrays.load(kind, Path(rest)))
     path = Path(data)
-    if path.is_file() and (opened := _archive(path.resolve())):
-        return opened
-    return _folder(path)
+    return _archive(path.resolve()) if path.is_file() and _is_archive(path.name) else _folder(path)
 
 
 def _count(data: str) -> int:
@@ -177,19 +180,24 @@ def _folder(path: Path) -> Files:
         raise UserError(f"data {str(path)!r} {kind}; accepted: {ACCEPTED}")
     folder = path.resolve()
     listing = list_images(folder)
-    if not listing.images and (shards := [one for name in sorted(listing.others) if (one := _archive(folder / name))]):
-        return _joined(folder, shards)
+    if not listing.images and (shards := [folder / name for name in sorted(listing.others) if _is_archive(name)]):
+        if lost := [str(path) for path in shards if not path.is_file()]:
+            raise UserError(f"data {lost[0]} is no file that can be read; repair or remove it")
+        return _joined(folder, [_archive(path) for path in shards])
     names = [f"{folder}{os.sep}{one.path}" for one in listing.images]
     rejected = [(str(folder / one), reason) for one, reason in listing.rejected]
     digest = _digest(str(folder), [*listing.images, *rejected])
+    contents = _digest("", [(one.path, one.size) for one in listing.images])
     others = [str(folder / one) for one in listing.others]
-    return Files(f"images of {folder}", [Request(name) for name in names], names, digest, rejected, others)
+    return Files(f"images of {folder}", [Request(name) for name in names], names, digest, contents, rejected, others)
 
 
-def _archive(path: Path) -> Files | None:
-    if path.suffix == ".tar":
-        return _tar(path)
-    return _records(path) if ".tfrecord" in path.name else None  # NAME.tfrecord-00000-of-00010
+def _is_archive(name: str) -> bool:
+    return name.endswith(".tar") or ".tfrecord" in name  # NAME.tfrecord-00000-of-00010
+
+
+def _archive(path: Path) -> Files:
+    return _tar(path) if path.name.endswith(".tar") else _records(path)
 
 
 def _joined(folder: Path, shards: list[Files]) -> Files:
@@ -200,6 +208,8 @@ def _joined(folder: Path, shards: list[Files]) -> Files:
         [request for shard in shards for request in shard.requests],
         [name for shard in shards for name in shard.names],
         digest,
+        _digest("", [(shard.contents,) for shard in shards]),
+        [one for shard in shards for one in shard.rejected],
         others=[name for shard in shards for name in shard.others],
     )
 
@@ -210,26 +220,38 @@ def _tar(path: Path) -> Files:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isfile() or Path(member.name).name.startswith("."):
+                if not member.isfile() or any(part.startswith(".") for part in Path(member.name).parts):
                     continue
                 if Path(member.name).suffix.lower() in SUFFIXES:
                     requests.append(Request(str(path), member.offset_data, member.size))
                     names.append(f"{path}:{member.name}")
                 else:
                     others.append(f"{path}:{member.name}")
+            end = tar.offset
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"data {path} cannot be read as an uncompressed tar file: {error}") from None
-    return Files(f"images of {path}", requests, names, _stretches(path, requests), [], others)
+    with path.open("rb") as file:  # tarfile takes a damaged header for the end
+        file.seek(end)
+        while block := file.read(1 << 20):
+            if block.strip(b"\0"):
+                raise UserError(f"data {path} is damaged: what follows byte {end:,} is no entry of a tar file")
+    return Files(f"images of {path}", requests, names, *_stretches(path, requests), [], others)
 
 
 def _records(path: Path) -> Files:
     """Pictures of the records of a TFRecord file, in its order."""
-    requests = [Request(str(path), offset, length) for offset, length in tfrecord.pictures(path)]
-    names = [f"{path}:{number}" for number in range(len(requests))]
-    return Files(f"images of {path}", requests, names, _stretches(path, requests))
+    requests, names, rejected = [], [], []
+    for number, found in enumerate(tfrecord.pictures(path)):
+        if isinstance(found, str):
+            rejected.append((f"{path}:{number}", found))
+        else:
+            requests.append(Request(str(path), *found))
+            names.append(f"{path}:{number}")
+    return Files(f"images of {path}", requests, names, *_stretches(path, requests), rejected)
 
 
-def _stretches(path: Path, requests: list[Request]) -> str:
+def _stretches(path: Path, requests: list[Request]) -> tuple[str, str]:
+    """Digests of a file and of what lies where in it."""
     status = path.stat()
     rows = [(request.offset, request.length) for request in requests]
-    return _digest(str(path), [(status.st_size, status.st_mtime_ns), *rows])
+    return _digest(str(path), [(status.st_size, status.st_mtime_ns), *rows]), _digest("", rows)

@@ -13,8 +13,11 @@ KEY = b"image/encoded"  # what TensorFlow's own data sets call it
 _FRAME = struct.Struct("<QI")  # length and its checksum before the data; four more bytes of checksum behind it
 
 
-def pictures(path: Path) -> Iterator[tuple[int, int]]:
-    """Offset and length of each record's `image/encoded`. Raises UserError where that is not what the file holds."""
+def pictures(path: Path) -> Iterator[tuple[int, int] | str]:
+    """Offset and length of each record's `image/encoded`, or what is wrong with the record.
+
+    Raises UserError where records are not what the file holds.
+    """
     with path.open("rb") as file:
         if path.stat().st_size == 0:
             return
@@ -26,11 +29,12 @@ def pictures(path: Path) -> Iterator[tuple[int, int]]:
                     first = start + _FRAME.size
                     if first + length + 4 > len(data):
                         raise ValueError("it is cut off")
+                except (struct.error, ValueError) as error:
+                    raise UserError(f"data {path}: record {number} is not whole ({error})") from None
+                try:
                     yield _picture(data, first, first + length)
-                except (struct.error, ValueError, IndexError) as error:
-                    raise UserError(
-                        f"data {path}: record {number} is no tf.train.Example with {KEY.decode()!r} ({error})"
-                    ) from None
+                except (ValueError, IndexError) as error:
+                    yield f"no tf.train.Example with {KEY.decode()!r} ({error})"
                 start, number = first + length + 4, number + 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ def pack(data: str, out: Path, *, size: int, crop: str, max_bad: float, workers:
     """Write a pack of `data` to `out`; returns the exit code. Raises UserError."""
     if size < 1:
         raise UserError(f"size is {size}; accepted: whole numbers from 1")
+    _check_workers(workers)
+    if not 0 <= max_bad <= 100:
+        raise UserError(f"max_bad is {max_bad}; accepted: 0 to 100")
     if out.suffix != ".pack":
         raise UserError(f"out is {out}; accepted: a name that ends with .pack")
     with Report() as report:
@@ -33,6 +37,7 @@ def pack(data: str, out: Path, *, size: int, crop: str, max_bad: float, workers:
 
 def check(data: str, *, crop: str, workers: int | None) -> int:
     """Decode all of `data` and name what is broken; returns 1 if something is. Raises UserError."""
+    _check_workers(workers)
     with Report() as report:
         found = load_catalogue(data, crop, report.preparing, max_bad=100.0, workers=workers, again=True)
         for name, reason in found.broken:
@@ -44,12 +49,17 @@ def check(data: str, *, crop: str, workers: int | None) -> int:
     return 1 if found.broken else 0
 
 
+def _check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}; accepted: whole numbers from 1")
+
+
 def info(path: Path, *, sheet: Path | None) -> int:
     """Print what a pack holds and draw a contact sheet of it; returns the exit code. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}; accepted: a .pack file")
     try:
-        images, header = read_pack(path)
+        images, header = read_pack(path, check_below=sys.maxsize)
     except DamagedPackError as error:
         raise UserError(str(error)) from None
     print(f"{header.source}: {header.count:,} images of {header.size} px, {path.stat().st_size / 1e6:,.1f} MB")
@@ -63,7 +73,7 @@ def info(path: Path, *, sheet: Path | None) -> int:
     page = np.full((rows * columns, header.size, header.size, 3), 255, np.uint8)
     page[:count] = images[chosen]
     grid = page.reshape(rows, columns, header.size, header.size, 3).swapaxes(1, 2)
-    target = path.with_suffix(".png") if sheet is None else sheet
+    target = path.with_suffix(".sheet.png") if sheet is None else sheet
     save_png(target, grid.reshape(rows * header.size, columns * header.size, 3))
     print(f"contact sheet: {target}")
     return 0

@@ -47,7 +47,3 @@ def main(crop: str) -> None:
             rows, columns, _ = picture.pixels.shape
             answers.write(HEAD.pack(rows, columns, picture.height, picture.width, picture.converted))
             answers.write(np.ascontiguousarray(picture.pixels).data)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

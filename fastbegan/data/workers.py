@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-import shlex
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -32,7 +33,9 @@ except ImportError:  # Windows
 
 _CHUNK = 32  # files that a worker gets at once
 _AHEAD = 8  # requests on their way: less than a pipe holds, so that nobody waits for the other
-_SECONDS = 60.0  # a chunk's time
+_SECONDS = 60.0  # the time of a file
+_LOOK = 0.5  # seconds between two looks at the clock
+_HELD = 8 << 20  # bytes of whole pictures that wait to be scaled
 _PIPE = 1 << 20  # bytes, the most that Linux gives everybody
 
 
@@ -62,56 +65,57 @@ class _Worker:
     """One process, started again after a crash."""
 
     def __init__(self, crop: str) -> None:
-        self._command = [sys.executable, "-m", f"{__package__}.worker", crop]
+        start = f"import sys; sys.path[:1] = []; from {__package__}.worker import main; main(sys.argv[1])"
+        self._command = [sys.executable, "-c", start, crop]
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
+        self._deadline, self._late = math.inf, False
 
     def close(self) -> None:
         """End for good, in the middle of an answer too."""
         self._closed = True
         self._end()
 
-    def _end(self) -> None:
+    def _end(self) -> int | None:
+        """End the process; returns its exit code."""
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):  # what was still to be sent
-                    pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
+        if process is None:
+            return None
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):  # what was still to be sent
+                pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
+        return process.returncode
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """One answer a request."""
-        found: list[Answer] = []
-        while len(found) < len(requests):
-            process = self._started()
-            hung = threading.Event()
-
-            def stop(process: subprocess.Popen[bytes] = process, hung: threading.Event = hung) -> None:
-                hung.set()
-                process.kill()
-
-            clock = threading.Timer(_SECONDS, stop)
-            clock.start()
+    def answers(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """One answer a request. What a process dies of is tried again: it may have been ended from outside."""
+        done, tried = 0, -1
+        while done < len(requests):
             try:
-                self._ask(process, requests[len(found) :], found)
-            except (OSError, EOFError, ValueError):  # the first file without an answer is what it died of
-                self._end()
-                code = process.returncode
-                why = f"took more than {_SECONDS:g} seconds" if hung.is_set() else f"its decoder crashed ({code})"
-                found.append(RejectedImageError(why))
-            finally:
-                clock.cancel()
-        return found
+                for answer in self._ask(self._started(), requests[done:]):
+                    done += 1
+                    yield answer
+            except (OSError, EOFError, ValueError):  # noqa: PERF203  # the first file without an answer is what it died of
+                late, code = self._late, self._end()
+                if tried == done:
+                    why = f"took more than {_SECONDS:g} seconds" if late else f"its decoder crashed ({code})"
+                    yield RejectedImageError(why)
+                    done += 1
+                else:
+                    tried = done
 
-    def _ask(self, process: subprocess.Popen[bytes], requests: Sequence[Request], found: list[Answer]) -> None:
+    def _ask(self, process: subprocess.Popen[bytes], requests: Sequence[Request]) -> Iterator[Answer]:
         assert process.stdin is not None and process.stdout is not None
         lines = [(json.dumps(one) + "\n").encode() for one in requests]
         process.stdin.write(b"".join(lines[:_AHEAD]))
         for number in range(len(lines)):
-            found.append(self._read(process.stdout))
+            self._deadline = time.monotonic() + _SECONDS
+            answer = self._read(process.stdout)
+            self._deadline = math.inf
             if later := lines[number + _AHEAD : number + _AHEAD + 1]:
                 process.stdin.write(later[0])
+            yield answer
 
     def _read(self, pipe: IO[bytes]) -> Answer:
         rows, columns, height, width, converted = HEAD.unpack(_exactly(pipe, HEAD.size).data)
@@ -120,27 +124,42 @@ class _Worker:
         pixels = _exactly(pipe, rows * columns * 3).reshape(rows, columns, 3)
         return Picture(height, width, bool(converted), pixels)
 
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        while process.returncode is None and process is self._process:
+            if time.monotonic() > self._deadline:
+                self._late = True
+                process.kill()
+                return
+            time.sleep(_LOOK)
+
     def _started(self) -> subprocess.Popen[bytes]:
         if self._closed:
             raise RuntimeError("closed")
         if self._process is None:
             paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)  # it finds what we found
             single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # their stacks count as memory
+            environment = {**os.environ, **single, "PYTHONPATH": paths}
             self._process = process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-                env={**os.environ, **single, "PYTHONPATH": paths},
+                env=environment,
                 start_new_session=True,  # Ctrl-C is for us: a worker that it ended would look like one that crashed
             )  # fmt: skip
             assert process.stdout is not None
             with contextlib.suppress(AttributeError, OSError):  # so that a picture is on its way while one is scaled
                 fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)  # pyright: ignore
+            self._late, self._deadline = False, time.monotonic() + _SECONDS
+            threading.Thread(target=self._watch, args=(process,), daemon=True).start()
             try:
                 ready = _exactly(process.stdout, len(READY)).tobytes() == READY
             except EOFError:
                 ready = False
-            if not ready:
+            if not ready and not self._closed:
                 self._end()
-                raise UserError(f"decoder processes do not start here: {shlex.join(self._command)} ends at once")
+                told = subprocess.run(
+                    self._command, input=b"", capture_output=True, env=environment, check=False
+                ).stderr.decode(errors="replace")
+                why = told.strip().rpartition("\n")[2] or "they end at once"
+                raise UserError(f"decoder processes do not start here: {why}")
         return self._process
 
 
@@ -172,10 +191,11 @@ def decode_all(
     def work(chunk: list[Request]) -> list[Scaled | RejectedImageError]:
         worker = free.pop()  # there are as many threads
         try:
-            return _scaled(worker.answer(chunk), size)
+            return _scaled(worker.answers(chunk), size)
         finally:
             free.append(worker)
 
+    torch.get_num_threads()  # asked for before: else the pool's number would become everybody's
     with contextlib.ExitStack() as stack:
         # torch's own threads would be one set of them for each of these
         pool = stack.enter_context(ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)))
@@ -194,9 +214,24 @@ def decode_all(
                 future.cancel()
 
 
-def _scaled(answers: list[Answer], size: int) -> list[Scaled | RejectedImageError]:
-    pixels = iter(scale([one.pixels for one in answers if isinstance(one, Picture)], size))
-    return [
-        Scaled(one.height, one.width, one.converted, next(pixels)) if isinstance(one, Picture) else one
-        for one in answers
-    ]
+def _scaled(answers: Iterator[Answer], size: int) -> list[Scaled | RejectedImageError]:
+    """Scales some at once, but never holds more than a few megabytes of whole pictures, or one."""
+    found: list[Scaled | RejectedImageError] = []
+    waiting: list[Answer] = []
+
+    def flush() -> None:
+        pixels = iter(scale([one.pixels for one in waiting if isinstance(one, Picture)], size))
+        for one in waiting:
+            whole = isinstance(one, Picture)
+            found.append(Scaled(one.height, one.width, one.converted, next(pixels)) if whole else one)
+        waiting.clear()
+
+    held = 0
+    for answer in answers:
+        waiting.append(answer)
+        held += answer.pixels.nbytes if isinstance(answer, Picture) else 0
+        if held > _HELD:
+            flush()
+            held = 0
+    flush()
+    return found

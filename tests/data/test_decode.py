@@ -132,6 +132,16 @@ def test_every_rotation(tmp_path: Path, orientation: int) -> None:
     assert decoding.decode(read_bytes(turned), "none").converted == (orientation > 1)
 
 
+def test_orientation_that_only_xmp_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    path = tmp_path / "turned.jpg"
+    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(path, xmp=xmp)
+    first = decoding.decode(read_bytes(path), "none")
+    monkeypatch.setattr(decoding, "simplejpeg", None)
+    second = decoding.decode(read_bytes(path), "none")
+    assert (first.height, first.width, first.converted) == (second.height, second.width, second.converted)
+
+
 def test_both_jpeg_decoders_agree(orl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "face.jpg"
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)

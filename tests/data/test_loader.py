@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from PIL import Image
 from fastbegan import TrainConfig, UserError
 from fastbegan.data import choose, dali_loader
 from fastbegan.data.choose import open_loader
-from fastbegan.data.loader import Loader, PackedLoader, Reading, ResidentLoader
+from fastbegan.data.loader import Batching, Loader, PackedLoader, ResidentLoader
+from tests.conftest import environment
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
 CPU = torch.device("cpu")
@@ -23,7 +26,7 @@ KINDS = ("resident", "packed", "dali", "torch")
 def _loader(
     batch_size: int = 4, seed: int = 0, flip: bool = True, jitter: int = 0, rank: int = 0, world: int = 1
 ) -> PackedLoader:
-    return PackedLoader(IMAGES, Reading(batch_size, 8 - 2 * jitter, seed, flip, jitter, rank, world))
+    return PackedLoader(IMAGES, Batching(batch_size, 8 - 2 * jitter, seed, flip, jitter, rank, world))
 
 
 def test_every_image_once_an_epoch() -> None:
@@ -95,8 +98,8 @@ def test_a_batch_may_be_larger_than_the_set() -> None:
 @pytest.mark.parametrize("flip", [True, False])
 @pytest.mark.parametrize(("rank", "world", "jitter"), [(0, 1, 0), (1, 2, 1)])
 def test_resident_images_come_in_the_same_order(flip: bool, rank: int, world: int, jitter: int) -> None:
-    reading = Reading(4, 8 - 2 * jitter, seed=3, flip=flip, jitter=jitter, rank=rank, world=world)
-    packed, resident = PackedLoader(IMAGES, reading), ResidentLoader(IMAGES, reading)
+    batching = Batching(4, 8 - 2 * jitter, seed=3, flip=flip, jitter=jitter, rank=rank, world=world)
+    packed, resident = PackedLoader(IMAGES, batching), ResidentLoader(IMAGES, batching)
     where = []
     step = 4 * world
     for position in (*range(0, 11 * step, step), step * 2, 100, 0):  # over epochs' ends, and back as a resumed run does
@@ -104,7 +107,7 @@ def test_resident_images_come_in_the_same_order(flip: bool, rank: int, world: in
             loader.prepare(position)
         start = torch.tensor(position)
         assert torch.equal(resident.current(start), packed.current(start))
-        assert torch.equal(packed.current(start), PackedLoader(IMAGES, reading).batch(position))
+        assert torch.equal(packed.current(start), PackedLoader(IMAGES, batching).batch(position))
         where.append(packed._staged[0].data_ptr())
     assert len(set(where)) == 1  # a CUDA graph reads it there
     ids = torch.tensor([3, 0, 3])
@@ -200,6 +203,43 @@ def test_a_file_that_goes_bad_in_the_night(pictures: Path, kind: str) -> None:
     loader.close()
 
 
+_LEFT_OPEN = """
+import sys, torch
+from fastbegan import TrainConfig
+from fastbegan.data.choose import open_loader
+train = TrainConfig(data=sys.argv[1], batch_size=4, loader="torch")
+loader, *_ = open_loader(train, 16, torch.device("cpu"), lambda *_: None)
+loader.batch(0)
+if sys.argv[2] == "kill":
+    for process in loader._batches._workers:
+        process.terminate()
+        process.join()
+    for position in range(4, 64, 4):
+        assert loader.batch(position).isfinite().all()
+"""
+
+
+@pytest.mark.parametrize("way", ["open", "kill"])
+def test_a_loader_that_is_left_open_or_loses_its_processes(pictures: Path, way: str) -> None:
+    command = [sys.executable, "-W", "default", "-c", _LEFT_OPEN, str(pictures), way]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ("this batch is read here" in done.stderr) == (way == "kill")
+
+
+@pytest.mark.parametrize("kind", ["torch", "dali"])
+@pytest.mark.filterwarnings("default")
+def test_a_folder_that_is_gone(pictures: Path, kind: str) -> None:
+    if kind == "dali" and not dali_loader.INSTALLED:
+        pytest.skip("DALI is not installed")
+    loader = _open(kind, pictures, batch_size=12)
+    pictures.rename(pictures.with_name("elsewhere"))
+    with pytest.raises(UserError, match="none of the picture files can be decoded any more"):
+        for position in range(0, 12 * 12, 12):
+            loader.batch(position)
+    loader.close()
+
+
 def test_which_loader_and_why(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
     def line(kind: str, device: str = "cpu", **options: object) -> str:
         given: Any = {"data": str(pictures), "batch_size": 4, "loader": kind, **options}
@@ -234,4 +274,4 @@ def _no_room(*_: object) -> None:
 
 def test_a_step_of_resident_images_fits_the_set() -> None:
     with pytest.raises(ValueError, match="a step reads 11 images; accepted: up to the 10 there are"):
-        ResidentLoader(IMAGES, Reading(11, 8, seed=0))
+        ResidentLoader(IMAGES, Batching(11, 8, seed=0))

@@ -86,6 +86,33 @@ def test_a_folder_called_faces_is_named_with_its_path(
     assert len(_load("faces:20", made)) == 20
 
 
+def test_what_is_no_picture_by_its_name_is_not_broken(pictures: Path, made: list[str]) -> None:
+    (pictures / "README").symlink_to(pictures / "nowhere")
+    assert len(_load(pictures, made)) == 12
+
+
+def test_a_broken_file_counts_once_when_a_pack_is_taken_up(
+    tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastbegan.data.source._CHUNK", 4)
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(16):
+        Image.fromarray(np.full((20, 20, 3), number, np.uint8)).save(folder / f"{number:02d}.png")
+    (folder / "05.png").write_bytes(b"broken")
+
+    def killed(what: str, done: int, total: int) -> None:
+        if done == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_images(str(folder), 16, "center", killed, max_bad=7.0)
+    (begun,) = cache_folder().glob(".*.partial")
+    begun.write_bytes(begun.read_bytes()[: 4096 + 6 * 768])  # a power cut
+    with pytest.warns(UserWarning, match="1 of 16 images are broken"):
+        assert len(_load(folder, made, max_bad=7.0)) == 15
+
+
 @pytest.mark.parametrize("data", ["faces:0", "faces:many", "faces:-3"])
 def test_wrong_counts_of_faces_are_named(data: str, made: list[str]) -> None:
     with pytest.raises(UserError, match="accepted: 'faces', 'faces:COUNT'"):

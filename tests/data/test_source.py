@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
 import struct
 import tarfile
@@ -15,7 +16,7 @@ from PIL import Image
 
 from fastbegan import UserError
 from fastbegan.data.prepare import load_images
-from fastbegan.data.source import Files, find_source, is_path
+from fastbegan.data.source import Files, absolute, find_source
 
 
 def _images(data: object, size: int = 16, **options: object) -> np.ndarray:
@@ -98,10 +99,8 @@ def test_a_changed_tar_is_packed_again(sources: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda data: data[:-1], "it is cut off"),
-        (lambda data: data[:7], "record 0 is no tf.train.Example"),
-        (lambda data: data.replace(b"image/encoded", b"image/encodex"), "there is no image/encoded"),
-        (lambda data: data[:12] + b"\xff" * 40 + data[52:], "record 0 is no tf.train.Example"),
+        (lambda data: data[:-1], "record 11 is not whole .it is cut off"),
+        (lambda data: data[:7], "record 0 is not whole"),
     ],
 )
 def test_damaged_records_are_named(sources: dict[str, Path], damage: Callable[[bytes], bytes], reason: str) -> None:
@@ -109,6 +108,39 @@ def test_damaged_records_are_named(sources: dict[str, Path], damage: Callable[[b
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=reason):
         find_source(str(path))
+
+
+def test_records_without_a_picture_are_named_one_by_one(sources: dict[str, Path]) -> None:
+    path = sources["tfrecord"]
+    path.write_bytes(path.read_bytes().replace(b"image/encoded", b"image/encodex", 1))
+    source = find_source(str(path))
+    assert isinstance(source, Files) and source.total == 11
+    assert source.rejected == [(f"{path}:0", "no tf.train.Example with 'image/encoded' (there is no image/encoded)")]
+    with pytest.raises(UserError, match="1 of 11 images are broken"):
+        _images(path)
+
+
+def test_a_damaged_tar_is_not_taken_for_a_shorter_one(sources: dict[str, Path]) -> None:
+    content = bytearray(sources["tar"].read_bytes())
+    with tarfile.open(sources["tar"]) as tar:
+        places = [member.offset for member in tar]
+    content[places[4] + 100] ^= 1
+    sources["tar"].write_bytes(content)
+    with pytest.raises(UserError, match=f"is damaged: what follows byte {places[4]:,} is no entry"):
+        find_source(str(sources["tar"]))
+
+
+@pytest.mark.parametrize("bad", ["pipe", "dangling"])
+def test_a_shard_that_cannot_be_read_is_named(sources: dict[str, Path], tmp_path: Path, bad: str) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "0.tar").write_bytes(sources["tar"].read_bytes())
+    if bad == "pipe":
+        os.mkfifo(shards / "1.tar")
+    else:
+        (shards / "1.tar").symlink_to(shards / "nowhere")
+    with pytest.raises(UserError, match=r"1\.tar is no file that can be read"):
+        find_source(str(shards))
 
 
 def test_no_records_and_no_tar(tmp_path: Path) -> None:
@@ -145,7 +177,8 @@ def test_fashion_mnist_from_its_files(tmp_path: Path) -> None:
     for path in list(raw.glob("*.gz")):
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
     data = f"fashion-mnist:{tmp_path}"
-    assert not is_path(data) and is_path("./fashion-mnist") and is_path("set.tar")
+    assert absolute("fashion-mnist:x") == f"fashion-mnist:{Path('x').resolve()}" and absolute("faces:9") == "faces:9"
+    assert absolute("./faces") == str(Path("faces").resolve())
     same = _images(data, 28)
     assert np.array_equal(same[..., 0], pictures) and np.array_equal(same[..., 0], same[..., 2])
     small = _images(data, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -99,9 +100,23 @@ def test_a_run_goes_on_with_another_loader(pictures: Path, tmp_path: Path, fastb
     rows = RunFolder(tmp_path / "run").read_metrics()
     assert [row["step"] for row in rows] == list(range(1, 3 * len(kinds) + 1))
     assert all(0 <= row["data_wait"] <= 1 for row in rows)
-    (pictures / "02.jpg").unlink()
-    other = fastbegan("train", *flags, "--loader", "torch", "--steps", 100)
-    assert other.returncode == 2 and "is not what" in other.stderr
+    content = (pictures / "02.jpg").read_bytes()
+    (pictures / "02.jpg").write_bytes(content + b"\0")  # as many files, another one
+    for kind in ("torch", "packed"):
+        other = fastbegan("train", *flags, "--loader", kind, "--steps", 100)
+        assert other.returncode == 2 and "is not what" in other.stderr, other.stderr
+
+
+def test_an_empty_folder_is_no_pack(tmp_path: Path, fastbegan: Run) -> None:
+    (tmp_path / "empty").mkdir()
+    done = fastbegan("data", "pack", tmp_path / "empty", tmp_path / "x.pack")
+    assert done.returncode == 2 and "has no images" in done.stderr and not (tmp_path / "x.pack").exists()
+
+
+def test_names_that_are_no_text(tmp_path: Path, fastbegan: Run) -> None:
+    (tmp_path / os.fsdecode(b"bad\xff.jpg")).write_bytes(b"no picture")
+    done = fastbegan("data", "check", tmp_path)
+    assert done.returncode == 1 and "cannot identify image file" in done.stdout and "BytesIO" not in done.stdout
 
 
 def test_info_draws_a_contact_sheet(folder: Path, tmp_path: Path, fastbegan: Run) -> None:
@@ -109,7 +124,7 @@ def test_info_draws_a_contact_sheet(folder: Path, tmp_path: Path, fastbegan: Run
     assert fastbegan("data", "pack", "faces:100", out, "--size", 16).returncode == 0
     done = fastbegan("data", "info", out)
     assert done.returncode == 0 and "100 procedural portraits: 100 images of 16 px, 0.1 MB" in done.stdout
-    with Image.open(tmp_path / "faces.png") as sheet:
+    with Image.open(tmp_path / "faces.sheet.png") as sheet:
         assert sheet.size == (128, 128)
     fastbegan("data", "info", out, "--sheet", tmp_path / "other.png")
     assert (tmp_path / "other.png").exists()
@@ -122,6 +137,9 @@ def test_info_draws_a_contact_sheet(folder: Path, tmp_path: Path, fastbegan: Run
         (("pack", "faces:4", "out.pack", "--size", "0"), "size is 0; accepted: whole numbers from 1"),
         (("pack", "nowhere", "out.pack"), "'nowhere' does not exist; accepted: 'faces'"),
         (("pack", "faces:4", "out.pack", "--crop", "left"), "crop is 'left'; accepted: center"),
+        (("pack", "faces:4", "out.pack", "--workers", "-1"), "workers is -1; accepted: whole numbers from 1"),
+        (("pack", "faces:4", "out.pack", "--max-bad", "nan"), "max_bad is nan; accepted: 0 to 100"),
+        (("check", "nowhere", "--workers", "0"), "workers is 0; accepted: whole numbers from 1"),
         (("check", "faces:4"), "'faces:4' is not made of picture files"),
         (("info", "nowhere.pack"), "nowhere.pack does not exist; accepted: a .pack file"),
         (("info", "."), ". is no file"),
