@@ -34,7 +34,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             state.replayed += 1
 
     @contextlib.contextmanager
-    def capture(graph: Graph, *, stream: Stream) -> Iterator[None]:
+    def capture(graph: Graph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"  # threads of loaders go on
         state.capturing, state.captured_on = True, stream
         try:
             yield
