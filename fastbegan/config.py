@@ -93,8 +93,8 @@ class TrainConfig:
     jitter: int = 0
     """Scale images to 2 * jitter pixels more than shown and show a random window of them, another one each epoch."""
     loader: Literal["auto", "resident", "packed", "dali", "torch"] = "auto"
-    """Where batches come from: the packed set in the GPU's memory, the packed file, or the files themselves by DALI
-    or PIL. auto: resident where it fits, else packed."""
+    """Where batches come from: the packed set in the GPU's memory, the packed file, or the files themselves, by DALI
+    or torch's DataLoader. auto: resident where it fits, else packed."""
     workers: int | None = None
     """Processes or threads that decode files. Default: one more than there are cores to pack, 2 to train."""
     prefetch: int = 2

@@ -72,7 +72,7 @@ class DaliLoader(StagedLoader):
             self._failures += 1
             if self._failures >= _MOST_FAILURES:
                 raise
-            warnings.warn(f"DALI: {str(error).splitlines()[0]}; this batch is decoded by PIL", stacklevel=2)
+            warnings.warn(f"DALI: {str(error).splitlines()[0]}; this batch is decoded without it", stacklevel=2)
             self._pipeline = None
             return self.pixels(ids)
         self._failures = 0

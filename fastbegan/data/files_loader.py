@@ -1,4 +1,4 @@
-"""Batches straight from picture files: PIL and torch's DataLoader."""
+"""Batches straight from picture files: our own decoding in torch's DataLoader."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def stacked(pictures: list[np.ndarray]) -> Tensor:
 
 
 class TorchLoader(StagedLoader):
-    """PIL in the processes of torch's DataLoader; what works everywhere, and the yardstick."""
+    """Decoding as for a pack, in the processes of torch's DataLoader: what works everywhere."""
 
     def __init__(
         self, catalogue: Catalogue, batching: Batching, crop: str, *, workers: int | None = None, prefetch: int = 2

@@ -91,15 +91,20 @@ def test_what_is_no_picture_by_its_name_is_not_broken(pictures: Path, made: list
     assert len(_load(pictures, made)) == 12
 
 
+def _one_broken(folder: Path, count: int) -> Path:
+    """Pictures whose grey is their number; number 5 is broken."""
+    folder.mkdir()
+    for number in range(count):
+        Image.fromarray(np.full((20, 20, 3), number, np.uint8)).save(folder / f"{number:02d}.png")
+    (folder / "05.png").write_bytes(b"broken")
+    return folder
+
+
 def test_a_broken_file_counts_once_when_a_pack_is_taken_up(
     tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastbegan.data.source._CHUNK", 4)
-    folder = tmp_path / "many"
-    folder.mkdir()
-    for number in range(16):
-        Image.fromarray(np.full((20, 20, 3), number, np.uint8)).save(folder / f"{number:02d}.png")
-    (folder / "05.png").write_bytes(b"broken")
+    folder = _one_broken(tmp_path / "many", 16)
 
     def killed(what: str, done: int, total: int) -> None:
         if done == 12:
@@ -170,12 +175,7 @@ def test_too_many_broken_files_stop_early_and_are_taken_up_with_a_higher_bound(
     tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastbegan.data.source._CHUNK", 4)
-    folder = tmp_path / "many"
-    folder.mkdir()
-    for number in range(12):
-        image = Image.fromarray(np.full((20, 20, 3), number, np.uint8))
-        image.save(folder / f"{number:02d}.png")
-    (folder / "05.png").write_bytes(b"broken")
+    folder = _one_broken(tmp_path / "many", 12)
     with pytest.raises(UserError, match=r"1 of the first 8 of 12 images are broken .*05\.png: cannot identify"):
         _load(folder, made)
     assert len(made) == 1
