@@ -24,7 +24,7 @@ import torch
 from ..errors import UserError
 from .decode import Picture, RejectedImageError
 from .scale import scale
-from .worker import HEAD, READY
+from .worker import HEAD, READY, SLOT, SLOTS, shared
 
 try:
     import fcntl
@@ -32,7 +32,6 @@ except ImportError:  # Windows
     fcntl = None
 
 _CHUNK = 32  # files that a worker gets at once
-_AHEAD = 8  # requests on their way: less than a pipe holds, so that nobody waits for the other
 _SECONDS = 60.0  # the time of a file
 _LOOK = 0.5  # seconds between two looks at the clock
 _HELD = 8 << 20  # bytes of whole pictures that wait to be scaled
@@ -65,16 +64,24 @@ class _Worker:
     """One process, started again after a crash."""
 
     def __init__(self, crop: str) -> None:
-        start = f"import sys; sys.path[:1] = []; from {__package__}.worker import main; main(sys.argv[1])"
-        self._command = [sys.executable, "-c", start, crop]
+        start = f"import sys; sys.path[:1] = []; from {__package__} import worker; worker.main(*sys.argv[1:])"
+        self._memory = os.memfd_create("pictures") if hasattr(os, "memfd_create") else -1  # Linux has it
+        if self._memory >= 0:
+            os.truncate(self._memory, SLOTS * SLOT)  # pages that nobody writes to take no memory
+        self._slots = shared(self._memory)
+        self._command = [sys.executable, "-c", start, crop, str(self._memory)]
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._deadline, self._late = math.inf, False
+        self._answered = 0
 
     def close(self) -> None:
         """End for good, in the middle of an answer too."""
         self._closed = True
         self._end()
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
 
     def _end(self) -> int | None:
         """End the process; returns its exit code."""
@@ -108,21 +115,25 @@ class _Worker:
     def _ask(self, process: subprocess.Popen[bytes], requests: Sequence[Request]) -> Iterator[Answer]:
         assert process.stdin is not None and process.stdout is not None
         lines = [(json.dumps(one) + "\n").encode() for one in requests]
-        process.stdin.write(b"".join(lines[:_AHEAD]))
+        process.stdin.write(b"".join(lines[:SLOTS]))
         for number in range(len(lines)):
             self._deadline = time.monotonic() + _SECONDS
             answer = self._read(process.stdout)
             self._deadline = math.inf
-            if later := lines[number + _AHEAD : number + _AHEAD + 1]:
+            if later := lines[number + SLOTS : number + SLOTS + 1]:
                 process.stdin.write(later[0])
             yield answer
 
     def _read(self, pipe: IO[bytes]) -> Answer:
         rows, columns, height, width, converted = HEAD.unpack(_exactly(pipe, HEAD.size).data)
+        slot, self._answered = self._answered % SLOTS, self._answered + 1
         if not rows:
             return RejectedImageError(_exactly(pipe, columns).tobytes().decode())
-        pixels = _exactly(pipe, rows * columns * 3).reshape(rows, columns, 3)
-        return Picture(height, width, bool(converted), pixels)
+        length = rows * columns * 3
+        kept = len(self._slots) and length <= SLOT
+        # copied before the next request, whose answer may come into that slot
+        pixels = self._slots[slot, :length].copy() if kept else _exactly(pipe, length)
+        return Picture(height, width, bool(converted), pixels.reshape(rows, columns, 3))
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         while process.returncode is None and process is self._process:
@@ -139,9 +150,11 @@ class _Worker:
             paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)  # it finds what we found
             single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # their stacks count as memory
             environment = {**os.environ, **single, "PYTHONPATH": paths}
+            handles = () if self._memory < 0 else (self._memory,)
+            self._answered = 0
             self._process = process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-                env=environment,
+                env=environment, pass_fds=handles,
                 start_new_session=True,  # Ctrl-C is for us: a worker that it ended would look like one that crashed
             )  # fmt: skip
             assert process.stdout is not None
@@ -156,7 +169,7 @@ class _Worker:
             if not ready and not self._closed:
                 self._end()
                 told = subprocess.run(
-                    self._command, input=b"", capture_output=True, env=environment, check=False
+                    self._command, input=b"", capture_output=True, env=environment, check=False, pass_fds=handles
                 ).stderr.decode(errors="replace")
                 why = told.strip().rpartition("\n")[2] or "they end at once"
                 raise UserError(f"decoder processes do not start here: {why}")
@@ -180,11 +193,11 @@ class Scaled:
 def decode_all(
     requests: Iterable[Request], size: int, crop: str, *, workers: int | None = None
 ) -> Generator[tuple[Request, Scaled | RejectedImageError]]:
-    """Every request with its answer, in order; `workers` processes, one more than there are cores where None.
+    """Every request with its answer, in order; `workers` processes, as many as there are cores where None.
 
     Raises UserError where processes cannot be started.
     """
-    count = workers or _cores() + 1  # one waits while its pictures are scaled
+    count = workers or _cores()
     waiting, iterator = deque[tuple[list[Request], Future[list[Scaled | RejectedImageError]]]](), iter(requests)
     free: deque[_Worker] = deque(_Worker(crop) for _ in range(count))
 
