@@ -10,7 +10,7 @@ endif
 CONSTRAINTS := $(if $(TORCH),constraints-torch27.txt,constraints.txt)
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup
 
-.PHONY: train test test-slow check bench venv format constraints clean
+.PHONY: train test test-slow test-compat check bench venv format constraints clean
 
 train: $(VENV)/.core
 	$(BIN)/python -m fastbegan train
@@ -20,6 +20,15 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow
+
+# The core of the suite in a second environment, with the torch and the Triton for P100 and for old drivers.
+COMPAT := .venv-torch27
+CORE := tests/kernels tests/test_models.py tests/test_objective.py tests/test_step.py tests/test_step_modes.py \
+	tests/test_equilibrium.py tests/test_graph.py tests/test_checkpoint.py tests/test_train.py tests/test_device.py \
+	tests/test_doctor.py tests/test_ranks.py tests/data/test_loader.py
+test-compat:
+	@$(MAKE) --no-print-directory VENV=$(COMPAT) TORCH=2.7.1 $(COMPAT)/.dev
+	$(COMPAT)/bin/python -m pytest -q -n auto --dist loadgroup -m "not slow" $(CORE)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -62,4 +71,4 @@ constraints:
 	echo "torch==2.7.1" | $(RESOLVE) --extra dali-cu12 -c - -o constraints-torch27.txt
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache dist build
+	rm -rf $(VENV) $(COMPAT) .pytest_cache .ruff_cache dist build

@@ -6,9 +6,12 @@ temporary name, flushed, and renamed; loading verifies the manifest and passes o
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 
 from .errors import UserError
 from .files import read_json, sha256, sync_folder, write_json
+from .ranks import Ranks
 
 _STATE, _MANIFEST, _TEMPORARY = "state.pt", "manifest.json", ".writing-"
 
@@ -94,3 +98,47 @@ def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
     if found:
         raise UserError(f"every checkpoint in {folder} is damaged; start again with another --out")
     return None
+
+
+def load_for_all(folder: Path, device: torch.device, ranks: Ranks) -> dict[str, Any] | None:
+    """`load_latest` of the first rank, for all of them: the others may not even see its folder."""
+    if ranks.alone:
+        return load_latest(folder, device)
+    file = io.BytesIO()
+    if ranks.first and (state := load_latest(folder, torch.device("cpu"))) is not None:
+        torch.save(state, file)
+    data = ranks.bytes_from_first(file.getvalue())
+    return torch.load(io.BytesIO(data), map_location=device, weights_only=True) if data else None
+
+
+def copied(value: Any) -> Any:
+    """Tensors, dicts and lists with copies of all tensors, on the CPU: what is written while training goes on."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu() if value.is_cuda else value.detach().clone()
+    if isinstance(value, dict):
+        return {name: copied(one) for name, one in value.items()}
+    return [copied(one) for one in value] if isinstance(value, list) else value
+
+
+class Writer:
+    """Writes in the background, one thing after another. What goes wrong is raised by the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[object] | None = None
+
+    def begin(self, write: Callable[[], object]) -> None:
+        """Have `write` called, once the one before is done."""
+        self.finish()
+        self._last = self._pool.submit(write)
+
+    def check(self) -> None:
+        """Raise what went wrong so far."""
+        if self._last is not None and self._last.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the last one."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()

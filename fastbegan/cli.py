@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
+import os
 import sys
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, subcommand
@@ -38,8 +39,7 @@ class Train:
     def run(self) -> int:
         from .train import train
 
-        out = self.out or _new_run_folder(self.preset)
-        return train(RunConfig(self.preset, self.model, self.train), out, resume=self.resume == "auto")
+        return train(RunConfig(self.preset, self.model, self.train), self.out, resume=self.resume == "auto")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class DataPack:
     max_bad: float = 1.0
     """Percentage of broken files above which nothing is packed."""
     workers: int | None = None
-    """Processes that decode. Default: one more than there are cores."""
+    """Processes that decode. Default: as many as there are cores."""
 
     def run(self) -> int:
         from .data.tools import pack
@@ -160,7 +160,7 @@ class DataCheck:
     crop: str = "center"
     """As for pack."""
     workers: int | None = None
-    """Processes that decode. Default: one more than there are cores."""
+    """Processes that decode. Default: as many as there are cores."""
 
     def run(self) -> int:
         from .data.tools import check
@@ -253,12 +253,16 @@ class BenchPlan:
     """Nets and number of images."""
     gpu: str = "all"
     """p100, v100, a100, h100, b200, or all."""
-    gpus: int = 1
-    """How many."""
+    gpus: str = "1"
+    """How many; several numbers with commas between, to see how far it scales: 1,8,64,512."""
     batch_size: int | None = None
     """Images a card and step. Default: the preset's."""
     share: float | None = None
     """Share of the card's peak that a step reaches. Default: as measured on such a card, else an assumed one."""
+    link: Literal["nvlink", "pcie"] = "nvlink"
+    """What joins the cards of a node."""
+    network: float = 100.0
+    """Gb/s of a node's link to the others."""
     results: Path = Path("bench/results")
     """Where measured shares are looked for."""
     json: bool = False
@@ -274,26 +278,25 @@ class BenchPlan:
             preset.model,
             dataclasses.replace(preset.train, batch_size=batch_size),
             gpu=self.gpu,
-            gpus=self.gpus,
+            gpus=_counts(self.gpus),
             share=self.share,
+            link=self.link,
+            network=self.network,
             folder=self.results,
             as_json=self.json,
         )
+
+
+def _counts(text: str) -> list[int]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise UserError(f"gpus is {text!r}; accepted: whole numbers from 1, with commas between")
+    return [int(part) for part in text.split(",")]
 
 
 def _preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UserError(f"preset is {name!r}; accepted: {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def _new_run_folder(preset: str) -> Path:
-    stem = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
-    path, number = stem, 1
-    while path.exists():
-        number += 1
-        path = stem.with_name(f"{stem.name}-{number}")
-    return path
 
 
 def _train_defaults(arguments: list[str]) -> Train:
@@ -331,41 +334,56 @@ def _check_environment() -> None:
         raise UserError(str(error)) from None
 
 
+def _parse(arguments: list[str]) -> Any:
+    bench = (
+        Annotated[BenchStep, subcommand("step")]
+        | Annotated[BenchReport, subcommand("report")]
+        | Annotated[BenchPlan, subcommand("plan")]
+    )
+    data = (
+        Annotated[DataPack, subcommand("pack")]
+        | Annotated[DataCheck, subcommand("check")]
+        | Annotated[DataInfo, subcommand("info")]
+    )
+    return tyro.cli(
+        Annotated[Train, subcommand("train", default=_train_defaults(arguments))]
+        | Annotated[Sample, subcommand("sample")]
+        | Annotated[Info, subcommand("info")]
+        | Annotated[Doctor, subcommand("doctor")]
+        | Annotated[data, subcommand("data", description="Pack images, check them, look into a pack.")]  # pyright: ignore
+        | Annotated[bench, subcommand("bench", description="Measure, and read what was measured.")],  # pyright: ignore
+        prog="fastbegan",
+        description="BEGAN: train it, draw with it.",
+        args=arguments,
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for bad input, others as `train` says."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    speaks = os.environ.get("RANK", "0") == "0"  # of several ranks, one says what all see
+    command = None
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            _check_environment()
-            bench = (
-                Annotated[BenchStep, subcommand("step")]
-                | Annotated[BenchReport, subcommand("report")]
-                | Annotated[BenchPlan, subcommand("plan")]
-            )
-            data = (
-                Annotated[DataPack, subcommand("pack")]
-                | Annotated[DataCheck, subcommand("check")]
-                | Annotated[DataInfo, subcommand("info")]
-            )
-            command = tyro.cli(
-                Annotated[Train, subcommand("train", default=_train_defaults(arguments))]
-                | Annotated[Sample, subcommand("sample")]
-                | Annotated[Info, subcommand("info")]
-                | Annotated[Doctor, subcommand("doctor")]
-                | Annotated[data, subcommand("data", description="Pack images, check them, look into a pack.")]  # pyright: ignore
-                | Annotated[bench, subcommand("bench", description="Measure, and read what was measured.")],  # pyright: ignore
-                prog="fastbegan",
-                description="BEGAN: train it, draw with it.",
-                args=arguments,
-            )
+            warnings.showwarning = _show_warning if speaks else _ignore_warning
+            with contextlib.ExitStack() as stack:
+                if not speaks:
+                    for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+                        stack.enter_context(redirect(io.StringIO()))
+                _check_environment()
+                command = _parse(arguments)
             return command.run()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks or command is not None:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _ignore_warning(*_: object, **__: object) -> None:
+    pass
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

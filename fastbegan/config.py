@@ -21,6 +21,9 @@ STANDARD_WIDTHS: dict[int, tuple[int, ...]] = {
 }
 
 
+_PAPER_BATCH = 16  # §4.1
+
+
 def _require(ok: bool, field: str, value: object, accepted: str) -> None:
     if not ok:
         raise UserError(f"{field} is {value!r}; accepted: {accepted}")
@@ -96,7 +99,7 @@ class TrainConfig:
     """Where batches come from: the packed set in the GPU's memory, the packed file, or the files themselves, by DALI
     or torch's DataLoader. auto: resident where it fits, else packed."""
     workers: int | None = None
-    """Processes or threads that decode files. Default: one more than there are cores to pack, 2 to train."""
+    """Processes or threads that decode files. Default: as many as there are cores to pack, 2 to train."""
     prefetch: int = 2
     """Batches that the loaders dali and torch have ready."""
     images: int | None = None
@@ -106,7 +109,9 @@ class TrainConfig:
     minutes: float | None = None
     """Stop after this many minutes of training in all."""
     batch_size: int = 16
-    """Images a step."""
+    """Images a step, of all ranks together."""
+    accumulate: int = 1
+    """Parts in which a rank takes its images of a step, one after another: less memory, the same step."""
     gamma: float = 0.5
     """Diversity ratio E[L(G(z))] / E[L(x)] (§3.3)."""
     lambda_k: float = 1e-3
@@ -117,6 +122,8 @@ class TrainConfig:
     """Adam's learning rate at the start."""
     lr_floor: float = 2e-5
     """Halving stops here."""
+    scaling: Literal["none", "sqrt", "linear"] = "none"
+    """How lr, lr_floor and lambda_k, which are meant for 16 images a step, grow with batch_size / 16."""
     lr_window: int = 8000
     """Halve the learning rate when the mean of M over this many steps did not fall; 0 for never."""
     passes: Literal["single-pass", "joint", "textbook"] = "single-pass"
@@ -153,6 +160,10 @@ class TrainConfig:
     """Checkpoints kept, at least 2."""
     tensorboard: bool = False
     """Write TensorBoard events too."""
+    rank_timeout: float = 60.0
+    """Seconds that one of several ranks may keep the others waiting before the run ends and names it."""
+    requeue_code: int = 0
+    """Exit code of a run that SIGTERM or SIGUSR1 ended before its end, for schedulers that start such runs again."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.gamma <= 1, "gamma", self.gamma, "0 to 1")
@@ -161,6 +172,11 @@ class TrainConfig:
         _require(self.workers is None or self.workers >= 1, "workers", self.workers, "whole numbers from 1")
         _require(self.prefetch >= 1, "prefetch", self.prefetch, "whole numbers from 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "whole numbers from 1")
+        _require(self.accumulate >= 1, "accumulate", self.accumulate, "whole numbers from 1")
+        divisible = self.batch_size % self.accumulate == 0
+        _require(divisible, "batch_size", self.batch_size, f"multiples of accumulate, {self.accumulate}")
+        _require(self.rank_timeout >= 1, "rank_timeout", self.rank_timeout, "numbers from 1")
+        _require(0 <= self.requeue_code <= 255, "requeue_code", self.requeue_code, "0 to 255")
         _require(self.lr > 0, "lr", self.lr, "numbers above 0")
         _require(self.lr_floor >= 0, "lr_floor", self.lr_floor, "numbers from 0")
         _require(self.lambda_k >= 0, "lambda_k", self.lambda_k, "numbers from 0")
@@ -177,12 +193,18 @@ class TrainConfig:
             value = getattr(self, field)
             _require(value is None or value > 0, field, value, "numbers above 0")
 
+    @property
+    def scale(self) -> float:
+        """Factor of `lr`, `lr_floor` and `lambda_k` for this batch (Goyal et al. 2017; Krizhevsky 2014)."""
+        more = self.batch_size / _PAPER_BATCH
+        return {"none": 1.0, "sqrt": more**0.5, "linear": more}[self.scaling]
+
 
 # may differ between a run and its continuation: they change how long, where and how often, not what is learned
 # `data` because the images' checksum says whether they are the same elsewhere, `lr` because a lower one cures NaN
 FREE_ON_RESUME = frozenset(
     "images steps minutes data max_bad loader workers prefetch lr device passes compile cuda_graph recompute "
-    "log_every sample_every checkpoint_every keep tensorboard".split()
+    "log_every sample_every checkpoint_every keep tensorboard accumulate rank_timeout requeue_code".split()
 )
 
 

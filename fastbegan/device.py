@@ -20,16 +20,21 @@ _COMPILE_PAYS = 600.0  # seconds of a run that a cold compilation of 20 to 60 s 
 _CPU_BF16 = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # cpuinfo's names, x86 and Arm
 
 
-def pick_device(wanted: str) -> tuple[torch.device, str]:
+def pick_device(wanted: str, local: int | None = None) -> tuple[torch.device, str]:
     """The device to run on and one line about it. `auto` falls back to the CPU and says why.
 
-    Raises UserError for an unknown name, and for a GPU that was asked for by name and does not work.
+    Of several ranks, the `local`-th on its machine has the GPU of that number. Raises UserError for an unknown name,
+    and for a GPU that was asked for by name and does not work.
     """
     if wanted == "cpu":
         return torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads"
     if wanted != "auto" and wanted.partition(":")[0] != "cuda":
         raise UserError(f"device is {wanted!r}; accepted: auto, cpu, cuda, cuda:N")
     name = "cuda" if wanted == "auto" else wanted
+    if local is not None:
+        if ":" in wanted:
+            raise UserError(f"device is {wanted!r}; accepted with several ranks: auto, cpu, cuda (each has its own)")
+        name = f"cuda:{local}"
     problem = gpu_problem(name)
     if problem is None:
         device = torch.device(name)

@@ -36,6 +36,7 @@ def doctor(*, device: str, precision: str, filters: int, size: int, batch_size: 
         ("device", line),
         ("precision", f"{used}{' (as nothing else was asked for)' if precision == 'auto' else ''}"),
         ("software", f"Python {platform.python_version()}, {tuning.environment(where)}"),
+        *([("kernels", tier(where))] if where.type == "cuda" else []),
         ("asked for", f"FASTBEGAN_IMPL={os.environ.get('FASTBEGAN_IMPL') or '(unset: automatic)'}"),
         ("choices in", str(tuning.cache_file())),
     ]
@@ -47,6 +48,16 @@ def doctor(*, device: str, precision: str, filters: int, size: int, batch_size: 
         table.add_row(*row)
     Console().print(table)
     return 0
+
+
+def tier(device: torch.device) -> str:
+    """What kinds of kernels a GPU has, and why not more."""
+    major, minor = torch.cuda.get_device_capability(device)
+    chip = f"sm_{major}{minor}"
+    if major < 8:
+        return f"{chip}: layers by cuDNN on folded weights, since the fused ones need sm_80; pointwise ops in Triton"
+    loads = "by descriptors (TMA) or pointers" if major >= 9 else "by pointers, since descriptors (TMA) need sm_90"
+    return f"{chip}: fused layers in Triton, loading {loads}, or cuDNN on folded weights, whichever is faster"
 
 
 def doctor_preset(model: ModelConfig, train: TrainConfig, *, device: str, precision: str) -> int:

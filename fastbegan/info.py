@@ -28,6 +28,10 @@ class StepCost:
 
     parameters: int
     flops: int
+    generator: int
+    """Parameters of G alone."""
+    after_generator: int
+    """FLOPs that are still to be done when G's gradients are complete, and can travel between ranks."""
     kept: int
     """Bytes of activations that the step keeps for its backward passes at its fullest, an image of the batch."""
     memory: int
@@ -50,11 +54,13 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
             for net in (generator, discriminator):
                 net.to(dtype)
             real, z = real.to(dtype), z.to(dtype)
+        ledger, counter = _Ledger(), FlopCounterMode(display=False)
+        done: dict[torch.nn.Module, int] = {}  # FLOPs until a net's gradients were complete
         objective = OBJECTIVES[train.passes](
-            generator, discriminator, eta=train.eta, dtype=None if textbook else dtype
+            generator, discriminator, eta=train.eta, dtype=None if textbook else dtype,
+            ready=lambda net: done.update({net: counter.get_total_flops()}),
         )  # fmt: skip
-        ledger = _Ledger()
-        with FlopCounterMode(display=False) as counter, ledger:
+        with counter, ledger:
             if train.updates == "simultaneous" and train.latents == "shared":
                 objective.shared(real, z, torch.zeros(()))
             else:
@@ -65,7 +71,9 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
     weights = 4 * (5 * count_parameters(generator) + 4 * count_parameters(discriminator))
     packed = 2 * (dtype or torch.float32).itemsize * parameters  # and their gradients
     kept = ledger.peak // train.batch_size
-    return StepCost(parameters, counter.get_total_flops(), kept, weights + packed + 2 * real.nbytes + ledger.peak)
+    flops = counter.get_total_flops()
+    memory = weights + packed + 2 * real.nbytes + ledger.peak
+    return StepCost(parameters, flops, count_parameters(generator), flops - done[generator], kept, memory)
 
 
 class _Ledger(saved_tensors_hooks):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Objective(ABC):
     `dtype` is the compute type of both nets (None: that of their weights). Images are [N, 3, H, W] in [-1, 1]; all but
     the textbook compare them in the compute type with what D makes of them. Losses are means over the batch, float32
     (float64 for float64 nets), without their graph. Gradients are scaled by `loss_scale` where one is given.
-    `compile_mode` is torch.compile's, None for none.
+    `compile_mode` is torch.compile's, None for none. `ready` is called with a net once its gradients are complete.
     """
 
     def __init__(
@@ -54,8 +54,9 @@ class Objective(ABC):
         dtype: torch.dtype | None = None,
         loss_scale: Tensor | None = None,
         compile_mode: str | None = None,
+        ready: Callable[[nn.Module], None] = lambda net: None,
     ) -> None:
-        self.eta, self.dtype, self.loss_scale = eta, dtype, loss_scale
+        self.eta, self.dtype, self.loss_scale, self.ready = eta, dtype, loss_scale, ready
         self.generator, self.discriminator = generator, discriminator
         self.compiled = compile_mode is not None
         nets = self._nets()
@@ -101,8 +102,10 @@ class Textbook(Objective):
         fake = self._run(self.generate, z)
         loss_real, loss_fake = self._loss(real), self._loss(fake.detach())
         self._backward(loss_real - k * loss_fake)
+        self.ready(self.discriminator)
         with frozen(self.discriminator):
             self._backward(self._loss(fake))
+        self.ready(self.generator)
         return loss_real.detach(), loss_fake.detach()
 
     def for_discriminator(self, real: Tensor, z: Tensor, k: Tensor) -> Tensor:
@@ -110,12 +113,14 @@ class Textbook(Objective):
             fake = self._run(self.generate, z)
         loss_real = self._loss(real)
         self._backward(loss_real - k * self._loss(fake))
+        self.ready(self.discriminator)
         return loss_real.detach()
 
     def for_generator(self, z: Tensor) -> Tensor:
         with frozen(self.discriminator):
             loss = self._loss(self._run(self.generate, z))
             self._backward(loss)
+        self.ready(self.generator)
         return loss.detach()
 
     def _loss(self, images: Tensor) -> Tensor:
@@ -139,7 +144,10 @@ class Leaves:
     would unfold the gradients of each.
     """
 
-    def __init__(self, net: Generator | Discriminator, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, net: Generator | Discriminator, dtype: torch.dtype | None, ready: Callable[[nn.Module], None]
+    ) -> None:
+        self._net, self._ready = net, ready
         self._parameters = list(net.parameters())
         self._made = net.pack(dtype)
         self.weights = self.another()
@@ -177,6 +185,7 @@ class Leaves:
         """Make `gradients`, as `of_parameters` returns them, the parameters'."""
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
+        self._ready(self._net)
 
 
 class SinglePass(Objective):
@@ -230,7 +239,9 @@ class SinglePass(Objective):
         return _minus(on_d.of_parameters(of_real), k, on_d.of_parameters(of_fake))
 
     def _leaves(self) -> tuple[Leaves, Leaves]:
-        return Leaves(self.generator, self.dtype), Leaves(self.discriminator, self.dtype)
+        nets = self.generator, self.discriminator
+        on_g, on_d = (Leaves(net, self.dtype, self.ready) for net in nets)
+        return on_g, on_d
 
     def _pass(
         self, images: Tensor, weights: Sequence[Packed], *, to_images: bool = False

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from .errors import UserError
 
 _PLAIN_SECONDS = 10.0  # between plain lines
 
@@ -21,8 +24,9 @@ def duration(seconds: float) -> str:
 class Report:
     """Messages and progress on standard output. Use as a context manager, so that the live line is closed."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, *, quiet: bool = False) -> None:
+        """`quiet` for ranks that say nothing."""
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._live: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last = float("-inf")
@@ -81,4 +85,15 @@ class Report:
             self._live.update(self._tasks[what], completed=fraction, note=note)
         elif last or self._due():
             self._last = time.monotonic()
-            self.say(f"{what}  {note}")
+            self.say(f"{time.strftime('%H:%M:%S')}  {what}  {note}")
+
+
+def summary_writer() -> Any:
+    """TensorBoard's class; raises UserError where it is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its protobuf warns about itself
+            from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard: pip install 'fastbegan[tensorboard]'") from None
+    return SummaryWriter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,15 @@ class RunFolder:
     def sheet_file(self, step: int) -> Path:
         return self.samples / f"{step:09d}.png"
 
-    def write_weights(self, generator: torch.nn.Module, discriminator: torch.nn.Module) -> None:
-        """The averaged generator and the discriminator as safetensors, float32, plain nn.Conv2d layout."""
-        for path, net in ((self.generator_file, generator), (self.discriminator_file, discriminator)):
-            state = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+    def write_weights(self, modules: dict[str, torch.Tensor]) -> None:
+        """The averaged generator and the discriminator as safetensors, float32, nn.Conv2d's layout.
+
+        `modules` is `TrainStep.state_dict()`.
+        """
+        for path, prefix in ((self.generator_file, "average."), (self.discriminator_file, "discriminator.")):
+            found = {name.removeprefix(prefix): value for name, value in modules.items() if name.startswith(prefix)}
             with atomic(path) as file:
-                file.write(save(state))
+                file.write(save({name: value.detach().cpu().contiguous() for name, value in found.items()}))
 
     def load_generator(self, device: torch.device | str = "cpu") -> Generator:
         """The averaged generator, ready to sample. Raises UserError where there is none or it does not fit."""
@@ -125,6 +129,16 @@ class RunFolder:
         except Exception as error:  # safetensors raises its own types, load_state_dict RuntimeError
             raise UserError(f"{self.generator_file} does not fit {self.config_file}: {error}") from None
         return generator.to(device=device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
+
+
+def new_run_folder(preset: str) -> Path:
+    """A folder under runs/ that does not exist yet."""
+    stem = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
+    path, number = stem, 1
+    while path.exists():
+        number += 1
+        path = stem.with_name(f"{stem.name}-{number}")
+    return path
 
 
 def check_resumable(stored: RunConfig, wanted: RunConfig, folder: Path) -> None:

@@ -45,6 +45,20 @@ def save_png(path: Path, picture: np.ndarray | Image.Image) -> None:
         image.save(file, "PNG")
 
 
+_ANIMATION_FRAMES = 60
+
+
+def save_animation(path: Path, sheets: Sequence[Path]) -> None:
+    """The generated images of training sheets, in this order, as a GIF; nothing for no sheets."""
+    stride = max(1, -(-len(sheets) // _ANIMATION_FRAMES))
+    frames = []
+    for sheet_path in sheets[::-1][::stride][::-1]:  # evenly spaced, the newest always among them
+        with Image.open(sheet_path) as sheet:
+            frames.append(generated_band(sheet.convert("RGB")))
+    if frames:
+        save_gif(path, frames, milliseconds=250)
+
+
 def save_gif(path: Path, frames: Sequence[np.ndarray | Image.Image], milliseconds: int) -> None:
     """Write a looping GIF atomically; the last frame stays a second longer."""
     images = [Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame for frame in frames]

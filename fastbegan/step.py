@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .bucket import Bucket
 from .config import TrainConfig
 from .equilibrium import Equilibrium
 from .models import Discriminator, Generator
 from .objective import OBJECTIVES, Objective
+from .ranks import Ranks
 from .reading import Reading
 
 # fp16 only: scale of the losses so that small gradients do not vanish, as torch.amp.GradScaler starts it
@@ -28,10 +30,14 @@ FIRST_LOSS_SCALE, _GROW_AFTER = 2.0**16, 2000
 class TrainStep(nn.Module):
     """State and work of one step. Call it with a batch in [-1, 1] and one draw of z for each player.
 
-    `number` [] int64 counts the steps, over resumed runs too: during a step it is that step's, from 1.
+    `number` [] int64 counts the steps, over resumed runs too: during a step it is that step's, from 1. Of several ranks
+    each takes its part of the batch, and all do the same step: gradients and losses are means over all parts. `wish` is
+    what this rank wants all to know (0 or 1), `wished` what at least one of them wanted in the step before.
     """
 
     number: Tensor
+    wish: Tensor
+    wished: Tensor
     found_bad: Tensor
     bad_step: Tensor
     loss_scale: Tensor
@@ -44,24 +50,31 @@ class TrainStep(nn.Module):
         config: TrainConfig,
         dtype: torch.dtype | None = None,
         compile_mode: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """`dtype` is the compute type of both nets (None: that of their weights). Updates the nets in place.
 
-        `compile_mode` is torch.compile's for the passes through the nets, None for none.
+        `compile_mode` is torch.compile's for the passes through the nets, None for none. The batch of a rank is taken
+        in `config.accumulate` parts.
         """
         super().__init__()
-        self.config = config
+        self.config, self.ranks = config, ranks or Ranks()
         self.generator, self.discriminator = generator, discriminator
         self.average = copy.deepcopy(generator).requires_grad_(False)
         self.dtype = dtype
         self.device = device = next(generator.parameters()).device
-        self.equilibrium = Equilibrium(config.gamma, config.lambda_k).to(device)
+        self.equilibrium = Equilibrium(config.gamma, config.lambda_k * config.scale).to(device)
         self.register_buffer("number", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("found_bad", torch.zeros((), device=device))  # 1.0 from the first step that was not finite
         self.register_buffer("bad_step", torch.full((), -1, dtype=torch.int64, device=device))
         scale = FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0
         self.register_buffer("loss_scale", torch.full((), scale, device=device))
         self.register_buffer("good_steps", torch.zeros((), device=device))
+        for name in ("wish", "wished"):
+            self.register_buffer(name, torch.zeros((), device=device), persistent=False)
+        self._buckets: dict[nn.Module, Bucket] = {}
+        if not self.ranks.alone or config.accumulate > 1:
+            self._buckets = {net: Bucket(net, self.ranks, config.accumulate) for net in (generator, discriminator)}
         discriminator.encoder.recompute = config.recompute
         self.objective = self._objective(compile_mode)
         self.optimizer_d = self._adam(discriminator)
@@ -76,11 +89,16 @@ class TrainStep(nn.Module):
             dtype=self.dtype,
             loss_scale=loss_scale,
             compile_mode=compile_mode,
+            ready=self._collect,
         )
+
+    def _collect(self, net: nn.Module) -> None:
+        if net in self._buckets:
+            self._buckets[net].collect()
 
     def _adam(self, net: nn.Module) -> torch.optim.Adam:
         # lr is a tensor, so that changing it needs no new graph; fused, so that found_inf can hold a step back
-        lr = torch.tensor(self.config.lr, device=self.device)
+        lr = torch.tensor(self.config.lr * self.config.scale, device=self.device)
         return torch.optim.Adam(net.parameters(), lr=lr, fused=True, capturable=self.device.type == "cuda")
 
     def describe(self) -> str:
@@ -99,36 +117,58 @@ class TrainStep(nn.Module):
         self._fade()
         k = self.equilibrium.k
         if self.config.updates == "alternating":
-            (loss_real,) = self._gradients(lambda how: (how.for_discriminator(real, z_d, k),))
-            held_back = self._update(loss_real, self.optimizer_d)
-            (loss_fake,) = self._gradients(lambda how: (how.for_generator(z_g),))
-            skip = self._update(loss_fake, self.optimizer_g) | held_back
+            (loss_real,) = self._gradients(lambda how, x, z: (how.for_discriminator(x, z, k),), real, z_d)
+            held_back = self._update(loss_real, self.discriminator)
+            (loss_fake,) = self._gradients(lambda how, z: (how.for_generator(z),), z_g)
+            skip = self._update(loss_fake, self.generator) | held_back
         else:
             if self.config.latents == "independent":
-                loss_real, loss_fake = self._gradients(lambda how: how.independent(real, z_d, z_g, k))
+                loss_real, loss_fake = self._gradients(
+                    lambda how, x, z, other: how.independent(x, z, other, k), real, z_d, z_g
+                )
             else:
-                loss_real, loss_fake = self._gradients(lambda how: how.shared(real, z_d, k))
-            skip = self._update(loss_real + loss_fake, self.optimizer_d, self.optimizer_g)
+                loss_real, loss_fake = self._gradients(lambda how, x, z: how.shared(x, z, k), real, z_d)
+            skip = self._update(loss_real + loss_fake, self.discriminator, self.generator)
         self.equilibrium.update(loss_real, loss_fake, skip)
-        self._move_average(real.shape[0], skip)
+        self._move_average(real.shape[0] * self.ranks.world, skip)
         self._rescale(skip)
 
-    def _gradients(self, compute: Callable[[Objective], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Losses, with gradients on the nets; without torch.compile from then on if that fails."""
+    def _gradients(self, compute: Callable[..., tuple[Tensor, ...]], *batch: Tensor) -> tuple[Tensor, ...]:
+        """Losses, with gradients on the nets or in their buckets: means over the parts of the batch and over ranks."""
+        losses = self._of_parts(compute, batch)
+        if self.ranks.alone:
+            return losses
+        told = torch.stack((*losses, self.wish.to(losses[0].dtype)))
+        self.ranks.begin_sum(told).land()
+        self.wished.copy_(told[-1])
+        return told[:-1].div(self.ranks.world).unbind()
+
+    def _of_parts(self, compute: Callable[..., tuple[Tensor, ...]], batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """This rank's losses; without torch.compile from then on if that fails."""
         for optimizer in (self.optimizer_d, self.optimizer_g):
             optimizer.zero_grad(set_to_none=True)
+        for bucket in self._buckets.values():
+            bucket.begin()
+        parts = self.config.accumulate
         try:
-            return compute(self.objective)
+            found = [
+                compute(self.objective, *part) for part in zip(*(value.chunk(parts) for value in batch), strict=True)
+            ]
+            return found[0] if parts == 1 else tuple(torch.stack(one).mean() for one in zip(*found, strict=True))
         except Exception as error:  # Dynamo, Inductor and the C++ compiler raise many types
             if not self.objective.compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"torch.compile failed, going on without it: {reason}", stacklevel=3)
             self.objective = self._objective(None)
-            return self._gradients(compute)
+            return self._of_parts(compute, batch)
 
-    def _update(self, loss: Tensor, *optimizers: torch.optim.Adam) -> Tensor:
+    def _update(self, loss: Tensor, *nets: nn.Module) -> Tensor:
         """Apply the gradients unless one of them, or anything before, was not finite; returns whether held back."""
+        for net in nets:
+            if net in self._buckets:
+                self._buckets[net].finish()
+        optimizers = [self.optimizer_d if net is self.discriminator else self.optimizer_g for net in nets]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         if self.dtype == torch.float16:
@@ -194,6 +234,16 @@ class TrainStep(nn.Module):
             "optimizer_g": self.optimizer_g.state_dict(),
         }
 
+    def fingerprint(self) -> int:
+        """A checksum of all that the next step depends on: the same on every rank."""
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for tensor in _tensors(self.training_state()):
+            words = torch.int32 if tensor.element_size() % 4 == 0 else torch.uint8
+            values = tensor.detach().to(self.device).reshape(-1).view(words).long()
+            odd = torch.arange(1, 2 * len(values), 2, device=self.device)  # so that order counts
+            total = total * 31 + (values * odd).sum()
+        return int(total.item())
+
     def load_training_state(self, state: dict[str, Any]) -> None:
         """The inverse of `training_state`."""
         self.load_state_dict(state["modules"])
@@ -202,3 +252,11 @@ class TrainStep(nn.Module):
         for optimizer in (self.optimizer_d, self.optimizer_g):
             for group in optimizer.param_groups:
                 group["capturable"] = self.device.type == "cuda"  # the state may come from another device
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)

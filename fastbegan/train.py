@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import signal
 import time
-import types
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 
 from fastbegan_kernels import normalize_images, tuning
 
-from .checkpoint import load_latest, save_checkpoint
+from .checkpoint import Writer, copied, load_for_all, save_checkpoint
 from .counter import Z_D, Z_G, latents
 from .data.choose import open_loader
 from .data.source import absolute
@@ -28,64 +26,51 @@ from .health import HealthMonitor
 from .info import run_seconds
 from .models import build, count_parameters
 from .plots import save_curves
+from .ranks import LostContactError, Ranks, RanksDifferError
 from .reading import Reading
-from .report import Report
-from .run import RunConfig, RunFolder, check_resumable
+from .report import Report, summary_writer
+from .run import RunConfig, RunFolder, check_resumable, new_run_folder
 from .samples import (
     COLUMNS,
     ROWS,
     diversity,
-    generated_band,
-    save_gif,
+    save_animation,
     save_png,
     sheet_latents,
     training_sheet,
 )
 from .step import TrainStep
+from .stop import StopRequest
 
-# exit codes; 0 is a run that ended by itself or was asked to by the system
-STOPPED_BY_USER, NOT_FINITE = 130, 3
-_ANIMATION_FRAMES = 60
-
-
-class StopRequest:
-    """SIGINT, SIGTERM and SIGUSR1 ask for an end at the next step boundary; a second signal ends at once.
-
-    While `patient` is False (nothing is there to be saved yet), the first one ends at once too, by KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.patient = False
-
-    def __enter__(self) -> StopRequest:
-        names = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last does not exist on Windows
-        self._previous = {s: signal.signal(s, self._handle) for n in names if (s := getattr(signal, n, None))}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if not self.patient or self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
+# exit codes; 0 is a run that ended by itself or was asked to by the system, 4 one that lost a rank (watch.LOST)
+STOPPED_BY_USER, NOT_FINITE, RANKS_DIFFER = 130, 3, 5
+_SETTLED = 4  # steps after the first: by then all has compiled
 
 
 class Training:
     """One run, from its config to its folder. `run` does it all; the other methods are its parts."""
 
-    def __init__(self, config: RunConfig, out: Path, *, resume: bool, report: Report) -> None:
-        """Open or create the run folder, load data, nets and the newest checkpoint. Raises UserError."""
+    def __init__(
+        self, config: RunConfig, out: Path, *, resume: bool, report: Report, ranks: Ranks | None = None
+    ) -> None:
+        """Open or create the run folder, load data, nets and the newest checkpoint. Raises UserError.
+
+        Of several ranks only the first touches the folder; the others take from it what they need.
+        """
+        self.ranks = ranks = ranks or Ranks()
         train = config.train
         if train.images is train.steps is train.minutes is None:
             raise UserError("no length was given; accepted: at least one of images, steps, minutes")
-        summary_writer = _summary_writer() if train.tensorboard else None
+        if train.batch_size % (ranks.world * train.accumulate):
+            parts = f"multiples of {ranks.world} ranks times accumulate, {train.accumulate}"
+            raise UserError(f"batch_size is {train.batch_size}; accepted: {parts}")
+        events = summary_writer() if train.tensorboard and ranks.first else None
         if train.deterministic:
             make_deterministic()
-        self.device, device_line = pick_device(train.device)
+        self.device, device_line = pick_device(train.device, None if ranks.alone else ranks.local)
         precision, dtype = pick_precision(train.precision, self.device)
+        ranks.require_same("device", self.device.type)
+        ranks.require_same("precision", precision)
         seconds = run_seconds(config.model, train, self.device) if train.compile == "auto" else 0.0
         compile_mode, compile_line = pick_compile(train.compile, self.device, seconds)
         train = dataclasses.replace(
@@ -93,30 +78,37 @@ class Training:
         )  # what the run continues with elsewhere
         self.config = config = dataclasses.replace(config, train=train)
         self.report, self.folder = report, RunFolder(out)
-        stored = self._stored(resume)
-        self.loader, data_line, self.data = open_loader(train, config.model.size, self.device, report.preparing)
-        make_folder(out)
+        stored = ranks.from_first(self._stored(resume) if ranks.first else None)
+        self.loader, data_line, self.data = open_loader(
+            train, config.model.size, self.device, report.preparing, rank=ranks.rank, world=ranks.world
+        )
+        ranks.require_same("data", self.data)
         generator, discriminator = build(config.model, seed=train.seed, device=self.device)
-        self.step = TrainStep(generator, discriminator, train, dtype, compile_mode)
+        self.step = TrainStep(generator, discriminator, train, dtype, compile_mode, ranks)
         self.advance = GraphedStep(self._work, self.device, enabled=train.cuda_graph == "auto")
-        self.schedule = StallHalving(train.lr, train.lr_floor)
+        self.schedule = StallHalving(train.lr * train.scale, train.lr_floor * train.scale)
         self.health = HealthMonitor()
         self.done, self.images, self.seconds = 0, 0, 0.0  # totals over all sittings
         self._saved_step = -1
         self._waited = 0.0  # seconds for batches, since the last row of metrics
         self._row: tuple[Reading, dict[str, Any]] | None = None  # of metrics, on its way from the device
+        self._settling = _SETTLED + 1  # steps until all that compiles has compiled
+        self._heard: Reading | None = None  # whether a rank wanted to stop in the step before
+        self._writer = Writer()
         if stored is not None:
             self._resume(stored)
-        self.folder.write_config(config)  # not before all that could refuse to continue has agreed
-        make_folder(self.folder.samples)
-        self.folder.nonfinite_file.unlink(missing_ok=True)  # of an earlier sitting
-        self._fixed = self._sheet_inputs()
         self._tensorboard: Any = None
-        if summary_writer is not None:
-            self._tensorboard = summary_writer(str(out / "tensorboard"), purge_step=self.done + 1)
+        if ranks.first:
+            make_folder(self.folder.samples)
+            self.folder.write_config(config)  # not before all that could refuse to continue has agreed
+            self.folder.nonfinite_file.unlink(missing_ok=True)  # of an earlier sitting
+            self._fixed = self._sheet_inputs()
+            if events is not None:
+                self._tensorboard = events(str(out / "tensorboard"), purge_step=self.done + 1)
         parameters = count_parameters(generator, discriminator)
         size = f"{config.model.size} px, {parameters:,} parameters (D + G)"
-        report.say(f"device     {device_line}; {precision}")
+        many = "" if ranks.alone else f"; {ranks.world} ranks of {train.batch_size // ranks.world} images a step"
+        report.say(f"device     {device_line}; {precision}{many}")
         report.say(f"networks   {config.preset}: {size}; {train.updates} updates, {train.latents} z")
         graph_line = "the whole step one CUDA graph" if self.advance.enabled else "no CUDA graph"
         report.say(f"step       {self.step.describe()}; {compile_line}; {graph_line}")
@@ -134,7 +126,9 @@ class Training:
         while not last:
             self.advance_one()
             self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
-            last = self.fraction() >= 1 or stop.signal is not None  # decided once: a signal may come at any line below
+            self._writer.check()
+            self._settle()
+            last = self._is_last(stop)  # decided once: a signal may come at any line below
             if train.lr_window and self.done % train.lr_window == 0:
                 self.step.set_lr(self.schedule.update(equilibrium.read_window()))
             sheet_due = last or self.done % train.sample_every == 0 or self.done == train.log_every
@@ -144,7 +138,7 @@ class Training:
             finite = self._log(wait=log_due or waits)
             if not finite or (waits and self.step.found_bad.item()):
                 return self._stop_not_finite()
-            spread = self._sheet() if sheet_due else None
+            spread = self._sheet() if sheet_due and self.ranks.first else None
             if log_due:
                 self._begin_row(spread)
             else:
@@ -155,14 +149,35 @@ class Training:
                 before = time.monotonic()
                 self._checkpoint()
                 self._row_clock += time.monotonic() - before  # as for a sheet
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        self._finish()
-        return STOPPED_BY_USER if stop.signal == signal.SIGINT else 0
+        self.ranks.leave()
+        if self.ranks.first:
+            self._finish()
+        if stop.signal == signal.SIGINT:
+            return STOPPED_BY_USER
+        return 0 if self.fraction() >= 1 else train.requeue_code
+
+    def _is_last(self, stop: StopRequest) -> bool:
+        """Whether a total is reached or somebody asked to stop; all ranks answer alike."""
+        wish = stop.signal is not None or self.fraction() >= 1
+        if self.ranks.alone:
+            return wish
+        self.step.wish.fill_(wish)  # goes with the next step
+        heard, self._heard = self._heard, Reading(self.step.wished[None])
+        # clocks differ between ranks, counts do not
+        return self._fraction(None) >= 1 or (heard is not None and heard.values()[0] > 0)
+
+    def _settle(self) -> None:
+        """In the first steps of several ranks: all take the kernels that the first one found fastest."""
+        self._settling -= 1
+        if self._settling == _SETTLED and not self.ranks.alone:
+            tuning.adopt(self.device, self.ranks.from_first(tuning.choices(self.device)))
+        elif self._settling == 0:
+            self.ranks.settle()
 
     def advance_one(self) -> None:
         """One step, on the batch that is next."""
         begin = time.monotonic()
+        self.ranks.begin_step(self.done + 1)
         self.loader.prepare(self.images)
         self._waited += time.monotonic() - begin
         self.advance()
@@ -170,17 +185,22 @@ class Training:
 
     def fraction(self) -> float:
         """How much of the run is done, by the total that is nearest."""
+        return self._fraction(self.config.train.minutes)
+
+    def _fraction(self, minutes: float | None) -> float:
         train = self.config.train
-        shares = ((self.images, train.images), (self.done, train.steps), (self.seconds / 60, train.minutes))
-        return max(now / total for now, total in shares if total is not None)
+        shares = ((self.images, train.images), (self.done, train.steps), (self.seconds / 60, minutes))
+        return max((now / total for now, total in shares if total is not None), default=0.0)
 
     def _work(self) -> None:
         """One step from its counter alone: the batch and the latents are those of the images seen so far."""
         train, width = self.config.train, self.config.model.latent
         position = self.step.number * train.batch_size
-        z_d = z_g = latents(train.seed, Z_D, position, train.batch_size, width, self.device)
+        count = train.batch_size // self.ranks.world
+        mine = position + self.ranks.rank * count
+        z_d = z_g = latents(train.seed, Z_D, mine, count, width, self.device)
         if train.latents == "independent":
-            z_g = latents(train.seed, Z_G, position, train.batch_size, width, self.device)
+            z_g = latents(train.seed, Z_G, mine, count, width, self.device)
         self.step(self.loader.current(position), z_d, z_g)
 
     def _seconds_left(self) -> float:
@@ -193,12 +213,13 @@ class Training:
 
     def _log(self, *, wait: bool) -> bool:
         """Write the row that is on its way wherever rows go, if it is here or `wait`; False if it is not finite."""
-        if self._row is None or not (wait or self._row[0].arrived()):
+        # several ranks look at the same step, not whenever it has arrived
+        if self._row is None or not (wait or (self.ranks.alone and self._row[0].arrived())):
             return True
         (reading, facts), self._row = self._row, None
         *taken, found_bad = reading.values()
-        if found_bad:
-            return False
+        if found_bad or not self.ranks.first:
+            return not found_bad
         now, step, images = time.monotonic(), facts.pop("step"), facts.pop("images")
         seconds = max(now - self._row_clock, 1e-9)
         rate, waited = (images - self._row_images) / seconds, min(1.0, self._waited / seconds)
@@ -232,6 +253,11 @@ class Training:
     def _checkpoint(self) -> None:
         if self._saved_step == self.done:
             return
+        if not self.ranks.alone:
+            self.ranks.require_equal(self.step.fingerprint(), f"step {self.done:,}", self.folder.path)
+        self._saved_step = self.done
+        if not self.ranks.first:
+            return
         state = {
             "step": self.done,
             "images": self.images,
@@ -242,9 +268,13 @@ class Training:
             "kernels": tuning.choices(self.device),
             **self.step.training_state(),
         }
-        self.folder.write_weights(self.step.average, self.step.discriminator)
-        save_checkpoint(self.folder.checkpoints, self.done, state, self.config.train.keep)
-        self._saved_step = self.done
+        state, step = copied(state), self.done
+
+        def write() -> None:
+            self.folder.write_weights(state["modules"])
+            save_checkpoint(self.folder.checkpoints, step, state, self.config.train.keep)
+
+        self._writer.begin(write)
 
     def _stored(self, resume: bool) -> RunConfig | None:
         """The config of the run that this one continues, None for a new one. Raises UserError."""
@@ -260,9 +290,10 @@ class Training:
         return stored
 
     def _resume(self, stored: RunConfig) -> None:
-        state = load_latest(self.folder.checkpoints, self.device)
+        state = load_for_all(self.folder.checkpoints, self.device, self.ranks)
+        if self.ranks.first:
+            self.folder.rewind(0 if state is None else state["step"])
         if state is None:
-            self.folder.rewind(0)
             return
         known = state.get("data") or {"crc32": state["data_crc32"]}
         # a loader of files knows no checksum of pixels, a pack that was given none of files
@@ -278,12 +309,11 @@ class Training:
         self.schedule.load_state_dict(state["schedule"])
         # not config.json's, where the checkpoint knows: a kill may have come between the two
         if state.get("asked_lr", stored.train.lr) != self.config.train.lr:
-            self.schedule.lr = self.config.train.lr
+            self.schedule.lr = self.config.train.lr * self.config.train.scale
         self.step.set_lr(self.schedule.lr)
         self.done, self.images, self.seconds = state["step"], state["images"], state["seconds"]
         self._saved_step = self.done
-        self.folder.rewind(self.done)
-        for row in self.folder.read_metrics():
+        for row in self.folder.read_metrics() if self.ranks.first else []:
             self.health.after_log(row["k"])
             if "diversity" in row:
                 self.health.after_sheet(row["diversity"], row["images"])
@@ -295,7 +325,11 @@ class Training:
     def _stop_not_finite(self) -> int:
         """Say where a number stopped being finite; the weights are those of the step before."""
         step = int(self.step.bad_step.item())
-        ids = self.loader.ids((step - 1) * self.config.train.batch_size).tolist()
+        if not self.ranks.first:
+            return NOT_FINITE
+        self._writer.finish()
+        count = self.config.train.batch_size
+        ids = self.loader.order.place(torch.arange((step - 1) * count, step * count))[0].tolist()
         k = self.step.equilibrium.k.item()
         dump = {"step": step, "image_ids": ids, "k": k if k == k else "nan", "config": self.config.to_dict()}
         write_json(self.folder.nonfinite_file, dump)
@@ -306,19 +340,22 @@ class Training:
             f"error: step {step:,} gave a loss, gradient or k that is not finite; {kept}. "
             f"Its image ids and config are in {self.folder.nonfinite_file}; "
             f"go on from the last checkpoint, for instance with: "
-            f"fastbegan train --out {self.folder.path} --lr {self.schedule.lr / 2:g}"
+            f"fastbegan train --out {self.folder.path} --lr {self.schedule.lr / self.config.train.scale / 2:g}"
         )
         return NOT_FINITE
 
     def _finish(self) -> None:
         """Curves and animation, and where everything is."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._writer.finish()
         if not self.folder.generator_file.exists():
-            self.folder.write_weights(self.step.average, self.step.discriminator)
+            self.folder.write_weights(self.step.state_dict())
         rows = self.folder.read_metrics()
         model = self.config.model
         title = f"{self.config.preset}: {model.size} px, n = {model.filters}, gamma {self.config.train.gamma:g}"
         save_curves(self.folder.curves_file, rows, title)
-        _save_animation(self.folder)
+        save_animation(self.folder.animation_file, sorted(self.folder.samples.glob("*.png")))
         finished = self.fraction() >= 1
         say, folder = self.report.say, self.folder
         say(f"{'done' if finished else 'stopped'} after {self.done:,} steps, {self.images:,} images")
@@ -333,33 +370,34 @@ class Training:
             say(f"to continue: fastbegan train --out {folder.path}")
 
 
-def _save_animation(folder: RunFolder) -> None:
-    from PIL import Image
+def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
+    """Train by `config` in the run folder `out`; returns the exit code. Raises UserError for bad input.
 
-    sheets = sorted(folder.samples.glob("*.png"))
-    stride = max(1, -(-len(sheets) // _ANIMATION_FRAMES))
-    chosen = sheets[::-1][::stride][::-1]  # evenly spaced, the newest always among them
-    frames = []
-    for path in chosen:
-        with Image.open(path) as sheet:
-            frames.append(generated_band(sheet.convert("RGB")))
-    if frames:
-        save_gif(folder.animation_file, frames, milliseconds=250)
-
-
-def _summary_writer() -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its protobuf warns about itself
-            from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the package tensorboard: pip install 'fastbegan[tensorboard]'") from None
-    return SummaryWriter
-
-
-def train(config: RunConfig, out: Path, *, resume: bool = True) -> int:
-    """Train by `config` in the run folder `out`; returns the exit code. Raises UserError for bad input."""
-    with StopRequest() as stop, Report() as report:
-        training = Training(config, out, resume=resume, report=report)
-        with contextlib.closing(training.loader):
-            return training.run(stop)
+    Started by torchrun, this is one of several ranks; all use rank 0's config and folder. Without `out` a new folder is
+    made, which ranks that are started again could not find: they need one.
+    """
+    ranks = Ranks.join(config.train.rank_timeout)
+    with StopRequest(echoes=not ranks.alone) as stop:  # until the end: torchrun's SIGTERM must not come before a name
+        try:
+            if not ranks.alone and out is None:
+                raise UserError("--out is missing; several ranks need it, so that a restart finds the run")
+            config = ranks.from_first(config)
+            folder = new_run_folder(config.preset) if out is None else out
+            with Report(quiet=not ranks.first) as report:
+                training = Training(config, folder, resume=resume, report=report, ranks=ranks)
+                with contextlib.closing(training.loader):
+                    code = training.run(stop)
+        except LostContactError:
+            assert ranks.watch is not None
+            ranks.watch.wait_for_a_name()
+        except RanksDifferError as error:
+            return ranks.end(str(error), RANKS_DIFFER)
+        except (UserError, OSError) as error:
+            if ranks.alone:
+                raise
+            return ranks.end(str(error), 2)
+        except BaseException as error:
+            ranks.end(f"rank {ranks.rank} ended: {type(error).__name__} {error}".rstrip(), 1)
+            raise
+        ranks.leave()
+        return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,16 @@ def test_a_plan_is_the_sum_of_its_parts() -> None:
     many = plan.plan(preset.model, preset.train, "a100", 32, images=7_000_000, share=0.25)
     assert 8 < many.images_per_second / one.images_per_second < 32  # the network costs something
     assert many.step == pytest.approx(one.step + many.communication)
-    # a ring moves each value almost twice, over the slowest link: here that between nodes
-    assert many.communication == pytest.approx(2 * 31 / 32 * 4 * 17_334_214 / 10e9, rel=0.15)
+    assert many.efficiency == pytest.approx(many.images_per_second / one.images_per_second / 32)
+    # a ring moves each value almost twice, over the slowest link: here that between nodes, D's with nothing beside it
+    cost = step_cost(preset.model, preset.train)
+    of_d = 4 * (cost.parameters - cost.generator)
+    assert many.sent == 4 * 17_334_214 and 0.3 < cost.after_generator / cost.flops < 0.5
+    assert many.communication >= 2 * 31 / 32 * of_d / 10e9
+    assert many.communication < 2 * 31 / 32 * many.sent / 10e9
+    slow = plan.plan(preset.model, preset.train, "a100", 8, images=1, share=0.25, link="pcie")
+    fast = plan.plan(preset.model, preset.train, "a100", 8, images=1, share=0.25)
+    assert slow.communication > 5 * fast.communication
     large = PRESETS["paper-256"]
     full = plan.plan(large.model, large.train.__class__(batch_size=4096), "p100", 1, images=1)
     assert not full.fits
@@ -129,11 +138,29 @@ def test_plans_say_what_is_measured_and_what_assumed(tmp_path: Path, capsys: pyt
     assert "that each would allow alone: compute" in printed
 
 
+def test_an_all_reduce_is_a_ring_or_a_tree() -> None:
+    seconds = plan.all_reduce_seconds
+    assert seconds(10**9, 1, 1e9, 1e-3) == 0
+    assert seconds(10**9, 4, 1e9, 1e-3) == pytest.approx(1.5 + 6e-3)  # a ring: 6 hops, 3/4 of it twice
+    assert seconds(10**6, 512, 1e9, 1e-3) == pytest.approx(2e-3 + 18e-3)  # a tree: 9 levels up and down
+
+
+def test_how_far_it_scales(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "plan", "--gpu", "h100", "--gpus", "1,8,64,512", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert [one["gpus"] for one in plans] == [1, 8, 64, 512]
+    assert plans[0]["efficiency"] == 1
+    assert all(a["efficiency"] > b["efficiency"] for a, b in pairwise(plans))
+    assert plans[-1]["limit"] == "network"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--gpu", "tpu"], "gpu is 'tpu'; accepted: p100, v100, a100, h100, b200"),
         (["--gpus", "0"], "gpus is 0; accepted: whole numbers from 1"),
+        (["--gpus", "1,x"], "gpus is '1,x'; accepted: whole numbers from 1, with commas between"),
+        (["--network", "0"], "network is 0; accepted: numbers above 0"),
         (["--share", "2"], "share is 2.0; accepted: above 0 and up to 1"),
     ],
 )

@@ -17,10 +17,10 @@ from fastbegan.cli import main
 from .conftest import environment
 
 TRAIN_OPTIONS = (
-    "batch-size carry-steps checkpoint-every compile crop cuda-graph data deterministic device ema-half-life eta "
-    "filters flip gamma hidden images jitter keep lambda-k latent latents loader log-every lr lr-floor lr-window "
-    "max-bad minutes out passes precision prefetch preset recompute repeats resume sample-every seed size skips steps "
-    "tensorboard updates vanishing widths workers"
+    "accumulate batch-size carry-steps checkpoint-every compile crop cuda-graph data deterministic device "
+    "ema-half-life eta filters flip gamma hidden images jitter keep lambda-k latent latents loader log-every lr "
+    "lr-floor lr-window max-bad minutes out passes precision prefetch preset rank-timeout recompute repeats "
+    "requeue-code resume sample-every scaling seed size skips steps tensorboard updates vanishing widths workers"
 )
 BENCH_OPTIONS = "batch-size compile device filters json modes precision preset rounds size"
 SAMPLE_OPTIONS = "columns count device gif interpolate out seed single"
@@ -42,7 +42,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
     assert _options(capsys, "doctor") == "batch-size device filters precision preset size".split()
     assert _options(capsys, "bench", "step") == BENCH_OPTIONS.split()
     assert _options(capsys, "bench", "report") == ["out", "readme", "results"]  # the last is named as pytest's
-    assert _options(capsys, "bench", "plan") == "batch-size gpu gpus json preset results share".split()
+    assert _options(capsys, "bench", "plan") == "batch-size gpu gpus json link network preset results share".split()
 
 
 @pytest.mark.parametrize(

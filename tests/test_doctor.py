@@ -51,3 +51,13 @@ def test_a_verdict_names_times_and_faults(tmp_path: Path, monkeypatch: pytest.Mo
     assert how == "plain PyTorch" and "gave wrong values" in why
     monkeypatch.setattr(tuning, "survivors", lambda p, d, hows: dict.fromkeys(hows, "crashed in a trial"))
     assert "crashed in a trial" in doctor._verdict(problem, CPU, "fused")[1]
+
+
+@pytest.mark.parametrize(
+    ("capability", "words"),
+    [((6, 0), "fused ones need sm_80"), ((8, 0), "descriptors (TMA) need sm_90"), ((9, 0), "by descriptors (TMA)")],
+)
+def test_the_tier_of_a_card_and_why(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], words: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    line = doctor.tier(torch.device("cuda"))
+    assert line.startswith(f"sm_{capability[0]}{capability[1]}: ") and words in line

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,27 +28,28 @@ class Gpu:
     peak: float
     memory: float
     capacity: float
-    link: float
+    nvlink: float
+    pcie: float
     watts: float
     cards: int
     """In a usual node."""
 
 
-# The precision is the fastest that the step supports there. Links: all-reduce bandwidth of a card within its node, one
-# way: PCIe 3 x16, NVLink 2, 3, 4 and 5.
+# The precision is the fastest that the step supports there. Links: bytes a second that an all-reduce gets of a card's
+# NVLink 1 to 5 one way, assumed to be 85 to 90 % of it, and of PCIe 3, 3, 4, 5 and 5 x16, assumed to be 75 %.
 GPUS = {
-    "p100": Gpu("P100", "float32", 10.6e12, 732e9, 16e9, 12e9, 300, 4),
-    "v100": Gpu("V100", "fp16", 125e12, 900e9, 32e9, 130e9, 300, 8),
-    "a100": Gpu("A100 80 GB", "bf16", 312e12, 2039e9, 80e9, 270e9, 400, 8),
-    "h100": Gpu("H100", "bf16", 989e12, 3350e9, 80e9, 400e9, 700, 8),
-    "b200": Gpu("B200", "bf16", 2250e12, 8000e9, 180e9, 800e9, 1000, 8),
+    "p100": Gpu("P100", "float32", 10.6e12, 732e9, 16e9, 68e9, 12e9, 300, 4),
+    "v100": Gpu("V100", "fp16", 125e12, 900e9, 32e9, 130e9, 12e9, 300, 8),
+    "a100": Gpu("A100 80 GB", "bf16", 312e12, 2039e9, 80e9, 270e9, 24e9, 400, 8),
+    "h100": Gpu("H100", "bf16", 989e12, 3350e9, 80e9, 400e9, 48e9, 700, 8),
+    "b200": Gpu("B200", "bf16", 2250e12, 8000e9, 180e9, 800e9, 48e9, 1000, 8),
 }
 # shares of the peak that a whole step reaches where nothing was measured: convolution nets in half precision keep
 # tensor cores far less busy than float32 units
 _ASSUMED = {"float32": 0.50, "fp16": 0.20, "bf16": 0.20}
 _COPY_SHARE = 0.8  # of the memory's bandwidth, by a kernel that only moves data
-_NETWORK = 12.5e9 * 0.8  # bytes a second of a node's 100 Gb/s link, in use
-_LATENCY = 2e-5  # seconds an all-reduce takes for nothing
+_NETWORK_SHARE = 0.8  # of a node's link to the others that an all-reduce gets
+_LATENCY = 2e-5  # seconds from a rank to the next
 _LAUNCH = 1e-5  # seconds between two steps that are a CUDA graph each
 _PASSES = 14  # how often the activations of a step cross the memory: written, read forward, read and written back
 
@@ -64,9 +67,16 @@ class Plan:
     arithmetic: float
     memory: float
     gather: float
+    sent: int
+    """Bytes of gradients that the ranks sum up in a step."""
+    network: float
+    """Seconds that this takes, and ..."""
     communication: float
+    """... those of them in which nothing else is done."""
     step: float
     images_per_second: float
+    efficiency: float
+    """Images a second of a card, by those of a card alone."""
     hours: float
     kwh: float
     limit: str
@@ -77,16 +87,19 @@ class Plan:
 
 def plan(
     model: ModelConfig, train: TrainConfig, gpu: str, gpus: int, *, images: int, share: float | None = None,
-    measured: bool = False,
+    measured: bool = False, link: str = "nvlink", network: float = 100.0,
 ) -> Plan:  # fmt: skip
     """Estimate `images` images on `gpus` cards, `train.batch_size` on each; `share` of the peak, else an assumed one.
 
-    Raises UserError for an unknown card and for numbers that cannot be.
+    `link` joins the cards of a node, nvlink or pcie; `network` the nodes, in Gb/s of each. Raises UserError for an
+    unknown card and for numbers that cannot be.
     """
     if gpu not in GPUS:
         raise UserError(f"gpu is {gpu!r}; accepted: {', '.join(GPUS)}")
     if gpus < 1:
         raise UserError(f"gpus is {gpus}; accepted: whole numbers from 1")
+    if network <= 0:
+        raise UserError(f"network is {network:g}; accepted: numbers above 0, in Gb/s")
     if share is not None and not 0 < share <= 1:
         raise UserError(f"share is {share}; accepted: above 0 and up to 1")
     card = GPUS[gpu]
@@ -98,26 +111,38 @@ def plan(
     arithmetic = cost.flops / (share * card.peak)
     memory = moved / (_COPY_SHARE * card.memory)
     gather = gathered / (_COPY_SHARE * card.memory)
-    communication = all_reduce_seconds(4 * cost.parameters, gpus, card)
-    # kernels either multiply or move; gradients are reduced once both backward passes are done
-    step = max(arithmetic, memory) + gather + communication + _LAUNCH
-    parts = {"compute": arithmetic, "memory": memory, "images": gather, "network": communication}
+    work = max(arithmetic, memory)  # kernels either multiply or move
+    slowest = card.nvlink if link == "nvlink" else card.pcie
+    if gpus > card.cards:  # a ring crosses each node's link to the others once
+        slowest = min(slowest, _NETWORK_SHARE * network * 1e9 / 8)
+    of_g, of_d = (
+        all_reduce_seconds(4 * count, gpus, slowest, _LATENCY)
+        for count in (cost.generator, cost.parameters - cost.generator)
+    )
+    # G's gradients travel while D still works on x, D's when all else is done
+    communication = of_d + max(0.0, of_g - work * cost.after_generator / cost.flops)
+    alone = work + gather + _LAUNCH
+    step = alone + communication
+    parts = {"compute": arithmetic, "memory": memory, "images": gather, "network": of_g + of_d}
+    limit = max(parts, key=lambda name: parts[name])
     rate = gpus * train.batch_size / step
     hours = images / rate / 3600
     # activations are half as large in half precision, the rest of the model stays float32
     needed = cost.memory - (cost.kept * train.batch_size // 2 if half else 0)
     return Plan(
-        card.name, gpus, card.precision, share, measured, arithmetic, memory, gather, communication, step, rate, hours,
-        hours * gpus * card.watts / 1e3, max(parts, key=lambda name: parts[name]), needed < 0.9 * card.capacity,
+        card.name, gpus, card.precision, share, measured, arithmetic, memory, gather, 4 * cost.parameters, of_g + of_d,
+        communication, step, rate, alone / step, hours, hours * gpus * card.watts / 1e3, limit,
+        needed < 0.9 * card.capacity,
     )  # fmt: skip
 
 
-def all_reduce_seconds(size: int, gpus: int, card: Gpu) -> float:
-    """A ring all-reduce of `size` bytes, at the slowest link that it crosses; 0 on one card."""
-    if gpus == 1:
+def all_reduce_seconds(size: int, ranks: int, bandwidth: float, latency: float) -> float:
+    """An all-reduce of `size` bytes, each way at `bandwidth`: in a ring, or in a tree where that is faster."""
+    if ranks == 1:
         return 0.0
-    slowest = card.link if gpus <= card.cards else min(card.link, _NETWORK)
-    return 2 * (gpus - 1) / gpus * size / slowest + 2 * (gpus - 1) * _LATENCY
+    ring = 2 * (ranks - 1) / ranks * size / bandwidth + 2 * (ranks - 1) * latency
+    tree = 2 * size / bandwidth + 2 * math.ceil(math.log2(ranks)) * latency
+    return min(ring, tree)
 
 
 def measured_share(folder: Path, gpu: str) -> float | None:
@@ -134,16 +159,21 @@ def measured_share(folder: Path, gpu: str) -> float | None:
 
 
 def bench_plan(
-    preset: str, model: ModelConfig, train: TrainConfig, *, gpu: str, gpus: int, share: float | None, folder: Path,
-    as_json: bool,
+    preset: str, model: ModelConfig, train: TrainConfig, *, gpu: str, gpus: Sequence[int], share: float | None,
+    link: str, network: float, folder: Path, as_json: bool,
 ) -> int:  # fmt: skip
-    """Print the plan for `gpu`, or for all with "all". Raises UserError for bad values."""
+    """Print the plan for `gpu`, or for all with "all", on each number of cards. Raises UserError for bad values."""
     images = train.images or 7_000_000
     plans = []
     for one in GPUS if gpu == "all" else [gpu]:
         seen = measured_share(folder, one) if share is None and one in GPUS else None
         given = share if share is not None else seen
-        plans.append(plan(model, train, one, gpus, images=images, share=given, measured=seen is not None))
+        for count in gpus:
+            made = plan(
+                model, train, one, count, images=images, share=given, measured=seen is not None, link=link,
+                network=network,
+            )  # fmt: skip
+            plans.append(made)
     if as_json:
         found = [dataclasses.asdict(one) for one in plans]
         print(json.dumps({"preset": preset, "images": images, "plans": found}, indent=1))
@@ -152,35 +182,37 @@ def bench_plan(
         title=f"{preset}: {images:,} images, {train.batch_size} a card a step; a model, not a measurement",
         box=box.SIMPLE, padding=(0, 1, 0, 0),
     )  # fmt: skip
-    for column in ("GPU", "cards", "of peak", "ms/step", "images/s", "hours", "kWh", "limit"):
+    for column in ("GPU", "cards", "of peak", "ms/step", "images/s", "a card", "hours", "kWh", "limit"):
         shown.add_column(column, justify="left" if column in ("GPU", "limit") else "right", no_wrap=True)
     for one in plans:
         source = "" if one.measured or share is not None else "?"
         shown.add_row(
             f"{one.gpu} {one.precision}", str(one.gpus), f"{one.share:.0%}{source}", f"{1e3 * one.step:.2f}",
-            f"{one.images_per_second:,.0f}", f"{one.hours:,.1f}", f"{one.kwh:,.1f}",
+            f"{one.images_per_second:,.0f}", f"{one.efficiency:.0%}", f"{one.hours:,.1f}", f"{one.kwh:,.1f}",
             one.limit if one.fits else "does not fit",
         )  # fmt: skip
     console = Console()
     console.print(shown)
     for one in plans if len(plans) == 1 else []:
         console.print(_limits(one, train.batch_size))
-    console.print(_assumptions())
+    console.print(_assumptions(4 * step_cost(model, train).parameters, link, network))
     return 0
 
 
 def _limits(one: Plan, batch: int) -> str:
     """What each part alone would allow."""
-    parts = {"compute": one.arithmetic, "memory": one.memory, "images": one.gather, "network": one.communication}
+    parts = {"compute": one.arithmetic, "memory": one.memory, "images": one.gather, "network": one.network}
     rates = (f"{name} {one.gpus * batch / seconds:,.0f}" for name, seconds in parts.items() if seconds)
     return f"Images a second that each would allow alone: {', '.join(rates)}.\n"
 
 
-def _assumptions() -> str:
+def _assumptions(sent: int, link: str, network: float) -> str:
     shares = ", ".join(f"{share:.0%} in {name}" for name, share in _ASSUMED.items())
     return (
         "Peaks, bandwidths and watts are data-sheet values. A share with a question mark was not measured, and is "
         f"assumed: {shares}. Activations cross the memory {_PASSES} times a step at {_COPY_SHARE:.0%} of its "
-        "bandwidth; images are resident on the card; gradients are float32, reduced in a ring after both backward "
-        "passes, over 100 Gb/s between nodes. Energy is the cards' alone, at full power."
+        f"bandwidth; images are resident on the card. Cards sum up {sent / 1e6:,.1f} MB of gradients a step, in a ring "
+        f"or a tree, G's while D works on x: over {'NVLink' if link == 'nvlink' else 'PCIe'} within a node and "
+        f"{network:g} Gb/s between nodes, of which they get {_NETWORK_SHARE:.0%}. A card's percentage is how much of "
+        "its speed alone it keeps. Energy is the cards' alone, at full power."
     )

@@ -1,0 +1,172 @@
+"""The processes that train one model together, a rank each: who they are and what they tell each other.
+
+`torchrun` starts them and says by environment variables who is who. A process that it did not start is alone: then all
+of this does nothing. Every rank calls the same methods in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import UserError
+from .watch import Watch
+
+_T = TypeVar("_T")
+_FOREVER = datetime.timedelta(days=7)  # who waits too long for whom is for the watch to judge
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class LostContactError(Exception):
+    """The ranks can no longer talk to each other."""
+
+
+class RanksDifferError(Exception):
+    """What must be equal on all ranks is not."""
+
+
+@contextlib.contextmanager
+def _contact() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch has no type of its own for what back ends raise
+        raise LostContactError(_first_line(error)) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+class Flight:
+    """Values on their way between ranks."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def land(self) -> None:
+        """They are there, for the work that is queued on the device from now on. Raises LostContactError."""
+        with _contact():
+            self._work.wait()
+
+
+class Ranks:
+    """All ranks as one of them sees them: it is `rank` of `world`, and the `local`-th on its machine.
+
+    Methods that talk to the others raise LostContactError.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1, local: int = 0) -> None:
+        self.rank, self.world, self.local = rank, world, local
+        self.watch: Watch | None = None
+
+    @classmethod
+    def join(cls, timeout: float) -> Ranks:
+        """Meet the others, if torchrun started this process with others; raises UserError where that fails.
+
+        A rank that keeps the others waiting for `timeout` seconds ends the run: see `watch`.
+        """
+        if "RANK" not in os.environ:
+            return cls()
+        if missing := [name for name in _VARIABLES if name not in os.environ]:
+            raise UserError(f"RANK is set and {missing[0]} is not; start ranks with torchrun, which sets both")
+        rank, world, local = (int(os.environ[name]) for name in _VARIABLES[:3])
+        if world == 1:
+            return cls()
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=_FOREVER)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"rank {rank} of {world} cannot meet the others: {_first_line(error)}") from None
+        ranks = cls(rank, world, local)
+        # torchrun's store may outlive these processes and keep what earlier ones wrote
+        token = ranks.from_first(os.urandom(8).hex())
+        ranks.watch = Watch(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), token, rank, world, timeout)
+        return ranks
+
+    @property
+    def first(self) -> bool:
+        """Whether this one speaks and writes for all."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.world == 1
+
+    def leave(self) -> None:
+        """This rank needs the others no more; it may still `end` what is left of the run."""
+        if self.watch is not None and dist.is_initialized():
+            self.watch.close()
+            dist.destroy_process_group()
+
+    def end(self, message: str, code: int) -> int:
+        """Before a rank ends a run that the others would go on with: all end with `message`; returns the exit code."""
+        return code if self.watch is None else self.watch.end(message, code)
+
+    def begin_step(self, number: int) -> None:
+        """A step begins, of which the others will need this rank's part."""
+        if self.watch is not None:
+            self.watch.begin(number)
+
+    def settle(self) -> None:
+        """Steps take their usual time from now on."""
+        if self.watch is not None:
+            self.watch.settle()
+
+    def begin_sum(self, values: Tensor) -> Flight:
+        """Begin to sum `values` over all ranks, in place."""
+        assert self.watch is not None
+        self.watch.tick()
+        with _contact():
+            return Flight(dist.all_reduce(values, async_op=True))
+
+    def gather(self, value: _T) -> list[_T]:
+        """Every rank's value, in their order: something small that can be pickled."""
+        if self.alone:
+            return [value]
+        found: list[Any] = [None] * self.world
+        with _contact():
+            dist.all_gather_object(found, value)
+        return found
+
+    def from_first(self, value: _T) -> _T:
+        """Rank 0's value: something small that can be pickled."""
+        if self.alone:
+            return value
+        holder = [value]
+        with _contact():
+            dist.broadcast_object_list(holder)
+        return holder[0]
+
+    def bytes_from_first(self, data: bytes) -> bytes:
+        """Rank 0's `data`, of any length."""
+        if self.alone:
+            return data
+        length = self.from_first(len(data))
+        values = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.first else torch.empty(length).byte()
+        with _contact():
+            dist.broadcast(values, 0)
+        return values.numpy().tobytes()
+
+    def require_same(self, what: str, value: Any) -> None:
+        """Raises UserError, on all ranks, where some have another value than rank 0."""
+        values = self.gather(value)
+        for rank, one in enumerate(values):
+            if one != values[0]:
+                raise UserError(f"{what} of rank {rank} is {one!r}, of rank 0 {values[0]!r}; accepted: the same")
+
+    def require_equal(self, fingerprint: int, when: str, folder: Path) -> None:
+        """Raises RanksDifferError, on all ranks, where one has another fingerprint of its weights than rank 0."""
+        found = self.gather(fingerprint)
+        if others := [str(rank) for rank, one in enumerate(found) if one != found[0]]:
+            raise RanksDifferError(
+                f"{when}: the weights of rank {', '.join(others)} are no longer those of rank 0; nothing was saved of "
+                f"this, go on from the last checkpoint: fastbegan train --out {folder}"
+            )

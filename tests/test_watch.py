@@ -1,0 +1,85 @@
+"""Who is blamed when a rank dies or hangs; a clock that tests turn."""
+
+from __future__ import annotations
+
+from fastbegan.watch import Beat, Judge
+
+
+class _Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class _Ranks:
+    """Four ranks that beat and tick once a second, but for what a test changes."""
+
+    def __init__(self, patience: float = 60.0, *, settled: bool = True) -> None:
+        self.clock = _Clock()
+        self.judge = Judge(patience, self.clock)
+        self.beats = {rank: Beat(0, 1, settled, closed=False, lost=False) for rank in range(4)}
+
+    def run(self, seconds: int, *, still: tuple[int, ...] = (), **changes: dict[int, object]):
+        """The verdict, and after how many seconds it fell; None where none did. `still` ranks say nothing."""
+        for second in range(1, seconds + 1):
+            self.clock.now += 1
+            for rank, beat in self.beats.items():
+                if rank not in still:
+                    new = {"number": beat.number + 1, "ticks": beat.ticks + 1}
+                    new |= {name: values[rank] for name, values in changes.items() if rank in values}
+                    self.beats[rank] = Beat(**{**vars(beat), **new})
+            if found := self.judge.look(self.beats, all_ranks=True):
+                return found, second
+        return None
+
+
+def test_all_is_well() -> None:
+    assert _Ranks().run(500) is None
+
+
+def test_the_silent_one_is_dead() -> None:
+    ranks = _Ranks()
+    assert ranks.run(5) is None
+    (blamed, why), after = ranks.run(100, still=(2,)) or ((), 0)
+    assert blamed == [2] and "no sign of life" in why and after <= 32
+
+
+def test_once_contact_is_lost_it_takes_seconds() -> None:
+    ranks = _Ranks()
+    assert ranks.run(5) is None
+    (blamed, _), after = ranks.run(100, still=(3,), lost={0: True}) or ((), 0)
+    assert blamed == [3] and after <= 8
+
+
+def test_contact_may_be_lost_with_everybody_alive() -> None:
+    (blamed, why), after = _Ranks().run(100, lost={1: True}) or ((), 0)
+    assert blamed == [] and "lost contact" in why and after <= 22
+
+
+def test_the_one_that_the_others_wait_for_hangs() -> None:
+    ranks = _Ranks()
+    assert ranks.run(7) is None  # eight meetings
+    (blamed, why), after = ranks.run(200, ticks={0: 9, 1: 8, 2: 9, 3: 9}) or ((), 0)
+    assert blamed == [1] and "kept the others waiting for 60 seconds" in why and 60 <= after <= 63
+
+
+def test_nobody_gets_on() -> None:
+    (blamed, why), _ = _Ranks().run(200, ticks=dict.fromkeys(range(4), 9)) or ((), 0)
+    assert blamed == [] and "no rank got on" in why
+
+
+def test_first_steps_may_compile() -> None:
+    ranks = _Ranks(settled=False)
+    assert ranks.run(500, ticks={0: 1, 1: 2, 2: 2, 3: 2}) is None
+    assert ranks.run(200, ticks={0: 1, 1: 2, 2: 2, 3: 2}) is not None
+
+
+def test_before_the_first_meeting_ranks_may_take_hours() -> None:
+    assert _Ranks().run(5000, ticks=dict.fromkeys(range(4), 0)) is None
+
+
+def test_who_ended_in_peace_is_not_dead() -> None:
+    ranks = _Ranks()
+    assert ranks.run(3, closed={1: True}) is None
+    assert ranks.run(50, still=(1,)) is None
