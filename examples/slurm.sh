@@ -9,7 +9,7 @@
 #SBATCH --requeue                    # ... the job is queued again; so it is when it was preempted
 #SBATCH --open-mode=append
 # sbatch examples/slurm.sh --preset paper-128 --data FACES.pack --batch-size 512 --scaling sqrt --out RUNS/faces
-# The run folder has to be where the first machine sees it; the others only need the images.
+# All machines have to see the run folder; the images may be local to each.
 set -uo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 stopped=

@@ -207,9 +207,9 @@ class _Plain(torch.autograd.Function):
 
 
 @torch.library.custom_op("fastbegan::conv_stage", mutates_args=())
-def _conv_stage(
+def _conv_stage(  # no defaults: torch 2.7 leaves such values out and then misses their gradients
     x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activation: str,
-    alpha: float, impl: str, copies: int = 1,
+    alpha: float, impl: str, copies: int,
 ) -> list[Tensor]:  # fmt: skip
     return _outputs(x, weights, biases, skip, kinds, activation, alpha, impl)
 
@@ -217,7 +217,7 @@ def _conv_stage(
 @_conv_stage.register_fake
 def _(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activation: str,
-    alpha: float, impl: str, copies: int = 1,
+    alpha: float, impl: str, copies: int,
 ) -> list[Tensor]:  # fmt: skip
     outputs: list[Tensor] = []
     size: Sequence[int] = x.shape[2:]

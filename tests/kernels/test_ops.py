@@ -114,7 +114,7 @@ def test_the_ops_run_without_a_kernel_too(impl: str) -> None:
     folded = torch.ops.fastbegan.fold([weight, weight], "conv up", torch.float32, impl)
     split = folded.split([324, 576])
     packed = [split[0].view(6, 3, 3, 6).permute(0, 3, 1, 2), split[1].view(6, 4, 4, 6).permute(0, 3, 1, 2)]
-    got = torch.ops.fastbegan.conv_stage(x, packed, [bias, bias], None, "same up", "elu", 1.0, impl)[-1]
+    got = torch.ops.fastbegan.conv_stage(x, packed, [bias, bias], None, "same up", "elu", 1.0, impl, 1)[-1]
     expected = reference.conv_stage(x, (weight, weight), (bias, bias), kinds=("same", "up"))
     torch.testing.assert_close(got, expected)
     grad = torch.randn_like(expected)
@@ -209,9 +209,9 @@ def test_opcheck() -> None:
     window = torch.zeros(2, dtype=torch.float64, device=DEVICE)
     elu = ("elu", 1.0, "fused")
     calls = [
-        (ops.conv_stage, (x, [weight], [bias], None, "same", *elu)),
-        (ops.conv_stage, (x, [weight], [], None, "down", "none", 1.0, "fused")),
-        (ops.conv_stage, (x, [weight, folded], [bias, bias], table, "same up", *elu)),
+        (ops.conv_stage, (x, [weight], [bias], None, "same", *elu, 1)),
+        (ops.conv_stage, (x, [weight], [], None, "down", "none", 1.0, "fused", 1)),
+        (ops.conv_stage, (x, [weight, folded], [bias, bias], table, "same up", *elu, 1)),
         (ops.conv_stage_backward, (y, still[0], [still[1]], [y], 0, True, "same", *elu, 1, [True, False, True, True])),
         (ops.conv_stage_backward, (y, still[0], [still[1]], [y], 0, False, "same", *elu, 1, [False] * 3)),
         (ops.conv_stage_backward, (up, still[0], still[1:], [y, up], 4, True, "same up", *elu, 1, [True] * 6)),
