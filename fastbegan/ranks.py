@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +23,7 @@ from .errors import UserError
 from .watch import Watch
 
 _T = TypeVar("_T")
+_MEETING = datetime.timedelta(minutes=10)
 _FOREVER = datetime.timedelta(days=7)  # who waits too long for whom is for the watch to judge
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -43,6 +46,31 @@ def _contact() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def _roll_call(store: dist.Store, rank: int, world: int) -> str:
+    """A name that only these processes have, for what they write into `store`.
+
+    torchrun's store outlives ranks that it starts again, and keeps the addresses of those before. Each rank says hello
+    with a number of its own; rank 0 answers with all of them and the name, until all have found their own number in it.
+    """
+    mine = os.urandom(8).hex()
+    store.set(f"fastbegan/hello {rank}", mine)
+    until = time.monotonic() + _MEETING.total_seconds()
+    while time.monotonic() < until:
+        if rank == 0:
+            hellos = [f"fastbegan/hello {one}" for one in range(world)]
+            if store.check(hellos):
+                store.set("fastbegan/roll", json.dumps([mine, *(hello.decode() for hello in store.multi_get(hellos))]))
+                if store.check([f"fastbegan/{mine}/here {one}" for one in range(1, world)]):
+                    return mine
+        elif store.check(["fastbegan/roll"]):
+            name, *present = json.loads(store.get("fastbegan/roll"))
+            if len(present) == world and present[rank] == mine:
+                store.set(f"fastbegan/{name}/here {rank}", "")
+                return name
+        time.sleep(0.05)
+    raise RuntimeError(f"they did not come within {_MEETING.total_seconds():g} seconds")
 
 
 class Flight:
@@ -80,15 +108,19 @@ class Ranks:
         rank, world, local = (int(os.environ[name]) for name in _VARIABLES[:3])
         if world == 1:
             return cls()
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         try:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=_FOREVER)
+            store = dist.TCPStore(*place, is_master=hosts, timeout=_MEETING, wait_for_workers=False)
+            prefix = f"fastbegan/{_roll_call(store, rank, world)}"
+            dist.init_process_group(
+                backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world, timeout=_FOREVER
+            )
         except (RuntimeError, ValueError) as error:
             raise UserError(f"rank {rank} of {world} cannot meet the others: {_first_line(error)}") from None
         ranks = cls(rank, world, local)
-        # torchrun's store may outlive these processes and keep what earlier ones wrote
-        token = ranks.from_first(os.urandom(8).hex())
-        ranks.watch = Watch(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), token, rank, world, timeout)
+        ranks.watch = Watch(*place, prefix, rank, world, timeout)
         return ranks
 
     @property

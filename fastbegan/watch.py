@@ -85,10 +85,10 @@ class Judge:
 class Watch:
     """A rank's eye on the others. `tick` before each wait for them; what ends a run goes through `end`."""
 
-    def __init__(self, address: str, port: int, token: str, rank: int, world: int, patience: float) -> None:
-        """`address` and `port` are those of the ranks' store; `token` tells these processes from earlier ones."""
+    def __init__(self, address: str, port: int, prefix: str, rank: int, world: int, patience: float) -> None:
+        """`address` and `port` are those of the ranks' store, `prefix` tells these processes from earlier ones."""
         wait = datetime.timedelta(seconds=_SILENCE)
-        self._store = PrefixStore(f"fastbegan/{token}", TCPStore(address, port, is_master=False, timeout=wait))
+        self._store = PrefixStore(prefix, TCPStore(address, port, is_master=False, timeout=wait))
         self._place = f"{address}:{port}"
         self.rank, self.world = rank, world
         self._judge = Judge(patience)

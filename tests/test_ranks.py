@@ -11,15 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastbegan.bench.plan import all_reduce_seconds
 from fastbegan.checkpoint import list_checkpoints
 from fastbegan.cli import main
+from fastbegan.ranks import _roll_call
 from fastbegan.run import RunFolder
 from tests.conftest import ROOT, environment
 from tests.two_nodes import NOT_HERE
@@ -214,6 +217,20 @@ def test_bad_input_is_said_once(tmp_path: Path, torchrun: Start) -> None:
         assert run.returncode != 0 and "Traceback" not in output.partition("torch/distributed")[0], output
         assert sum(message in line for line in output.splitlines()) == 1, output
         assert "exitcode  : 2" in output
+
+
+def test_ranks_that_start_again_do_not_take_what_was_left_for_their_own() -> None:
+    """Two generations of three ranks in one store, with the hello of a rank that ended at once between them."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    stores = [dist.TCPStore("localhost", server.port, is_master=False) for _ in range(3)]
+    found = []
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            names = set(pool.map(_roll_call, stores, range(3), [3] * 3))
+        assert len(names) == 1
+        found.append(names.pop())
+        server.set("fastbegan/hello 1", "nobody")  # who ended at once
+    assert found[0] != found[1]
 
 
 POINTS = [
