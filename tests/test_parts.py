@@ -1,0 +1,193 @@
+"""A batch in parts, one after another or on several ranks: the same step as in one piece."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbegan import PRESETS, ModelConfig, TrainConfig, TrainStep, train
+from fastbegan.bucket import Bucket
+from fastbegan.models import build
+from fastbegan.objective import OBJECTIVES
+from fastbegan.ranks import Flight, Ranks
+from fastbegan.report import Report
+from fastbegan.run import RunConfig
+from fastbegan.train import Training
+
+MODEL = ModelConfig(size=16, filters=4, hidden=6, latent=6, widths=(1, 2))
+TRAIN = TrainConfig(batch_size=6, lr=1e-3)
+MODES = [
+    (passes, *way)
+    for passes in OBJECTIVES
+    for way in (("simultaneous", "shared"), ("simultaneous", "independent"), ("alternating", "independent"))
+]
+EVERY = pytest.mark.parametrize(("passes", "updates", "latents"), MODES)
+
+
+class _Landed(Flight):
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def land(self) -> None:
+        pass
+
+
+class _Threads(Ranks):
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank: int, world: int, given: list[Tensor | None], barrier: threading.Barrier) -> None:
+        super().__init__(rank, world, rank)
+        self.given, self.barrier, self.sums = given, barrier, 0
+
+    def begin_sum(self, values: Tensor) -> Flight:
+        self.sums += 1
+        self.given[self.rank] = values.clone()
+        self.barrier.wait(60)
+        values.copy_(torch.stack([one for one in self.given if one is not None]).sum(0))
+        self.barrier.wait(60)
+        return _Landed()
+
+
+def _ranks(world: int) -> list[Ranks]:
+    given, barrier = [None] * world, threading.Barrier(world)
+    return [_Threads(rank, world, given, barrier) for rank in range(world)]
+
+
+def _step(ranks: Ranks | None = None, **options: Any) -> TrainStep:
+    step = TrainStep(*build(MODEL, seed=0), replace(TRAIN, **options), ranks=ranks)
+    step.equilibrium.k.fill_(0.4)
+    return step
+
+
+def _batch() -> list[Tensor]:
+    torch.manual_seed(1)
+    real = torch.rand(6, 3, 16, 16).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+    return [real, torch.rand(6, 6) * 2 - 1, torch.rand(6, 6) * 2 - 1]
+
+
+def _watch(step: TrainStep) -> list[Tensor]:
+    """Fills with the gradients that the optimizers get."""
+    seen: list[Tensor] = []
+    for optimizer in (step.optimizer_d, step.optimizer_g):
+
+        def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            for group in optimizer.param_groups:
+                seen.extend(p.grad.clone() for p in group["params"])
+
+        optimizer.register_step_pre_hook(keep)
+    return seen
+
+
+def _assert_near(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-8
+
+
+@EVERY
+def test_parts_one_after_another(passes: str, updates: str, latents: str) -> None:
+    options = {"passes": passes, "updates": updates, "latents": latents}
+    whole, parts = _step(**options), _step(accumulate=3, **options)
+    expected, found = _watch(whole), _watch(parts)
+    for step in (whole, parts):
+        step(*_batch())
+    _assert_near(found, expected)
+    assert torch.allclose(parts.equilibrium.sums, whole.equilibrium.sums, rtol=1e-5)
+
+
+@EVERY
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_parts_on_several_ranks(passes: str, updates: str, latents: str, accumulate: int) -> None:
+    options = {"passes": passes, "updates": updates, "latents": latents}
+    whole = _step(**options)
+    steps = [_step(ranks, accumulate=accumulate, **options) for ranks in _ranks(2)]
+    expected, found = _watch(whole), [_watch(step) for step in steps]
+    whole(*_batch())
+    steps[1].wish.fill_(1)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda step, *part: step(*part), steps, *([*one.chunk(2)] for one in _batch())))
+    for one in found:
+        _assert_near(one, expected)
+    for step in steps:
+        assert torch.allclose(step.equilibrium.sums, whole.equilibrium.sums, rtol=1e-5)
+        assert step.wished > 0  # what one rank wants all know
+    assert steps[0].fingerprint() == steps[1].fingerprint()
+
+
+def test_nan_on_one_rank_holds_all_back() -> None:
+    steps = [_step(ranks) for ranks in _ranks(2)]
+    before = [p.detach().clone() for step in steps for p in step.parameters()]
+    real, z, _ = (one.chunk(2) for one in _batch())
+    z[1][0, 0] = float("nan")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda step, x, draw: step(x, draw, draw), steps, real, z))
+    assert all(step.found_bad == 1 and step.bad_step == 1 for step in steps)
+    after = [p for step in steps for p in step.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_g_travels_before_d_has_seen_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = _step(accumulate=2)
+    told: list[str] = []
+    real_loss = type(step.objective)._difference  # type: ignore[attr-defined]
+
+    def difference(*arguments: Any) -> Tensor:
+        told.append("D sees x")
+        return real_loss(*arguments)
+
+    monkeypatch.setattr(type(step.objective), "_difference", difference)
+    monkeypatch.setattr(step, "_collect", lambda net: told.append("G" if net is step.generator else "D"))
+    step.objective.ready = step._collect
+    step._buckets = {}
+    step(*_batch())
+    assert told == ["G", "D sees x", "D"] * 2
+
+
+def test_what_was_sent_is_not_sent_again() -> None:
+    """torch.compile may fail after G's gradients have left: the other ranks wait for one sum, not for two."""
+    net = torch.nn.Linear(2, 1, bias=False)
+    (ranks,) = _ranks(1)
+    ranks.world = 2  # a second one that is silent
+    bucket = Bucket(net, ranks, 1)
+    for value in (1.0, 5.0):
+        bucket.begin()
+        net.weight.grad = torch.full((1, 2), value)
+        bucket.collect()
+    bucket.finish()
+    assert ranks.sums == 1 and torch.equal(net.weight.grad, torch.full((1, 2), 0.5))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)])
+def test_rates_grow_with_the_batch(rule: str, factor: float) -> None:
+    config = replace(TRAIN, batch_size=64, scaling=rule)
+    step = TrainStep(*build(MODEL, seed=0), config)
+    assert config.scale == factor
+    assert step.optimizer_g.param_groups[0]["lr"].item() == pytest.approx(factor * config.lr)
+    assert step.equilibrium.lambda_k == pytest.approx(factor * config.lambda_k)
+
+
+def test_a_checkpoint_hardly_holds_up_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the size of the demo, on a disk that takes a second: under 50 ms, unless the one before is not done."""
+    monkeypatch.setattr(train, "save_checkpoint", lambda *_: time.sleep(1))
+    preset = PRESETS["demo"]
+    config = replace(preset.train, data="faces:64", device="cpu", compile="off")
+    with Report(quiet=True) as report:
+        training = Training(RunConfig("demo", preset.model, config), tmp_path / "run", resume=True, report=report)
+        waited = []
+        for _ in range(3):
+            training.advance_one()
+            training._writer.finish()
+            begun = time.monotonic()
+            training._checkpoint()
+            waited.append(time.monotonic() - begun)
+        training._writer.finish()
+    print(f"a step waited {[f'{1e3 * one:.1f}' for one in sorted(waited)]} ms")
+    assert sorted(waited)[1] < 0.05, waited
