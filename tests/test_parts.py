@@ -56,8 +56,9 @@ class _Threads(Ranks):
         return _Landed()
 
 
-def _ranks(world: int) -> list[Ranks]:
-    given, barrier = [None] * world, threading.Barrier(world)
+def _ranks(world: int) -> list[_Threads]:
+    given: list[Tensor | None] = [None] * world
+    barrier = threading.Barrier(world)
     return [_Threads(rank, world, given, barrier) for rank in range(world)]
 
 
@@ -94,7 +95,7 @@ def _assert_near(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @EVERY
 def test_parts_one_after_another(passes: str, updates: str, latents: str) -> None:
-    options = {"passes": passes, "updates": updates, "latents": latents}
+    options: dict[str, Any] = {"passes": passes, "updates": updates, "latents": latents}
     whole, parts = _step(**options), _step(accumulate=3, **options)
     expected, found = _watch(whole), _watch(parts)
     for step in (whole, parts):
@@ -106,7 +107,7 @@ def test_parts_one_after_another(passes: str, updates: str, latents: str) -> Non
 @EVERY
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_parts_on_several_ranks(passes: str, updates: str, latents: str, accumulate: int) -> None:
-    options = {"passes": passes, "updates": updates, "latents": latents}
+    options: dict[str, Any] = {"passes": passes, "updates": updates, "latents": latents}
     whole = _step(**options)
     steps = [_step(ranks, accumulate=accumulate, **options) for ranks in _ranks(2)]
     expected, found = _watch(whole), [_watch(step) for step in steps]
@@ -162,7 +163,7 @@ def test_what_was_sent_is_not_sent_again() -> None:
         net.weight.grad = torch.full((1, 2), value)
         bucket.collect()
     bucket.finish()
-    assert ranks.sums == 1 and torch.equal(net.weight.grad, torch.full((1, 2), 0.5))  # type: ignore[attr-defined]
+    assert ranks.sums == 1 and torch.equal(net.weight.grad, torch.full((1, 2), 0.5))
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)])
