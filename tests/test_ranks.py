@@ -21,13 +21,13 @@ import torch.distributed as dist
 
 from fastbegan.bench.plan import all_reduce_seconds
 from fastbegan.checkpoint import list_checkpoints
-from fastbegan.cli import main
 from fastbegan.ranks import _roll_call
 from fastbegan.run import RunFolder
 from tests.conftest import ROOT, environment
 from tests.two_nodes import NOT_HERE
 
 Start = Callable[..., "subprocess.Popen[str]"]
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 FLAGS = (
     "--filters 4 --data faces:64 --batch-size 16 --lr 1e-4 --lambda-k 1e-3 --device cpu --precision float32 "
@@ -233,6 +233,7 @@ def test_ranks_that_start_again_do_not_take_what_was_left_for_their_own() -> Non
     assert found[0] != found[1]
 
 
+THIRTY_FIVE = [*FLAGS, "--steps", "35", "--checkpoint-every", "5", "--deterministic"]
 POINTS = [
     f"{place} {number}"
     for place, numbers in {
@@ -246,24 +247,27 @@ POINTS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_at_any_point_and_continued(tmp_path: Path, whole: Path, point: str) -> None:
+def test_killed_at_any_point_and_continued(tmp_path: Path, whole: Path, fastbegan: Run, point: str) -> None:
     out = tmp_path / "run"
-    flags = [*map(str, FLAGS), "--steps", "35", "--checkpoint-every", "5", "--out", str(out)]
     command = [sys.executable, str(ROOT / "tests" / "faulty.py"), *point.split(), "kill", "0", "train"]
-    killed = subprocess.run([*command, *flags], env=environment(), capture_output=True, text=True, check=False)
+    killed = subprocess.run(
+        [*command, *THIRTY_FIVE, "--out", str(out)], env=environment(), capture_output=True, text=True, check=False
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     reached = [int(found.name) for found in list_checkpoints(out / "checkpoints")]
-    assert main(["train", *flags]) == 0
-    again = _state(out)["modules"]
+    again = fastbegan("train", *THIRTY_FIVE, "--out", out)
+    assert again.returncode == 0, again.stderr
+    found = _state(out)["modules"]
     for name, value in _state(whole)["modules"].items():
-        assert torch.equal(value, again[name]) or name == "equilibrium.sums", (name, reached)
+        assert torch.equal(value, found[name]) or name == "equilibrium.sums", (name, reached)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert main(["train", *FLAGS, "--steps", "35", "--checkpoint-every", "5", "--out", str(out)]) == 0
+    command = [sys.executable, "-m", "fastbegan", "train", *THIRTY_FIVE, "--out", str(out)]
+    subprocess.run(command, env=environment(), capture_output=True, check=True)
     return out
 
 
