@@ -73,9 +73,8 @@ class Training:
         ranks.require_same("precision", precision)
         seconds = run_seconds(config.model, train, self.device) if train.compile == "auto" else 0.0
         compile_mode, compile_line = pick_compile(train.compile, self.device, seconds)
-        train = dataclasses.replace(
-            train, precision=precision, data=absolute(train.data)
-        )  # what the run continues with elsewhere
+        # what the run continues with elsewhere
+        train = dataclasses.replace(train, precision=precision, data=absolute(train.data))
         self.config = config = dataclasses.replace(config, train=train)
         self.report, self.folder = report, RunFolder(out)
         stored = ranks.from_first(self._stored(resume) if ranks.first else None)
@@ -105,8 +104,7 @@ class Training:
             self._fixed = self._sheet_inputs()
             if events is not None:
                 self._tensorboard = events(str(out / "tensorboard"), purge_step=self.done + 1)
-        parameters = count_parameters(generator, discriminator)
-        size = f"{config.model.size} px, {parameters:,} parameters (D + G)"
+        size = f"{config.model.size} px, {count_parameters(generator, discriminator):,} parameters (D + G)"
         many = "" if ranks.alone else f"; {ranks.world} ranks of {train.batch_size // ranks.world} images a step"
         report.say(f"device     {device_line}; {precision}{many}")
         report.say(f"networks   {config.preset}: {size}; {train.updates} updates, {train.latents} z")
@@ -302,9 +300,8 @@ class Training:
                 f"data {self.config.train.data!r} is not what {self.folder.path} was trained on so far (other pixels); "
                 "restore it, or give another --out"
             )
-        tuning.adopt(
-            self.device, state.get("kernels", {})
-        )  # the same kernels as before, not those that are fastest today
+        # the same kernels as before, not those that are fastest today
+        tuning.adopt(self.device, state.get("kernels", {}))
         self.step.load_training_state(state)
         self.schedule.load_state_dict(state["schedule"])
         # not config.json's, where the checkpoint knows: a kill may have come between the two
