@@ -181,8 +181,10 @@ class Ranks:
         """Rank 0's `data`, of any length."""
         if self.alone:
             return data
-        length = self.from_first(len(data))
-        values = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.first else torch.empty(length).byte()
+        if not (length := self.from_first(len(data))):
+            return b""
+        empty = torch.empty(length, dtype=torch.uint8)
+        values = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.first else empty
         with _contact():
             dist.broadcast(values, 0)
         return values.numpy().tobytes()

@@ -131,6 +131,13 @@ def test_a_rank_that_dies(tmp_path: Path, torchrun: Start, restarts: int) -> Non
 
 
 @pytest.mark.slow
+def test_a_rank_that_dies_before_the_first_checkpoint(tmp_path: Path, torchrun: Start) -> None:
+    out = tmp_path / "run"
+    output = _finish(torchrun(2, *FLAGS, "--steps", 12, "--out", out, fault="collect 4 kill 1", restarts=1))
+    assert "continued" not in output and _state(out)["step"] == 12
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["prepare 12", "collect 23"])
 def test_a_rank_that_hangs(tmp_path: Path, torchrun: Start, place: str) -> None:
     begun = time.monotonic()
