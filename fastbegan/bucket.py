@@ -26,6 +26,10 @@ class Bucket:
         self._views = [piece.as_strided(p.shape, p.stride()) for piece, p in zip(pieces, self._parameters, strict=True)]
         self._flight: Flight | None = None
 
+    def reset(self) -> None:
+        """A step begins: nothing of it is there yet."""
+        self._flight, self._collected = None, 0
+
     def begin(self) -> None:
         """A batch begins, or begins again: what ranks have summed up already stays."""
         if self._flight is None:
@@ -48,6 +52,6 @@ class Bucket:
         """Give the parameters the mean."""
         if self._flight is not None:
             self._flight.land()
-        self._flight, self._collected = None, 0
+        self.reset()
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view

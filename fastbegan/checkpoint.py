@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,12 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
         path = temporary / _STATE
+        serialised = (
+            io.BytesIO()
+        )  # where torch.save writes into a file itself, a full disk is a RuntimeError of its own
+        torch.save(state, serialised)
         with path.open("wb") as file:
-            torch.save(state, file)
+            file.write(serialised.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         manifest = {"step": step, "files": {_STATE: {"bytes": path.stat().st_size, "sha256": sha256(path)}}}
@@ -48,9 +52,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
             shutil.rmtree(target)
         temporary.rename(target)
         sync_folder(folder)
-    except OSError as error:
+    except (OSError, UserError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"checkpoint {target} cannot be written ({error.strerror}); earlier ones are kept") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"checkpoint {target} cannot be written ({reason}); earlier ones are kept") from None
     found = list_checkpoints(folder)
     current = found.index(target) + 1
     for surplus in (*found[current:], *found[: max(0, current - keep)]):
@@ -69,6 +74,8 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as its manifest says."""
     try:
         files = read_json(checkpoint / _MANIFEST)["files"]
+        if _STATE not in files:
+            return f"its manifest does not name {_STATE}"
         for name, entry in files.items():
             path = checkpoint / Path(name).name
             if not path.is_file():
@@ -77,7 +84,7 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
             if sha256(path) != entry["sha256"]:
                 return f"{name} does not match its checksum"
-    except UserError as error:
+    except (UserError, OSError) as error:
         return str(error)
     except (KeyError, TypeError, AttributeError):
         return "its manifest is not one of ours"
@@ -131,6 +138,16 @@ class Writer:
         """Have `write` called, once the one before is done."""
         self.finish()
         self._last = self._pool.submit(write)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `begin` would wait."""
+        return self._last is not None and not self._last.done()
+
+    def linger(self, seconds: float) -> None:
+        """Give what is being written that long; nothing is raised."""
+        if self._last is not None:
+            wait([self._last], seconds)
 
     def check(self) -> None:
         """Raise what went wrong so far."""

@@ -193,6 +193,15 @@ class TrainConfig:
             value = getattr(self, field)
             _require(value is None or value > 0, field, value, "numbers above 0")
 
+    def require_runnable(self, world: int, *, launched: bool) -> None:
+        """Raises UserError for a run without an end, and for what `world` ranks, `launched` by torchrun, cannot do."""
+        if self.images is self.steps is self.minutes is None:
+            raise UserError("no length was given; accepted: at least one of images, steps, minutes")
+        accepted = "0 under torchrun, which would start the ranks again (examples/slurm.sh queues a job again itself)"
+        _require(not (self.requeue_code and launched), "requeue_code", self.requeue_code, accepted)
+        parts = f"multiples of {world} ranks times accumulate, {self.accumulate}"
+        _require(self.batch_size % (world * self.accumulate) == 0, "batch_size", self.batch_size, parts)
+
     @property
     def scale(self) -> float:
         """Factor of `lr`, `lr_floor` and `lambda_k` for this batch (Goyal et al. 2017; Krizhevsky 2014)."""

@@ -30,8 +30,26 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says against writing (no space, no permission) as a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at `path`, flushed to disk, when the block ends without an error."""
+    """A binary file that appears at `path`, flushed to disk, when the block ends without an error.
+
+    Raises UserError where the system refuses.
+    """
+    with writing(path), _atomic(path) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _atomic(path: Path) -> Iterator[IO[bytes]]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:

@@ -42,6 +42,14 @@ class GraphedStep:
             self._capture()
             self()
 
+    def close(self) -> None:
+        """Give up the graph: NCCL does not let go of ranks whose sums a graph holds."""
+        self._runs_left = None
+        if self._graph is not None:
+            torch.cuda.synchronize(self.device)
+            self._graph.reset()
+            self._graph = None
+
     def _beside(self, work: Callable[[], None]) -> None:
         """Run on a stream of its own, as capture will: what settles there settles for it."""
         assert self._stream is not None

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 _STUCK_ROWS = 5  # log rows with k at 1 in a row before it is said
 _FELL_TO = 0.5  # diversity under this share of its best counts as fallen
 _ALIVE = 0.02  # chosen, not measured: far under the 0.386 that 256 of the portraits are apart
 _PATIENCE = 100_000  # images within which samples must have begun to differ
+
+
+def not_finite(step: int, dump: Path, run: Path, lr: float, *, alternating: bool) -> str:
+    """What is said when a number of `step` is not finite; `dump` is the file about it, `lr` the rate it had."""
+    kept = "G was not changed by it, nor D where it was D's" if alternating else "the weights were not changed by it"
+    return (
+        f"error: step {step:,} gave a loss, gradient or k that is not finite; {kept}. Its image ids and config are in "
+        f"{dump}; go on from the last checkpoint, for instance with: fastbegan train --out {run} --lr {lr / 2:g}"
+    )
 
 
 class HealthMonitor:

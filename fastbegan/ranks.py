@@ -40,6 +40,8 @@ class RanksDifferError(Exception):
 def _contact() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # torch has no type of its own for what back ends raise
         raise LostContactError(_first_line(error)) from None
 
@@ -93,6 +95,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, world: int = 1, local: int = 0) -> None:
         self.rank, self.world, self.local = rank, world, local
+        self.launched = "RANK" in os.environ  # by torchrun, which passes signals on and starts again what fails
         self.watch: Watch | None = None
 
     @classmethod
@@ -108,6 +111,8 @@ class Ranks:
         rank, world, local = (int(os.environ[name]) for name in _VARIABLES[:3])
         if world == 1:
             return cls()
+        # torch would abort healthy ranks at once; `watch` ends them, and says why
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
@@ -147,10 +152,10 @@ class Ranks:
         if self.watch is not None:
             self.watch.begin(number)
 
-    def settle(self) -> None:
-        """Steps take their usual time from now on."""
+    def settle(self, settled: bool = True) -> None:
+        """Steps take their usual time from now on, or for once they do not."""
         if self.watch is not None:
-            self.watch.settle()
+            self.watch.settle(settled)
 
     def begin_sum(self, values: Tensor) -> Flight:
         """Begin to sum `values` over all ranks, in place."""

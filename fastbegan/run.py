@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from . import __version__
 from .config import FREE_ON_RESUME, ModelConfig, TrainConfig, from_dict
 from .errors import UserError
-from .files import atomic, read_json, write_json
+from .files import atomic, read_json, write_json, writing
 from .models import Generator
 
 
@@ -84,7 +84,7 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one row to metrics.jsonl."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -107,6 +107,14 @@ class RunFolder:
 
     def sheet_file(self, step: int) -> Path:
         return self.samples / f"{step:09d}.png"
+
+    def contents(self, step: int) -> list[str]:
+        """What a run that ended at `step` has made, and where."""
+        found = {
+            "samples": self.sheet_file(step), "animation": self.animation_file, "curves": self.curves_file,
+            "generator": self.generator_file, "checkpoint": self.checkpoints,
+        }  # fmt: skip
+        return [f"{name:<10}  {path}" for name, path in found.items()]
 
     def write_weights(self, modules: dict[str, torch.Tensor]) -> None:
         """The averaged generator and the discriminator as safetensors, float32, nn.Conv2d's layout.

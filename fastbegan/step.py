@@ -116,6 +116,8 @@ class TrainStep(nn.Module):
         self.number += 1
         self._fade()
         k = self.equilibrium.k
+        for bucket in self._buckets.values():
+            bucket.reset()  # of a step that failed half-way, as one does that cannot be captured
         if self.config.updates == "alternating":
             (loss_real,) = self._gradients(lambda how, x, z: (how.for_discriminator(x, z, k),), real, z_d)
             held_back = self._update(loss_real, self.discriminator)

@@ -22,7 +22,7 @@ from .equilibrium import StallHalving
 from .errors import UserError
 from .files import make_folder, write_json
 from .graph import GraphedStep
-from .health import HealthMonitor
+from .health import HealthMonitor, not_finite
 from .info import run_seconds
 from .models import build, count_parameters
 from .plots import save_curves
@@ -44,6 +44,7 @@ from .stop import StopRequest
 
 # exit codes; 0 is a run that ended by itself or was asked to by the system, 4 one that lost a rank (watch.LOST)
 STOPPED_BY_USER, NOT_FINITE, RANKS_DIFFER = 130, 3, 5
+_LINGER = 15.0  # seconds that a checkpoint may still take when a rank was lost; torchrun waits 30
 _SETTLED = 4  # steps after the first: by then all has compiled
 
 
@@ -59,11 +60,7 @@ class Training:
         """
         self.ranks = ranks = ranks or Ranks()
         train = config.train
-        if train.images is train.steps is train.minutes is None:
-            raise UserError("no length was given; accepted: at least one of images, steps, minutes")
-        if train.batch_size % (ranks.world * train.accumulate):
-            parts = f"multiples of {ranks.world} ranks times accumulate, {train.accumulate}"
-            raise UserError(f"batch_size is {train.batch_size}; accepted: {parts}")
+        train.require_runnable(ranks.world, launched=ranks.launched)
         events = summary_writer() if train.tensorboard and ranks.first else None
         if train.deterministic:
             make_deterministic()
@@ -94,13 +91,14 @@ class Training:
         self._settling = _SETTLED + 1  # steps until all that compiles has compiled
         self._heard: Reading | None = None  # whether a rank wanted to stop in the step before
         self._writer = Writer()
+        if ranks.watch is not None:
+            ranks.watch.last_wish = lambda: self._writer.linger(_LINGER)
         if stored is not None:
             self._resume(stored)
         self._tensorboard: Any = None
         if ranks.first:
             make_folder(self.folder.samples)
             self.folder.write_config(config)  # not before all that could refuse to continue has agreed
-            self.folder.nonfinite_file.unlink(missing_ok=True)  # of an earlier sitting
             self._fixed = self._sheet_inputs()
             if events is not None:
                 self._tensorboard = events(str(out / "tensorboard"), purge_step=self.done + 1)
@@ -147,6 +145,7 @@ class Training:
                 before = time.monotonic()
                 self._checkpoint()
                 self._row_clock += time.monotonic() - before  # as for a sheet
+        self.advance.close()
         self.ranks.leave()
         if self.ranks.first:
             self._finish()
@@ -169,8 +168,8 @@ class Training:
         self._settling -= 1
         if self._settling == _SETTLED and not self.ranks.alone:
             tuning.adopt(self.device, self.ranks.from_first(tuning.choices(self.device)))
-        elif self._settling == 0:
-            self.ranks.settle()
+        elif self._settling == 0 and not self.ranks.first:
+            self.ranks.settle()  # the first one has yet to draw a sheet, for which kernels are chosen too
 
     def advance_one(self) -> None:
         """One step, on the batch that is next."""
@@ -246,6 +245,8 @@ class Training:
         spread = diversity(fake)
         self._warn(self.health.after_sheet(spread, self.images), self.done)
         self._row_clock += time.monotonic() - before  # images per second are those of training
+        if self._settling <= 0:
+            self.ranks.settle()
         return spread
 
     def _checkpoint(self) -> None:
@@ -271,8 +272,13 @@ class Training:
         def write() -> None:
             self.folder.write_weights(state["modules"])
             save_checkpoint(self.folder.checkpoints, step, state, self.config.train.keep)
+            self.folder.nonfinite_file.unlink(missing_ok=True)  # got over
 
+        if self._writer.busy:
+            self.report.say(f"warning: step {step:,}: the checkpoint before is still being written; waiting for it")
+            self.ranks.settle(False)  # slow storage is no reason to end the run
         self._writer.begin(write)
+        self.ranks.settle(self._settling <= 0)
 
     def _stored(self, resume: bool) -> RunConfig | None:
         """The config of the run that this one continues, None for a new one. Raises UserError."""
@@ -289,10 +295,17 @@ class Training:
 
     def _resume(self, stored: RunConfig) -> None:
         state = load_for_all(self.folder.checkpoints, self.device, self.ranks)
-        if self.ranks.first:
-            self.folder.rewind(0 if state is None else state["step"])
-        if state is None:
+        if state is not None:
+            self._load(state, stored)
+        if not self.ranks.first:
             return
+        self.folder.rewind(self.done)
+        for row in self.folder.read_metrics():
+            self.health.after_log(row["k"])
+            if "diversity" in row:
+                self.health.after_sheet(row["diversity"], row["images"])
+
+    def _load(self, state: dict[str, Any], stored: RunConfig) -> None:
         known = state.get("data") or {"crc32": state["data_crc32"]}
         # a loader of files knows no checksum of pixels, a pack that was given none of files
         if any(None not in (seen, self.data[name]) and seen != self.data[name] for name, seen in known.items()):
@@ -310,10 +323,6 @@ class Training:
         self.step.set_lr(self.schedule.lr)
         self.done, self.images, self.seconds = state["step"], state["images"], state["seconds"]
         self._saved_step = self.done
-        for row in self.folder.read_metrics() if self.ranks.first else []:
-            self.health.after_log(row["k"])
-            if "diversity" in row:
-                self.health.after_sheet(row["diversity"], row["images"])
 
     def _warn(self, message: str | None, step: int) -> None:
         if message:
@@ -322,6 +331,7 @@ class Training:
     def _stop_not_finite(self) -> int:
         """Say where a number stopped being finite; the weights are those of the step before."""
         step = int(self.step.bad_step.item())
+        self.advance.close()
         if not self.ranks.first:
             return NOT_FINITE
         self._writer.finish()
@@ -330,15 +340,9 @@ class Training:
         k = self.step.equilibrium.k.item()
         dump = {"step": step, "image_ids": ids, "k": k if k == k else "nan", "config": self.config.to_dict()}
         write_json(self.folder.nonfinite_file, dump)
-        kept = "the weights were not changed by it"
-        if self.config.train.updates == "alternating":
-            kept = "G was not changed by it, nor D where it was D's"
-        self.report.say(
-            f"error: step {step:,} gave a loss, gradient or k that is not finite; {kept}. "
-            f"Its image ids and config are in {self.folder.nonfinite_file}; "
-            f"go on from the last checkpoint, for instance with: "
-            f"fastbegan train --out {self.folder.path} --lr {self.schedule.lr / self.config.train.scale / 2:g}"
-        )
+        lr, alternating = self.schedule.lr / self.config.train.scale, self.config.train.updates == "alternating"
+        message = not_finite(step, self.folder.nonfinite_file, self.folder.path, lr, alternating=alternating)
+        self.report.say(message)
         return NOT_FINITE
 
     def _finish(self) -> None:
@@ -354,17 +358,11 @@ class Training:
         save_curves(self.folder.curves_file, rows, title)
         save_animation(self.folder.animation_file, sorted(self.folder.samples.glob("*.png")))
         finished = self.fraction() >= 1
-        say, folder = self.report.say, self.folder
-        say(f"{'done' if finished else 'stopped'} after {self.done:,} steps, {self.images:,} images")
-        say(f"  samples     {folder.sheet_file(self.done)}")
-        say(f"  animation   {folder.animation_file}")
-        say(f"  curves      {folder.curves_file}")
-        say(f"  generator   {folder.generator_file}")
-        say(f"  checkpoint  {folder.checkpoints}")
-        if finished:
-            say(f"more faces: fastbegan sample {folder.path}")
-        else:
-            say(f"to continue: fastbegan train --out {folder.path}")
+        self.report.say(f"{'done' if finished else 'stopped'} after {self.done:,} steps, {self.images:,} images")
+        for line in self.folder.contents(self.done):
+            self.report.say(f"  {line}")
+        next_command = f"more faces: fastbegan sample {self.folder.path}"
+        self.report.say(next_command if finished else f"to continue: fastbegan train --out {self.folder.path}")
 
 
 def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
@@ -374,7 +372,7 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
     made, which ranks that are started again could not find: they need one.
     """
     ranks = Ranks.join(config.train.rank_timeout)
-    with StopRequest(echoes=not ranks.alone) as stop:  # until the end: torchrun's SIGTERM must not come before a name
+    with StopRequest(echoes=ranks.launched) as stop:  # until the end: torchrun's SIGTERM must not come before a name
         try:
             if not ranks.alone and out is None:
                 raise UserError("--out is missing; several ranks need it, so that a restart finds the run")
@@ -384,9 +382,9 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
                 training = Training(config, folder, resume=resume, report=report, ranks=ranks)
                 with contextlib.closing(training.loader):
                     code = training.run(stop)
-        except LostContactError:
+        except LostContactError as error:
             assert ranks.watch is not None
-            ranks.watch.wait_for_a_name()
+            ranks.watch.wait_for_a_name(str(error))
         except RanksDifferError as error:
             return ranks.end(str(error), RANKS_DIFFER)
         except (UserError, OSError) as error:

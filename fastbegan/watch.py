@@ -25,7 +25,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 LOST = 4  # exit code of a run that lost a rank
 _BEAT = 1.0  # seconds
-_SILENCE = 30.0  # seconds without a sign of life after which a rank is taken for dead ...
+_SILENCE = 20.0  # seconds without a sign of life after which a rank is taken for dead; torchrun kills after 30 ...
 _SILENCE_AFTER_LOSS = 6.0  # ... and once ranks have lost contact, so that it can be said with whom
 _GIVE_UP = 20.0  # seconds to find that out
 _WARM_UP = 10  # times the patience, for the first steps, which compile
@@ -40,7 +40,8 @@ class Beat:
     ticks: int
     settled: bool
     closed: bool
-    lost: bool
+    lost: str
+    """Why it can no longer talk to the others; empty while it can."""
 
 
 class Judge:
@@ -58,13 +59,13 @@ class Judge:
         for rank, beat in beats.items():
             if self._numbers.get(rank) != beat.number or beat.closed:
                 self._numbers[rank], self._heard[rank] = beat.number, now
-        lost = any(beat.lost for beat in beats.values())
+        lost = [f"; rank {rank}: {beat.lost}" for rank, beat in beats.items() if beat.lost]
         self._lost_since = min(self._lost_since, now) if lost else math.inf
         silence = _SILENCE_AFTER_LOSS if lost else _SILENCE
         if silent := self._silent(now, silence):
             return silent, f"no sign of life for {silence:g} seconds"
         if now - self._lost_since > _GIVE_UP:
-            return [], "the ranks lost contact"
+            return [], "the ranks lost contact" + "".join(lost)
         least = min(beat.ticks for beat in beats.values())
         if least != self._least or not any(beat.ticks for beat in beats.values()):
             self._least, self._least_since = least, now
@@ -92,8 +93,10 @@ class Watch:
         self._place = f"{address}:{port}"
         self.rank, self.world = rank, world
         self._judge = Judge(patience)
-        self._ticks, self._step, self._settled, self._lost = 0, 0, False, False
-        self._answered = time.monotonic()
+        self._ticks, self._step, self._settled, self._lost = 0, 0, False, ""
+        self._begun = self._answered = time.monotonic()
+        self._complete, self._ending = False, -math.inf
+        self.last_wish: Callable[[], object] | None = None  # what is done before this process is ended from here
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._store.set(f"host {rank}", socket.gethostname())
         self._say(0)
@@ -110,9 +113,9 @@ class Watch:
         """This rank is about to do, once more, its part of something that all do."""
         self._ticks += 1
 
-    def settle(self) -> None:
-        """Steps take their usual time from now on."""
-        self._settled = True
+    def settle(self, settled: bool = True) -> None:
+        """Steps take their usual time from now on, or for once they do not."""
+        self._settled = settled
 
     def close(self) -> None:
         """This rank ends in peace."""
@@ -120,15 +123,16 @@ class Watch:
         for thread in self._threads:
             thread.join(timeout=5)
 
-    def wait_for_a_name(self) -> NoReturn:
+    def wait_for_a_name(self, reason: str) -> NoReturn:
         """Contact was lost: stay until it is known with whom; that ends this process."""
-        self._lost = True
+        self._lost = reason
         while True:
             time.sleep(1)
 
     def end(self, message: str, code: int) -> int:
         """Make all ranks end; prints `message` unless another one was faster. Returns the exit code of all."""
         with self._lock:
+            self._ending = time.monotonic()
             verdict = f"{self.rank} {code}"
             with contextlib.suppress(RuntimeError):  # else nobody can be told
                 verdict = self._store.compare_set("ended", "", verdict).decode()
@@ -150,6 +154,8 @@ class Watch:
                 self._say(number)
                 if over:
                     return
+                if time.monotonic() - self._ending < 2 * _GIVE_UP:
+                    continue  # this process is ending the run, and may have something left to say
                 if self._store.check(["ended"]):
                     self._leave(int(self._store.get("ended").split()[1]))
                 found = self._look()
@@ -164,6 +170,13 @@ class Watch:
 
     def _look(self) -> str | None:
         ranks = range(self.world) if self.rank == 0 else (0,)
+        if not self._complete:
+            missing = [rank for rank in ranks if not self._store.check([f"beat {rank}"])]
+            if missing and time.monotonic() - self._begun > _SILENCE:
+                return f"rank {', '.join(map(str, missing))}: no sign of life for {_SILENCE:g} seconds, from the first"
+            if missing:
+                return None
+            self._complete = True
         texts = self._store.multi_get([f"beat {rank}" for rank in ranks])
         beats = {rank: Beat(**json.loads(text)) for rank, text in zip(ranks, texts, strict=True)}
         found = self._judge.look(beats, all_ranks=self.rank == 0)
@@ -181,5 +194,10 @@ class Watch:
                 self._leave(LOST)
 
     def _leave(self, code: int) -> NoReturn:
+        if self.last_wish is not None:
+            with contextlib.suppress(Exception):
+                self.last_wish()
+        if self.rank == 0:
+            time.sleep(_LINGER)  # the store may be in this process
         sys.stdout.flush()
         os._exit(code)  # the main thread may wait for somebody who is gone

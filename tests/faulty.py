@@ -1,7 +1,7 @@
 """`python tests/faulty.py PLACE NUMBER ACTION RANK ...`: `fastbegan ...`, with a fault planted in one rank.
 
-At the NUMBER-th call of PLACE (`name` before it, `name+` after it): kill, hang, raise, full (disk), or nan and drift
-(of the weights). Ranks but RANK are sound; so is a run that torchrun started again.
+At the NUMBER-th call of PLACE (`name` before it, `name+` after it): kill, hang, raise, lose (contact), full (disk),
+nan or drift (of the weights). Ranks but RANK are sound; so is a run that torchrun started again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from fastbegan import checkpoint, cli, files, train
 from fastbegan.bucket import Bucket
 from fastbegan.data.loader import PackedLoader
+from fastbegan.ranks import Flight, LostContactError
 from fastbegan.run import RunFolder
 from fastbegan.step import TrainStep
 
@@ -28,6 +29,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "prepare": (PackedLoader, "prepare"),
     "step": (TrainStep, "forward"),
     "collect": (Bucket, "collect"),
+    "land": (Flight, "land"),
     "metrics": (RunFolder, "append_metrics"),
     "sheet": (train, "save_png"),
     "weights": (RunFolder, "write_weights"),
@@ -49,7 +51,9 @@ def _act(action: str, arguments: tuple[Any, ...]) -> None:
     if action == "hang":
         time.sleep(10_000)
     if action == "raise":
-        raise RuntimeError("planted")
+        raise ValueError("planted")
+    if action == "lose":
+        raise LostContactError("no space left in /dev/shm")
     if action == "full":
         raise OSError(errno.ENOSPC, "No space left on device")
     if action in ("nan", "drift"):

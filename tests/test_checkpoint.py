@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,9 @@ import torch
 from fastbegan import UserError, checkpoint
 from fastbegan.checkpoint import damage, list_checkpoints, load_latest, save_checkpoint
 
+from .conftest import TINY, environment
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 CPU = torch.device("cpu")
 
 
@@ -111,6 +117,26 @@ def test_a_crash_anywhere_in_the_writer_leaves_the_last_one(
     state = load_latest(tmp_path, CPU)
     assert state is not None and state["step"] == 4
     assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_what_the_system_refuses_to_write_is_one_error(tmp_path: Path, fastbegan: Run) -> None:
+    """The system itself ends each write: no file may be larger than the nets' weights, which a checkpoint is."""
+    out = tmp_path / "run"
+    again = fastbegan("train", *TINY, "--steps", 10, "--out", out)
+    assert again.returncode == 0, again.stderr
+    sizes = [path.stat().st_size for path in (out / "discriminator.safetensors", out / "progress.gif")]
+    command = [sys.executable, "-m", "fastbegan", "train", *TINY, "--steps", "20", "--out", str(out)]
+    limits = {out / "checkpoints" / "000000020": max(sizes) + 1000, out / "samples" / "000000020.png": 10_000}
+    for path, limit in limits.items():
+        limited = lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, check=False, preexec_fn=limited
+        )
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+        assert f"{path} cannot be written (File too large)" in done.stderr
+        assert [found.name for found in (out / "checkpoints").iterdir()] == ["000000010"]
+    assert fastbegan("train", "--out", out, "--steps", 20).returncode == 0
 
 
 def test_a_full_disk_is_an_error_and_keeps_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig, TrainStep, train
 from fastbegan.bucket import Bucket
+from fastbegan.checkpoint import list_checkpoints
 from fastbegan.models import build
 from fastbegan.objective import OBJECTIVES
 from fastbegan.ranks import Flight, Ranks
@@ -166,6 +168,23 @@ def test_what_was_sent_is_not_sent_again() -> None:
     assert ranks.sums == 1 and torch.equal(net.weight.grad, torch.full((1, 2), 0.5))
 
 
+def test_a_step_that_failed_leaves_no_sum_to_the_next() -> None:
+    """As one does that cannot be captured: the step after it sends as many sums as any."""
+    (ranks,) = _ranks(1)
+    ranks.world = 2  # a second one that is silent
+    step = TrainStep(*build(MODEL, seed=0), TRAIN, ranks=ranks)
+    sums = []
+    for fails in (False, True, False):
+        before = ranks.sums
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError) if fails else contextlib.nullcontext():
+            if fails:
+                collect = step._collect
+                patch.setattr(step.objective, "ready", lambda net, collect=collect: (collect(net), int("x")))
+            step(*_batch())
+        sums.append(ranks.sums - before)
+    assert sums == [3, 1, 3]
+
+
 @pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)])
 def test_rates_grow_with_the_batch(rule: str, factor: float) -> None:
     config = replace(TRAIN, batch_size=64, scaling=rule)
@@ -177,7 +196,8 @@ def test_rates_grow_with_the_batch(rule: str, factor: float) -> None:
 
 def test_a_checkpoint_hardly_holds_up_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the size of the demo, on a disk that takes a second: under 50 ms, unless the one before is not done."""
-    monkeypatch.setattr(train, "save_checkpoint", lambda *_: time.sleep(1))
+    save = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda *what: (time.sleep(1), save(*what)))
     preset = PRESETS["demo"]
     config = replace(preset.train, data="faces:64", device="cpu", compile="off")
     with Report(quiet=True) as report:
@@ -190,5 +210,6 @@ def test_a_checkpoint_hardly_holds_up_the_step(tmp_path: Path, monkeypatch: pyte
             training._checkpoint()
             waited.append(time.monotonic() - begun)
         training._writer.finish()
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2
     print(f"a step waited {[f'{1e3 * one:.1f}' for one in sorted(waited)]} ms")
     assert sorted(waited)[1] < 0.05, waited

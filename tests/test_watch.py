@@ -20,7 +20,7 @@ class _Ranks:
     def __init__(self, patience: float = 60.0, *, settled: bool = True) -> None:
         self.clock = _Clock()
         self.judge = Judge(patience, self.clock)
-        self.beats = {rank: Beat(0, 1, settled, closed=False, lost=False) for rank in range(4)}
+        self.beats = {rank: Beat(0, 1, settled, closed=False, lost="") for rank in range(4)}
 
     def run(
         self, seconds: int, *, still: tuple[int, ...] = (), **changes: dict[int, object]
@@ -52,19 +52,19 @@ def test_the_silent_one_is_dead() -> None:
     ranks = _Ranks()
     assert ranks.run(5) is None
     blamed, why, after = ranks.blame(100, still=(2,))
-    assert blamed == [2] and "no sign of life" in why and after <= 32
+    assert blamed == [2] and "no sign of life" in why and after <= 22
 
 
 def test_once_contact_is_lost_it_takes_seconds() -> None:
     ranks = _Ranks()
     assert ranks.run(5) is None
-    blamed, _, after = ranks.blame(100, still=(3,), lost={0: True})
+    blamed, _, after = ranks.blame(100, still=(3,), lost={0: "broken pipe"})
     assert blamed == [3] and after <= 8
 
 
 def test_contact_may_be_lost_with_everybody_alive() -> None:
-    blamed, why, after = _Ranks().blame(100, lost={1: True})
-    assert blamed == [] and "lost contact" in why and after <= 22
+    blamed, why, after = _Ranks().blame(100, lost={1: "no space in /dev/shm"})
+    assert blamed == [] and why == "the ranks lost contact; rank 1: no space in /dev/shm" and after <= 22
 
 
 def test_the_one_that_the_others_wait_for_hangs() -> None:

@@ -50,6 +50,7 @@ _ASSUMED = {"float32": 0.50, "fp16": 0.20, "bf16": 0.20}
 _COPY_SHARE = 0.8  # of the memory's bandwidth, by a kernel that only moves data
 _NETWORK_SHARE = 0.8  # of a node's link to the others that an all-reduce gets
 _LATENCY = 2e-5  # seconds from a rank to the next
+_LOSSES = 12  # bytes: L(x), L(G(z)) and whether to stop
 _LAUNCH = 1e-5  # seconds between two steps that are a CUDA graph each
 _PASSES = 14  # how often the activations of a step cross the memory: written, read forward, read and written back
 
@@ -119,19 +120,20 @@ def plan(
         all_reduce_seconds(4 * count, gpus, slowest, _LATENCY)
         for count in (cost.generator, cost.parameters - cost.generator)
     )
-    # G's gradients travel while D still works on x, D's when all else is done
-    communication = of_d + max(0.0, of_g - work * cost.after_generator / cost.flops)
+    of_losses = all_reduce_seconds(_LOSSES, gpus, slowest, _LATENCY)
+    # G's gradients travel while D still works on x, D's and the losses when all else is done
+    communication = of_d + of_losses + max(0.0, of_g - work * cost.after_generator / cost.flops)
     alone = work + gather + _LAUNCH
     step = alone + communication
-    parts = {"compute": arithmetic, "memory": memory, "images": gather, "network": of_g + of_d}
+    parts = {"compute": arithmetic, "memory": memory, "images": gather, "network": of_g + of_d + of_losses}
     limit = max(parts, key=lambda name: parts[name])
     rate = gpus * train.batch_size / step
     hours = images / rate / 3600
     # activations are half as large in half precision, the rest of the model stays float32
     needed = cost.memory - (cost.kept * train.batch_size // 2 if half else 0)
     return Plan(
-        card.name, gpus, card.precision, share, measured, arithmetic, memory, gather, 4 * cost.parameters, of_g + of_d,
-        communication, step, rate, alone / step, hours, hours * gpus * card.watts / 1e3, limit,
+        card.name, gpus, card.precision, share, measured, arithmetic, memory, gather, 4 * cost.parameters,
+        parts["network"], communication, step, rate, alone / step, hours, hours * gpus * card.watts / 1e3, limit,
         needed < 0.9 * card.capacity,
     )  # fmt: skip
 
