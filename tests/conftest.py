@@ -52,7 +52,9 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), "OMP_NUM_THREADS": "1"}
+    # a crash in native code says where
+    ours = {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **ours, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
 
 
 @pytest.fixture

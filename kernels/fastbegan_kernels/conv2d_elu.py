@@ -15,6 +15,7 @@ def conv2d_elu(
     bias: Tensor | None = None,
     *,
     stride: int = 1,
+    padding: str = "same",
     activation: str = "elu",
     alpha: float = 1.0,
     carry: Tensor | None = None,
@@ -26,9 +27,11 @@ def conv2d_elu(
     kernel behind it (algebraic), and only the output is kept; with silu, which cannot be told from its output, the
     pre-activation, and with a carry act(conv) itself.
     """
-    if asked_for(impl) == "reference" or stride not in (1, 2):
-        return reference.conv2d_elu(x, weight, bias, stride=stride, activation=activation, alpha=alpha, carry=carry)
-    kind = "same" if stride == 1 else "down"
+    kind = reference.conv_kind(stride, padding)
+    if asked_for(impl) == "reference":
+        return reference.conv2d_elu(
+            x, weight, bias, stride=stride, padding=padding, activation=activation, alpha=alpha, carry=carry
+        )
     if carry is not None:
         reference.check_layer(x, weight, bias, kind=kind, carry=carry)
     biases = None if bias is None else [bias]

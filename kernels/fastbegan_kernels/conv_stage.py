@@ -26,7 +26,7 @@ def conv_stage(
     copies: int = 1,
     impl: str | None = None,
 ) -> Tensor:
-    """As `reference.conv_stage`: x [N, C, H, W] through layers of kinds "same", "down" and "up", channels_last.
+    """As `reference.conv_stage`: x [N, C, H, W] through layers of kinds same, down, down_end and up, channels_last.
 
     On a GPU all layers are one operation. Going back, a layer's input gradient, the derivative of the activation before
     it and that layer's bias gradient are one kernel; only each layer's output is kept. Weights of kind "up" may come
@@ -154,7 +154,7 @@ def _gradients(
         if not (needs[0] or any(_lower(need_w, count, number)) or any(_lower(need_b, count, number))):
             break
         inner = activation if number else None
-        if impl == "fused" and kind == "down" and weight.shape[2] != 3:
+        if impl == "fused" and (kind == "down_end" or (kind == "down" and weight.shape[2] != 3)):
             how = pointwise  # no kernel of ours, whatever is asked for
         else:
             how = _how(
@@ -173,6 +173,16 @@ def _lower(needs: Sequence[bool], count: int, number: int) -> list[bool]:
     return [needed for own, needed in enumerate(needs) if own % count < number]
 
 
+def _kept(outputs: list[Tensor], activation: str) -> list[Tensor]:
+    """What the backward reads of the outputs; without an activation not the last one, which others may then change."""
+    return outputs[:-1] if activation == "none" else outputs
+
+
+def _restored(kept: Sequence[Tensor], grad: Tensor, activation: str) -> list[Tensor]:
+    """The outputs again; for the last one, of which nothing is read, a tensor of its shape."""
+    return [*kept, grad.contiguous(memory_format=torch.channels_last)] if activation == "none" else list(kept)
+
+
 class _Plain(torch.autograd.Function):
     """The same in plain operations, which torch.compile sees through: on the CPU, without Triton, for float64."""
 
@@ -183,7 +193,7 @@ class _Plain(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
         outputs = _outputs(x, weights, biases, skip, kinds, activation, alpha, "plain")
-        ctx.save_for_backward(x, *weights[: count // copies], *outputs)
+        ctx.save_for_backward(x, *weights[: count // copies], *_kept(outputs, activation))
         ctx.settings = (kinds, activation, alpha, "plain", copies)
         ctx.skip_size, ctx.count = 0 if skip is None else skip.shape[3], count
         ctx.bias_dtypes = [bias.dtype for bias in biases]
@@ -197,8 +207,9 @@ class _Plain(torch.autograd.Function):
         need_x, need_skip, *_ = needed = ctx.needs_input_grad
         needs = [need_x, need_skip, *needed[7:]]
         kinds, activation, alpha, impl, copies = ctx.settings
+        outputs = _restored(saved[own:], grads[0], activation)
         dx, d_skip, *rest = _gradients(
-            grads[0], x, saved[:own], saved[own:], ctx.skip_size, bool(ctx.bias_dtypes), kinds, activation, alpha, impl,
+            grads[0], x, saved[:own], outputs, ctx.skip_size, bool(ctx.bias_dtypes), kinds, activation, alpha, impl,
             copies, needs,
         )  # fmt: skip
         dtypes = [x.dtype] * ctx.count + ctx.bias_dtypes
@@ -267,7 +278,7 @@ def _setup(ctx, inputs: tuple, output: list[Tensor]) -> None:
     x, weights, biases, skip, *ctx.settings = inputs
     ctx.set_materialize_grads(False)  # nobody asks for the gradients of the inner outputs
     ctx.own = len(weights) // ctx.settings[-1]
-    ctx.save_for_backward(x, *weights[: ctx.own], *output)
+    ctx.save_for_backward(x, *weights[: ctx.own], *_kept(output, ctx.settings[1]))
     ctx.count = len(weights)
     ctx.bias_dtypes = [bias.dtype for bias in biases]
     ctx.skip = (0, x.dtype) if skip is None else (skip.shape[3], skip.dtype)
@@ -288,6 +299,7 @@ def _backward(ctx, grads: list[Tensor | None]) -> tuple:
     if grad is None:
         return (None, [None] * ctx.count, [None] * len(need_b), *[None] * 6)
     needs = [need_x, need_skip, *need_w, *need_b]
+    outputs = _restored(outputs, grad, ctx.settings[1])
     skip_size, skip_dtype = ctx.skip
     dx, d_skip, *rest = _conv_stage_backward(
         grad, x, weights, outputs, skip_size, bool(need_b), *ctx.settings, needs

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = ("elu", "relu", "leaky_relu", "silu", "none")
+KINDS = ("same", "down", "down_end", "up")
+END = (0, 1, 0, 1)
+"""F.pad's numbers for a column to the right and a row below."""
 
 
 def check_activation(activation: str, alpha: float) -> None:
@@ -70,15 +73,16 @@ def check_shapes(
         raise ValueError(f"x is {list(x)}; accepted: [N, C, H, W]")
     folded = kind == "up" and weight.dim() == 4 and tuple(weight.shape[2:]) == (4, 4)
     square = weight.dim() == 4 and weight.shape[2] == weight.shape[3] and (weight.shape[2] % 2 == 1 or folded)
-    if not square or (kind == "up" and weight.shape[2] not in (3, 4)):
-        accepted = "[out, in, 3, 3], or folded [in, out, 4, 4]" if kind == "up" else "[out, in, k, k] with odd k"
+    if not square or weight.shape[2] not in {"up": (3, 4), "down_end": (3,)}.get(kind, weight.shape[2:]):
+        accepted = {"up": "[out, in, 3, 3], or folded [in, out, 4, 4]", "down_end": "[out, in, 3, 3]"}
+        accepted = accepted.get(kind, "[out, in, k, k] with odd k")
         raise ValueError(f"weight is {list(weight.shape)}; accepted: {accepted}")
     channels, outputs = (weight.shape[0], weight.shape[1]) if folded else (weight.shape[1], weight.shape[0])
     if x[1] != channels:
         raise ValueError(f"x is {list(x)} but weight takes {channels} channels; they must match")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias is {list(bias.shape)}; accepted: [{outputs}]")
-    if carry is not None and (kind == "down" or channels != outputs or carry.numel() != 1):
+    if carry is not None and (kind.startswith("down") or channels != outputs or carry.numel() != 1):
         raise ValueError(
             f"carry is {list(carry.shape)}; accepted: one number, with stride 1 and as many outputs as inputs"
         )
@@ -93,7 +97,7 @@ def check_shapes(
 
 def output_size(size: Sequence[int], kind: str) -> tuple[int, ...]:
     """Height and width of a layer's output from those of its input."""
-    return tuple({"same": side, "down": (side + 1) // 2, "up": 2 * side}[kind] for side in size)
+    return tuple({"same": side, "down": (side + 1) // 2, "down_end": side // 2, "up": 2 * side}[kind] for side in size)
 
 
 def blend(x: Tensor, y: Tensor, carry: Tensor | None) -> Tensor:
@@ -107,20 +111,32 @@ def conv2d_elu(
     bias: Tensor | None = None,
     *,
     stride: int = 1,
+    padding: str = "same",
     activation: str = "elu",
     alpha: float = 1.0,
     carry: Tensor | None = None,
 ) -> Tensor:
-    """act(conv2d(x) + bias), "same" padding for odd kernels, blended with x by `carry` where given.
+    """act(conv2d(x) + bias) for odd kernels, blended with x by `carry` where given.
 
-    x [N, C, H, W]; weight [K, C, kh, kw] as nn.Conv2d holds it; bias [K]; result [N, K, ceil(H / stride),
-    ceil(W / stride)]. `carry` is a scalar tensor and needs stride 1 and K = C.
+    x [N, C, H, W]; weight [K, C, kh, kw] as nn.Conv2d holds it; bias [K]. Padding is zeros: "same" on all sides, for
+    [N, K, ceil(H / stride), ceil(W / stride)]; "end", with stride 2 and 3x3 only, a row below and a column to the right
+    (as latent diffusion's encoders pad, and TensorFlow), for [N, K, H // 2, W // 2]. `carry` is a scalar tensor and
+    needs stride 1 and K = C.
     """
+    kind = conv_kind(stride, padding)
+    check_layer(x, weight, bias, kind=kind, carry=carry)
+    x = F.pad(x, END) if kind == "down_end" else x
+    y = F.conv2d(x, weight, _like(bias, weight), stride, 0 if kind == "down_end" else weight.shape[2] // 2)
+    return blend(x, activate(y, activation, alpha), carry)
+
+
+def conv_kind(stride: int, padding: str = "same") -> str:
+    """What `conv_stage` calls a convolution of this stride and padding. Raises ValueError where there is none."""
     if stride not in (1, 2):
         raise ValueError(f"stride is {stride!r}; accepted: 1, 2")
-    check_layer(x, weight, bias, kind="same" if stride == 1 else "down", carry=carry)
-    y = F.conv2d(x, weight, _like(bias, weight), stride, weight.shape[2] // 2)
-    return blend(x, activate(y, activation, alpha), carry)
+    if padding not in ("same", "end") or (padding == "end" and stride != 2):
+        raise ValueError(f"padding is {padding!r} with stride {stride}; accepted: same, and with stride 2 end")
+    return "same" if stride == 1 else "down" if padding == "same" else "down_end"
 
 
 def _like(bias: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -163,7 +179,8 @@ def conv_stage(
     alpha: float = 1.0,
     copies: int = 1,
 ) -> Tensor:
-    """Layers one after another: "same" and "down" are conv2d_elu of stride 1 and 2, "up" is upsample_conv2d_elu.
+    """Layers one after another: "same", "down" and "down_end" are conv2d_elu, the first of stride 1, the others of
+    stride 2, the last one padded at the end only; "up" is upsample_conv2d_elu.
 
     weights and biases as those take them; `kinds` is "same" for all where None; `skip` belongs to the last layer, which
     then must be "up". With `copies`, weights and biases hold as many copies of all layers', one after another, and the
@@ -188,7 +205,8 @@ def conv_stage(
             table = skip if number == len(kinds) - 1 else None
             x = upsample_conv2d_elu(x, weight, bias, skip=table, activation=activation, alpha=alpha)
         else:
-            x = conv2d_elu(x, weight, bias, stride=1 if kind == "same" else 2, activation=activation, alpha=alpha)
+            stride, padding = 1 if kind == "same" else 2, "end" if kind == "down_end" else "same"
+            x = conv2d_elu(x, weight, bias, stride=stride, padding=padding, activation=activation, alpha=alpha)
     return x
 
 
@@ -204,8 +222,8 @@ def check_stage(
         given = f"{len(weights)} weights, {'no' if biases is None else len(biases)} biases, {len(found)} kinds"
         raise ValueError(f"a stage was given {given}; accepted: one or more weights, and as many biases and kinds")
     for number, kind in enumerate(found):
-        if kind not in ("same", "down", "up"):
-            raise ValueError(f"kinds[{number}] is {kind!r}; accepted: same, down, up")
+        if kind not in KINDS:
+            raise ValueError(f"kinds[{number}] is {kind!r}; accepted: {', '.join(KINDS)}")
     if skip is not None and found[-1] != "up":
         raise ValueError(f"skip was given but the last kind is {found[-1]!r}; accepted: up")
     return found

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import reference
 
 KINDS = ("same", "down", "up")
+"""Those that fused kernels compute; "down_end" is always the library's."""
 
 
 def forward(
@@ -31,6 +32,8 @@ def forward(
     inside = bias.to(x.dtype) if bias is not None and how == "plain" else None
     if kind == "up":
         y = F.conv_transpose2d(x, weight, inside, stride=2, padding=1)
+    elif kind == "down_end":
+        y = F.conv2d(F.pad(x, reference.END), weight, inside, 2)
     else:
         y = F.conv2d(x, weight, inside, 1 if kind == "same" else 2, weight.shape[2] // 2)
     if how == "algebraic":
@@ -135,12 +138,21 @@ def skip_gradient(dz: Tensor, size: int, *, how: str) -> Tensor:
 
 
 def _library(dz: Tensor, x: Tensor, weight: Tensor, kind: str, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    if kind == "down_end":  # padded again: a copy that nobody keeps
+        padded = F.pad(x, reference.END).contiguous(memory_format=torch.channels_last)
+        dx, dw, db = _library_convolution(dz, padded, weight, 2, [0, 0], mask, transposed=False)
+        return dx[:, :, :-1, :-1] if mask[0] else dx, dw, db
+    padding = [1, 1] if kind == "up" else [weight.shape[2] // 2] * 2
+    return _library_convolution(dz, x, weight, 1 if kind == "same" else 2, padding, mask, transposed=kind == "up")
+
+
+def _library_convolution(
+    dz: Tensor, x: Tensor, weight: Tensor, stride: int, padding: list[int], mask: list[bool], *, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not dz.numel():  # oneDNN and cuDNN refuse empty gradients
         return torch.zeros_like(x), torch.zeros_like(weight), dz.new_empty(0)
-    stride = [1, 1] if kind == "same" else [2, 2]
-    padding = [1, 1] if kind == "up" else [weight.shape[2] // 2] * 2
     return torch.ops.aten.convolution_backward(
-        dz, x, weight, None, stride, padding, [1, 1], kind == "up", [0, 0], 1, mask
+        dz, x, weight, None, [stride] * 2, padding, [1, 1], transposed, [0, 0], 1, mask
     )
 
 

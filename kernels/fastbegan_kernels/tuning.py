@@ -276,7 +276,7 @@ def _try_in_child(problem: Problem, device: torch.device, hows: Sequence[str]) -
 
 def _tiles(problem: Layer, device: torch.device) -> list[str]:
     """Names of the fused kernels' tiles for a layer on a device."""
-    if problem.backward and problem.kind == "down" and problem.weight[2] != 3:
+    if problem.kind == "down_end" or (problem.backward and problem.kind == "down" and problem.weight[2] != 3):
         return []
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return []  # no asynchronous copies, and Triton does not support these GPUs

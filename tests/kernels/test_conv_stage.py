@@ -19,6 +19,8 @@ STAGES = [
     (["same", "up"], 4),
     (["up", "same", "up"], 2),
     (["same", "up"], 0),
+    (["down_end"], 0),
+    (["down_end", "same", "down_end"], 0),
 ]
 
 
@@ -142,3 +144,17 @@ def test_copies_that_do_not_fit_are_named() -> None:
         conv_stage(x, [weight] * 2, copies=2)
     with pytest.raises(ValueError, match="1 weights, no biases, 1 kinds"):
         conv_stage(x[:2], [weight], kinds=["same"], copies=2)
+
+
+@pytest.mark.parametrize("impl", [None, "algebraic", "fused"])
+@pytest.mark.parametrize("kinds", [["same"], ["up"], ["down", "same"]])
+def test_an_output_without_activation_may_be_changed(kinds: list[str], impl: str | None) -> None:
+    """As after a convolution of the library: residual blocks add to it in place."""
+    if impl:
+        pytest.importorskip("triton")
+    inputs = _inputs(kinds, 0, torch.float32)
+
+    def added(op: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
+        return lambda *leaves: _stage(op, kinds, activation="none", **options)(*leaves).mul_(3).add_(1)
+
+    check(added(conv_stage, impl=impl), added(reference.conv_stage), inputs)

@@ -266,7 +266,7 @@ WRONG = [
     (lambda x, w: upsample_conv2d_elu(x, w, skip=torch.zeros(1, 3, 3, 3, 3, 2)), r"skip is \[1, 3, 3, 3, 3, 2\]"),
     (lambda x, w: conv_stage(x, []), "a stage was given 0 weights, no biases, 0 kinds"),
     (lambda x, w: conv_stage(x, [w], [w, w]), "a stage was given 1 weights, 2 biases, 1 kinds"),
-    (lambda x, w: conv_stage(x, [w], kinds=["over"]), r"kinds\[0\] is 'over'; accepted: same, down, up"),
+    (lambda x, w: conv_stage(x, [w], kinds=["over"]), r"kinds\[0\] is 'over'; accepted: same, down, down_end, up"),
     (lambda x, w: conv_stage(x, [w, w]), r"x is \[1, 2, 4, 4\] but weight takes 3 channels"),
     (lambda x, w: conv_stage(x, [w], skip=w), "skip was given but the last kind is 'same'; accepted: up"),
     (lambda x, w: normalize_images(x), "images is torch.float32"),
