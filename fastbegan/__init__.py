@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import plain
+    from . import layers, plain
     from .config import PRESETS, ModelConfig, Preset, TrainConfig
-    from .equilibrium import Equilibrium
+    from .convert import accelerate, restore
     from .errors import UserError
-    from .layers import Conv2dELU, UpsampleConv2dELU
+    from .layers import Conv2dELU, Equilibrium, UpsampleConv2dELU
     from .models import Decoder, Discriminator, Encoder, Generator, to_plain
     from .step import TrainStep
 
@@ -30,24 +30,27 @@ __all__ = [
     "TrainStep",
     "UpsampleConv2dELU",
     "UserError",
+    "accelerate",
+    "layers",
     "plain",
+    "restore",
     "to_plain",
 ]
 
 # loaded when asked for (PEP 562): the processes that decode pictures come here too and have no use for torch
 _HOMES = {
     "config": ("PRESETS", "ModelConfig", "Preset", "TrainConfig"),
-    "equilibrium": ("Equilibrium",),
+    "convert": ("accelerate", "restore"),
     "errors": ("UserError",),
-    "layers": ("Conv2dELU", "UpsampleConv2dELU"),
+    "layers": ("Conv2dELU", "Equilibrium", "UpsampleConv2dELU"),
     "models": ("Decoder", "Discriminator", "Encoder", "Generator", "to_plain"),
     "step": ("TrainStep",),
 }
 
 
 def __getattr__(name: str) -> object:
-    if name == "plain":
-        return importlib.import_module(".plain", __name__)
+    if name in ("layers", "plain"):
+        return importlib.import_module(f".{name}", __name__)
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f".{module}", __name__), name)

@@ -72,7 +72,7 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
     packed = 2 * (dtype or torch.float32).itemsize * parameters  # and their gradients
     kept = ledger.peak // train.batch_size
     flops = counter.get_total_flops()
-    memory = weights + packed + 2 * real.nbytes + ledger.peak
+    memory = weights + packed + 3 * real.nbytes + ledger.peak  # the batch, G's images, and a gradient of either
     return StepCost(parameters, flops, count_parameters(generator), flops - done[generator], kept, memory)
 
 

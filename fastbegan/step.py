@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .bucket import Bucket
 from .config import TrainConfig
-from .equilibrium import Equilibrium
+from .layers import Equilibrium
 from .models import Discriminator, Generator
 from .objective import OBJECTIVES, Objective
 from .ranks import Ranks

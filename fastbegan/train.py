@@ -18,7 +18,6 @@ from .counter import Z_D, Z_G, latents
 from .data.choose import open_loader
 from .data.source import absolute
 from .device import make_deterministic, pick_compile, pick_device, pick_precision
-from .equilibrium import StallHalving
 from .errors import UserError
 from .files import make_folder, write_json
 from .graph import GraphedStep
@@ -39,6 +38,7 @@ from .samples import (
     sheet_latents,
     training_sheet,
 )
+from .schedule import StallHalving
 from .step import TrainStep
 from .stop import StopRequest
 

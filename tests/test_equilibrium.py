@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastbegan import Equilibrium
-from fastbegan.equilibrium import StallHalving
+from fastbegan.schedule import StallHalving
 
 
 def _update(equilibrium: Equilibrium, real: float, fake: float, skip: bool | None = None) -> None:

@@ -100,7 +100,7 @@ def test_images_a_second_are_of_the_row_and_of_training_alone(tmp_path: Path, mo
 
     def slow(training: Training) -> None:
         advance, save, draw = training.advance, training._checkpoint, fastbegan.train.training_sheet
-        monkeypatch.setattr(training, "advance", lambda: (advance(), now.__setitem__(0, now[0] + 0.5)))
+        monkeypatch.setattr(advance, "work", lambda work=advance.work: (work(), now.__setitem__(0, now[0] + 0.5)))
         monkeypatch.setattr(training, "_checkpoint", lambda: (save(), now.__setitem__(0, now[0] + 70)))
         sheet = lambda *given: (now.__setitem__(0, now[0] + 30), draw(*given))[1]  # noqa: E731
         monkeypatch.setattr(fastbegan.train, "training_sheet", sheet)

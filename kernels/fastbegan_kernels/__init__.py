@@ -4,7 +4,7 @@ Every function has a plain PyTorch twin of the same name in `fastbegan_kernels.r
 specification; `impl=` (or the environment variable FASTBEGAN_IMPL) chooses between the tiers.
 """
 
-from . import reference
+from . import layers, losses, reference
 from .conv2d_elu import conv2d_elu
 from .conv_stage import conv_stage
 from .equilibrium_update import equilibrium_update
@@ -21,6 +21,8 @@ __all__ = [
     "fold",
     "l1_reconstruction_loss",
     "l1_reconstruction_loss_with_gradients",
+    "layers",
+    "losses",
     "normalize_images",
     "reference",
     "skip_phase_table",

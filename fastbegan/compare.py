@@ -1,0 +1,103 @@
+"""Outputs and gradients of a module, and how far another way to get them is from the truth."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+_FACTOR, _FLOOR = 4.0, 1e-6  # of errors; four as for folded up-convolutions, see kernels/fastbegan_kernels/problems.py
+_UNKNOWN = 1e-4  # the relative difference that is allowed where the truth is not known
+_ANOTHER_DRAW = 1e-2  # a relative error that no rounding makes: float64 drew other random numbers
+
+
+def values(model: nn.Module, example: Any) -> dict[str, Tensor]:
+    """By name, every floating-point output for `example` and its gradient to each parameter and input.
+
+    The gradient is that of a fixed random sum of all outputs. Buffers and the random state are put back, and no `.grad`
+    is touched.
+    """
+    inputs = example if isinstance(example, tuple) else (example,)
+    devices = sorted(
+        {leaf.device.index or 0 for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_cuda}
+    )
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        torch.manual_seed(0)
+        given = tree_map(_leaf, inputs)
+        outputs = [leaf for leaf in tree_leaves(model(*given)) if isinstance(leaf, Tensor)]
+        found = {f"output {number}": one.detach() for number, one in enumerate(outputs)}
+        wanted = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        leaves = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        wanted |= {f"input {number}": one for number, one in enumerate(leaves)}
+        total = [_weighted(one) for one in outputs if one.requires_grad]
+        if total and wanted:
+            gradients = torch.autograd.grad(torch.stack(total).sum(), list(wanted.values()), allow_unused=True)
+            for name, gradient in zip(wanted, gradients, strict=True):
+                if gradient is not None:
+                    found[f"gradient of {name}"] = gradient
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return found
+
+
+def truth(model: nn.Module, example: Any) -> dict[str, Tensor]:
+    """`values` of a copy in float64; nothing where there can be no copy."""
+    try:
+        wide = copy.deepcopy(model).double()
+    except Exception:  # modules with hooks that make their weights, for one
+        return {}
+    return values(wide, tree_map(lambda one: one.double() if _is_real(one) else one, example))
+
+
+def compare(before: dict[str, Tensor], after: dict[str, Tensor], exact: dict[str, Tensor]) -> str:
+    """The largest errors in words. Raises RuntimeError where one is more than four times what it was.
+
+    What `exact` does not have must be equal to a ten-thousandth.
+    """
+    if before.keys() != after.keys():
+        odd = sorted(before.keys() ^ after.keys())
+        raise RuntimeError(f"the check found {odd[0]} in one of both only; the model was restored")
+    worst = {"before": 0.0, "after": 0.0}
+    for name, old in before.items():
+        new, wide = after[name], exact.get(name, old).to(torch.float64 if old.is_floating_point() else old.dtype)
+        size = float(wide.abs().max()) if wide.numel() else 0.0
+        scale = max(size, torch.finfo(torch.float32).tiny)
+        was, now = (_error(one, wide) for one in (old, new))
+        if was > _ANOTHER_DRAW * scale or name not in exact:
+            was, now = _UNKNOWN * scale / _FACTOR, _error(new, old.to(wide.dtype))
+        if not now <= _FACTOR * was + _floor(old) * max(scale, 1.0):
+            raise RuntimeError(
+                f"the check failed: the error of {name} is {now:.3g}, without fast layers {was:.3g}, of values up to "
+                f"{size:.3g}; the model was restored"
+            )
+        worst = {"before": max(worst["before"], was / scale), "after": max(worst["after"], now / scale)}
+    return f"checked: largest relative error {worst['after']:.1e}, without fast layers {worst['before']:.1e}"
+
+
+def _floor(value: Tensor) -> float:
+    if not value.is_floating_point():
+        return 0.0
+    return max(_FLOOR, 4 * torch.finfo(value.dtype).eps) if value.dtype != torch.float64 else 1e-12
+
+
+def _error(one: Tensor, other: Tensor) -> float:
+    return float((one.to(other.dtype) - other).abs().max()) if one.numel() else 0.0
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _leaf(value: Any) -> Any:
+    return value.detach().clone().requires_grad_(_is_real(value)) if isinstance(value, Tensor) else value
+
+
+def _weighted(output: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(output.numel())
+    draw = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    return (output * draw.to(device=output.device, dtype=output.dtype)).sum().double()

@@ -1,0 +1,238 @@
+"""`accelerate(model)`: the fast layers under a model that knows nothing of them, and `restore` to take them out.
+
+The forward of a model is followed with torch.fx, chains of [nearest x2] -> convolution -> [activation] are put on
+`fastbegan_kernels`, and the model's instance gets that forward. Modules, parameters and state dict stay what they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from . import chains, compare
+from .follow import CannotFollowError, Followed, follow, hooked, required
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `accelerate` did: `replaced` and `left` by the path of each convolution, `checked` the errors it found."""
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    checked: str = "not checked"
+
+    def __str__(self) -> str:
+        width = max(map(len, [*self.replaced, *self.left]), default=0)
+        lines = [f"fast  {place:{width}}  {what}" for place, what in self.replaced.items()]
+        lines += [f"left  {place:{width}}  {why}" for place, why in self.left.items()]
+        count = f"{len(self.replaced)} of {len(self.replaced) + len(self.left)} convolutions on fast layers"
+        return "\n".join([*lines, f"{count}; {self.checked}"])
+
+
+def accelerate(model: Model, *, check: Any = None) -> Model:
+    """Put `model` on the fast layers, in place, and return it; `model.fastbegan_report` says what was done.
+
+    Taken are 3x3 convolutions (1x1 with an activation) with zero padding, of stride 1 or 2, with a nearest x2 before
+    them (nn.Upsample, F.interpolate) or one of ELU, ReLU, LeakyReLU and SiLU behind them, or padded (0, 1, 0, 1); what
+    is anything else is left as it is. Class, modules, parameters, hooks and state dict are untouched: only the
+    instance's `forward` is another one, which goes back to the model's own whenever the model is not what it was
+    (replaced layers, new hooks, changed attributes, other arguments), with a warning.
+
+    With `check`, an input (or a tuple of inputs), outputs and gradients are compared before and after; raises
+    RuntimeError, and restores the model, where an error against float64 is more than four times what it was.
+    Raises RuntimeError for a model that is accelerated or compiled already, TypeError for what is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; accepted: an nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise RuntimeError("the model is a torch.jit script; accelerate it before scripting is not supported either")
+    for path, module in model.named_modules():
+        what = f"{path or 'the model'} ({type(module).__name__})"
+        if isinstance(module.__dict__.get("forward"), FastForward):
+            raise RuntimeError(f"{what} is accelerated already; restore(model) takes that back")
+        if getattr(module, "_compiled_call_impl", None) or isinstance(module, torch._dynamo.OptimizedModule):
+            raise RuntimeError(f"{what} is compiled already; accelerate the model first, then compile it")
+    before, exact = (None, None) if check is None else (compare.values(model, check), compare.truth(model, check))
+    replaced, left = {}, {}
+    for path, module, followed, found, why in _parts(model):
+        prefix = f"{path}." if path else ""
+        for chain in found:
+            replaced |= {prefix + place: words for place, words in zip(chain.places, chain.words, strict=True)}
+        left |= {prefix + place: reason for place, reason in why.items()}
+        if found:
+            assert followed is not None
+            module.forward = FastForward(followed, found)
+    for path, module in model.named_modules():
+        if "Conv" in type(module).__name__ and path not in replaced and hasattr(module, "weight"):
+            left.setdefault(path, _reason(module))
+    report = Report(replaced, {path: why for path, why in left.items() if path not in replaced})
+    model.fastbegan_report = report  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    if not replaced:
+        warnings.warn("no convolution was replaced; model.fastbegan_report says why", stacklevel=2)
+    if before is not None and exact is not None:
+        try:
+            words = compare.compare(before, compare.values(model, check), exact)
+        except BaseException:
+            restore(model)
+            raise
+        model.fastbegan_report = Report(report.replaced, report.left, words)  # pyright: ignore
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Give `model` its own forward back, in place. Raises RuntimeError if it is not accelerated."""
+    found = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), FastForward)]
+    if not found and "fastbegan_report" not in model.__dict__:
+        raise RuntimeError("the model is not accelerated; nothing was changed")
+    for module in found:
+        del module.__dict__["forward"]
+    model.__dict__.pop("fastbegan_report", None)
+    return model
+
+
+def _reason(module: nn.Module) -> str:
+    if isinstance(module, LazyModuleMixin):
+        return "a lazy module that has not run yet: run the model once, then accelerate it"
+    if isinstance(module, nn.Conv2d):
+        return "no forward that could be followed calls it"
+    return f"a {type(module).__module__}.{type(module).__name__}, no convolution of ours"
+
+
+Part = tuple[str, nn.Module, "Followed | None", list[chains.Chain], dict[str, str]]
+
+
+def _parts(model: nn.Module) -> Iterator[Part]:
+    """The largest modules whose forward can be followed, with their chains, and why others are left."""
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop(0)
+        if module in seen:
+            continue
+        seen.add(module)
+        children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+        if type(module).__module__.split(".")[0] == "torch" and not isinstance(module, nn.Sequential):
+            waiting += children  # lists and dicts of modules, and what wraps a model
+            continue
+        # who listens to a module wants it to be called
+        opaque = {one: "it has hooks" for one in module.modules() if one is not module and _listened(one)}
+        try:
+            if "forward" in module.__dict__:
+                raise CannotFollowError("its forward was replaced by somebody")
+            followed = follow(module, opaque)
+        except CannotFollowError as error:
+            inner = [name for name, one in module.named_modules() if isinstance(one, nn.Conv2d)]
+            why = f"{path or 'the model'} ({type(module).__name__}) cannot be followed: {error}"
+            yield path, module, None, [], dict.fromkeys(inner, why)
+            waiting += children
+            continue
+        found, left = chains.find(followed)
+        yield path, module, followed, found, left
+        entered = {module, *followed.inlined}
+        seen |= entered
+        for one in entered:
+            prefix = next(name for name, other in model.named_modules() if other is one)
+            waiting += [
+                (f"{prefix}.{name}" if prefix else name, child)
+                for name, child in one.named_children()
+                if child not in entered
+            ]
+
+
+def _listened(module: nn.Module) -> bool:
+    return hooked(module) or "forward" in module.__dict__
+
+
+class FastForward:
+    """The forward of an accelerated module: its own on fast layers, as long as the module is what it was."""
+
+    def __init__(self, followed: Followed, found: Sequence[chains.Chain]) -> None:
+        self.root = followed.root
+        self.names = required(type(self.root).forward)
+        self.function: Callable[..., Any] | None = chains.put(followed, list(found))
+        silent = {module for chain in found for module in chain.modules}
+        watched = {*followed.inlined, *silent} - {self.root}
+        self.links = [
+            (parent, name, child)
+            for parent in {self.root, *followed.inlined}
+            for name, child in parent._modules.items()
+            if child in watched
+        ]
+        self.silent = list(watched)
+        self.settings = list(followed.reads)
+        self.settings += [setting for module in silent for setting in chains.settings(module)]
+        self.warned = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = type(self.root).forward
+        if kwargs:  # in the order of the names, if it is all of them
+            if set(kwargs) != set(self.names[len(args) :]):
+                return own(self.root, *args, **kwargs)
+            args, kwargs = (*args, *(kwargs[name] for name in self.names[len(args) :])), {}
+        if len(args) != len(self.names) or not all(isinstance(one, Tensor) for one in args):
+            return own(self.root, *args)
+        if self.function is None:
+            self._again()  # pyright: ignore[reportCallIssue]
+        if changed := self._changed():
+            self._warn(changed)
+            return own(self.root, *args)
+        assert self.function is not None
+        return self.function(self.root, *args)
+
+    def _changed(self) -> str | None:
+        """What of the module is not what it was."""
+        for parent, name, child in self.links:
+            if parent._modules.get(name) is not child:
+                return f"{type(parent).__name__}.{name} is another module"
+        for module in self.silent:
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return f"a {type(module).__name__} has hooks"
+        for module, name, value in self.settings:
+            if getattr(module, name) != value:
+                return f"{type(module).__name__}.{name} is {getattr(module, name)!r}, not {value!r}"
+        return None
+
+    def _warn(self, changed: str) -> None:
+        if not self.warned and not torch.compiler.is_compiling():
+            self.warned = True
+            warnings.warn(
+                f"{changed}: {type(self.root).__name__} runs its own forward; to accelerate it as it is now, "
+                "restore(model) and accelerate(model) again",
+                stacklevel=4,
+            )
+
+    @torch.compiler.disable
+    def _again(self) -> None:
+        """After unpickling: code is not pickled."""
+        del self.root.__dict__["forward"]
+        try:
+            opaque = {one: "it has hooks" for one in self.root.modules() if one is not self.root and _listened(one)}
+            followed = follow(self.root, opaque)
+            self.__init__(followed, chains.find(followed)[0])
+        finally:
+            self.root.forward = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FastForward:
+        made = FastForward.__new__(FastForward)
+        memo[id(self)] = made
+        made.__dict__ |= {
+            name: value if name == "function" else copy.deepcopy(value, memo) for name, value in self.__dict__.items()
+        }
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "names": self.names, "function": None}

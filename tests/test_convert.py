@@ -1,0 +1,423 @@
+"""accelerate and restore: the same model, faster; what cannot be taken is left, and nothing changes silently."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastbegan import compare
+from fastbegan.convert import Report, accelerate, restore
+from fastbegan.follow import CannotFollowError, follow
+
+from .families import FAMILIES, Interpolating, Latent, images, sequential
+
+EVERY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def _made(family: str) -> tuple[nn.Module, Tensor, int]:
+    make, shape, taken = FAMILIES[family]
+    torch.manual_seed(0)
+    return make(), images(*shape), taken
+
+
+def _report(model: nn.Module) -> Report:
+    report = model.fastbegan_report
+    assert isinstance(report, Report)
+    return report
+
+
+@EVERY
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_and_gradients_are_the_same(family: str, training: bool) -> None:
+    model, x, taken = _made(family)
+    model.train(training)
+    before, exact, words = compare.values(model, x), compare.truth(model, x), repr(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    assert accelerate(model, check=x) is model
+    assert len(_report(model).replaced) == taken, str(_report(model))
+    compare.compare(before, compare.values(model, x), exact)
+    assert repr(model) == words and type(model) is type(_made(family)[0])
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(one is parameters[name] for name, one in model.named_parameters())
+    restore(model)
+    after = compare.values(model, x)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert "forward" not in vars(model) and "fastbegan_report" not in vars(model)
+
+
+@EVERY
+def test_an_optimizer_made_before_goes_on(family: str) -> None:
+    ways = {}
+    for fast in (False, True):
+        model, x, _ = _made(family)
+        model.double()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        if fast:
+            accelerate(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            output = model(x.double())
+            (output["image"] if isinstance(output, dict) else output).square().mean().backward()
+            optimizer.step()
+        ways[fast] = model.state_dict()
+    for name, value in ways[False].items():
+        torch.testing.assert_close(ways[True][name], value, rtol=1e-6, atol=1e-9)
+
+
+@EVERY
+def test_torch_compile_takes_it_whole(family: str) -> None:
+    model, x, _ = _made(family)
+    before, exact = compare.values(model, x), compare.truth(model, x)
+    accelerate(model)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compare.values(compiled, x)
+    named = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+    compare.compare(before, named, exact)
+
+
+@EVERY
+def test_copies_and_pickles_are_whole(family: str) -> None:
+    model, x, taken = _made(family)
+    accelerate(model)
+    values = compare.values(model, x)
+    copies = [copy.deepcopy(model)]
+    if family != "reparametrised":  # which torch does not pickle
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copies += [pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+    for one in copies:
+        assert one is not model and len(_report(one).replaced) == taken
+        found = compare.values(one, x)
+        assert all(torch.equal(found[name], value) for name, value in values.items())
+        with torch.no_grad():
+            for parameter in one.parameters():
+                parameter.add_(1.0)
+        assert not torch.equal(compare.values(one, x)["output 0"], values["output 0"])  # its own weights
+        restore(one)
+    assert torch.equal(compare.values(model, x)["output 0"], values["output 0"])
+
+
+def test_autocast_and_functional_call() -> None:
+    model, x, _ = _made("sequential")
+    values = {name: 0.5 * value for name, value in model.state_dict().items()}
+    before = torch.func.functional_call(model, values, (x,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(x)
+    accelerate(model)
+    torch.testing.assert_close(torch.func.functional_call(model, values, (x,)), before)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(x)
+    assert found.dtype == half.dtype
+    torch.testing.assert_close(found, half, atol=0.02, rtol=0.02)
+
+
+def test_the_report_says_what_and_why() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 5, padding=2), nn.ELU(),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU(),
+        nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(4, 4, 3, padding=1),
+        nn.Upsample(scale_factor=3), nn.Conv2d(4, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ELU(),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.ELU(),
+        nn.ConvTranspose2d(4, 4, 4, 2, 1), nn.ELU(),
+        nn.Conv2d(4, 4, 3), nn.ELU(),
+        nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3), nn.SiLU(),
+        nn.Conv2d(4, 4, 1), nn.LeakyReLU(),
+    )  # fmt: skip
+    x = images(1, 3, 8, 8)
+    report = _report(accelerate(model, check=x))
+    assert report.replaced == {
+        "17": "3x3 convolution 4 -> 4, silu",
+        "19": "1x1 convolution 4 -> 4, leaky_relu",
+    }
+    assert report.left == {
+        "0": "its kernel is 5x5",
+        "2": "its padding mode is reflect",
+        "5": "the upsampling before it is bilinear",
+        "7": "the upsampling before it is not by a scale_factor of 2",
+        "8": "it is dilated or in groups",
+        "10": "it is dilated or in groups",
+        "12": "a torch.nn.modules.conv.ConvTranspose2d, no convolution of ours",
+        "14": "stride (1, 1), padding (0, 0) is none of ours",
+    }
+    assert "2 of 10 convolutions on fast layers; checked: largest relative error" in str(report)
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_padding_at_the_end(odd: bool) -> None:
+    model = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 4, 3, stride=2), nn.SiLU())
+    accelerate(model, check=images(2, 3, 7 + odd, 8))
+    assert _report(model).replaced == {"1": "3x3 convolution 3 -> 4, stride 2, silu"}
+
+
+def test_batch_norm_is_left_where_it_is() -> None:
+    model, x, _ = _made("normalised")
+    other = copy.deepcopy(model)
+    accelerate(model)
+    for one in (model, other):
+        one.train()
+        one(x)
+        one.eval()
+    torch.testing.assert_close(model(x), other(x))
+    for (name, value), expected in zip(model.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(value, expected, msg=name)
+
+
+def test_norms_by_hooks_are_left() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        conv = torch.nn.utils.weight_norm(nn.Conv2d(3, 3, 3, padding=1))
+    model = nn.Sequential(conv, nn.ELU(), nn.Conv2d(3, 3, 3, padding=1), nn.ELU())
+    accelerate(model, check=images(1, 3, 4, 4))
+    assert _report(model).left == {"0": "it has hooks"} and list(_report(model).replaced) == ["2"]
+
+
+class _Shared(nn.Module):
+    """One convolution three times, under two names, with one upsampling and one activation for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = self.alias = nn.Conv2d(4, 4, 3, padding=1)
+        self.up, self.act = nn.Upsample(scale_factor=2), nn.ELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(self.up(x)))
+        return self.conv(self.act(self.alias(x))) + self.up(self.up(x)).mean()
+
+
+def test_shared_modules() -> None:
+    model = _Shared()
+    accelerate(model, check=images(2, 4, 4, 4))
+    assert list(_report(model).replaced) == ["conv"] and set(_report(model).left) <= {"alias"}
+
+
+class _Parts(nn.Module):
+    """A forward that branches, around parts that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ELU(), nn.Conv2d(4, 4, 3, padding=1), nn.ELU())
+        self.decoder = Interpolating()
+        self.project = nn.Conv2d(4, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.elu(self.project(self.encoder(x)))
+        return self.decoder(x) if x.mean() > -10 else x
+
+
+def test_parts_of_a_forward_that_cannot_be_followed() -> None:
+    model = _Parts()
+    accelerate(model, check=images(2, 3, 8, 8))
+    report = _report(model)
+    assert set(report.replaced) == {"encoder.0", "encoder.2", *(f"decoder.convs.{number}" for number in range(3))}
+    assert report.left["project"] == "the model (_Parts) cannot be followed: it branches on values or shapes"
+    assert "forward" not in vars(model) and "forward" in vars(model.decoder)
+    restore(model)
+    assert "forward" not in vars(model.decoder)
+
+
+def _inside(forward: Callable[[Any, Tensor], Tensor]) -> Any:
+    """A model whose forward calls a part that can be followed in a way that cannot."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ELU())
+            self.calls, self.seen = 0, []
+            self.register_buffer("scale", torch.ones(()))
+
+    Odd.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
+    return Odd()
+
+
+def _counts(self: Any, x: Tensor) -> Tensor:
+    self.calls += 1
+    return self.part(x) * self.calls
+
+
+def _remembers(self: Any, x: Tensor) -> Tensor:
+    self.seen.append(x)
+    return self.part(x)
+
+
+def _freezes(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = self.part(x)
+    return y + self.part(x)
+
+
+def _draws(self: Any, x: Tensor) -> Tensor:
+    return self.part(x) + torch.ones(1)
+
+
+def _recomputes(self: Any, x: Tensor) -> Tensor:
+    return checkpoint(self.part, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
+
+
+def _recomputes_reentrant(self: Any, x: Tensor) -> Tensor:
+    return checkpoint(self.part, x, use_reentrant=True)  # pyright: ignore[reportReturnType]
+
+
+def _asks(self: Any, x: Tensor) -> Tensor:
+    return self.part(x) if isinstance(x, Tensor) else self.part(x[0])
+
+
+def _asks_torch(self: Any, x: Tensor) -> Tensor:
+    return self.part(x) if torch.is_tensor(x) else self.part(x[0])
+
+
+def _casts(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.part(x)
+
+
+def _reads_a_buffer(self: Any, x: Tensor) -> Tensor:
+    return self.part(x) if self.scale > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (_counts, "it writes Odd.calls"),
+        (_remembers, "it writes Odd.seen"),
+        (_freezes, "it switches gradients or autocast on or off inside"),
+        (_casts, "it switches gradients or autocast on or off inside"),
+        (_draws, "it makes a tensor out of nothing but numbers"),
+        (_recomputes, "it changes what the backward keeps"),
+        (_recomputes_reentrant, "it changes what the backward keeps"),
+        (_asks, "asks for the type of a value"),
+        (_asks_torch, "asks for the type of a value"),
+        (_reads_a_buffer, "it branches on values or shapes"),
+    ],
+)
+def test_what_would_change_silently_is_not_followed(forward: Callable[[Any, Tensor], Tensor], why: str) -> None:
+    """The part inside is accelerated all the same, the forward around it stays its own."""
+    model, x = _inside(forward), images(2, 3, 6, 6).requires_grad_()
+    with pytest.raises(CannotFollowError, match=why):
+        follow(model, {})
+    accelerate(model)
+    assert model.calls == 0 and model.seen == [] and not hasattr(model, "_tensor_constant0")
+    assert "forward" not in vars(model) and list(_report(model).replaced) == ["part.0"]
+    found = model(x)
+    restore(model)
+    model.calls = 0
+    torch.testing.assert_close(found, model(x), atol=1e-2 if forward is _casts else 1e-5, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="not accelerated"):
+        restore(model)
+
+
+class _Switch(nn.Module):
+    """A forward that depends on training, on an attribute, and on an optional argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(3, 3, 3, padding=1), 1.0
+
+    def forward(self, x: Tensor, skip: Tensor | None = None, *, twice: bool = False) -> Tensor:
+        x = F.elu(self.conv(F.interpolate(x, scale_factor=2))) * self.gain
+        x = F.dropout(x, 0.5, self.training)
+        x = x if skip is None else x + skip
+        return 2 * x if twice else x
+
+
+def test_its_own_forward_runs_where_the_model_is_not_what_it_was() -> None:
+    model, x = _Switch().eval(), images(2, 3, 4, 4)
+    own = copy.deepcopy(model)
+    accelerate(model, check=x)
+    skip = images(2, 3, 8, 8)
+    for arguments, named in (((x, skip), {}), ((x,), {"skip": skip}), ((x,), {"twice": True}), ((), {"x": x})):
+        torch.testing.assert_close(model(*arguments, **named), own(*arguments, **named))
+    for change in (
+        lambda one: setattr(one, "gain", 3.0),
+        lambda one: one.train(),
+        lambda one: setattr(one, "conv", nn.Conv2d(3, 3, 3, padding=1)),
+        lambda one: setattr(one.conv, "stride", (2, 2)),
+    ):
+        one, other = copy.deepcopy(model), copy.deepcopy(own)
+        torch.manual_seed(3)
+        change(one)
+        torch.manual_seed(3)
+        change(other)
+        torch.manual_seed(4)
+        expected = other(x)
+        torch.manual_seed(4)
+        with pytest.warns(UserWarning, match=r"runs its own forward; to accelerate it as it is now, restore\(model\)"):
+            found = one(x)
+        assert torch.equal(found, expected)
+
+
+def test_hooks_are_called() -> None:
+    seen: list[str] = []
+    model = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 3, 3, padding=1), nn.ELU())
+    model.register_forward_hook(lambda *_: seen.append("model"))
+    before = model[1].register_forward_hook(lambda *_: seen.append("conv"))
+    with pytest.warns(UserWarning, match="no convolution was replaced"):
+        accelerate(model)
+    assert _report(model).left == {"1": "it has hooks"}
+    restore(model)
+    before.remove()
+    accelerate(model)
+    model(images(1, 3, 4, 4))
+    assert seen == ["model"]
+    model[1].register_forward_hook(lambda *_: seen.append("later"))
+    with pytest.warns(UserWarning, match="a Conv2d has hooks: Sequential runs its own forward"):
+        model(images(1, 3, 4, 4))
+    assert seen == ["model", "later", "model"]
+
+
+def test_wrong_use_is_refused() -> None:
+    model = accelerate(sequential())
+    for one in (model, nn.Sequential(model)):
+        with pytest.raises(
+            RuntimeError, match=r"\(Sequential\) is accelerated already; restore\(model\) takes that back"
+        ):
+            accelerate(one)
+    with pytest.raises(TypeError, match=r"model is a dict; accepted: an nn\.Module"):
+        accelerate({})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        RuntimeError, match=r"the model .OptimizedModule. is compiled already; accelerate the model first"
+    ):
+        accelerate(torch.compile(sequential()))  # pyright: ignore[reportArgumentType]
+    lazy = nn.Sequential(nn.LazyConv2d(3, 3, padding=1), nn.ELU(), nn.Conv2d(3, 3, 3, padding=1), nn.ELU())
+    accelerate(lazy)
+    assert "has not run yet: run the model once, then accelerate it" in _report(lazy).left["0"]
+    assert lazy(images(1, 5, 4, 4)).shape == (1, 3, 4, 4)  # what was left still finds its size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = nn.Sequential(torch.ao.nn.quantized.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+        accelerate(quantised)
+    assert "quantized.modules.conv.Conv2d" in _report(quantised).left["0"]
+
+
+def test_a_failed_check_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastbegan import chains
+
+    real = chains.conv_stage
+    monkeypatch.setattr(chains, "conv_stage", lambda *args, **options: 1.0001 * real(*args, **options))
+    model, x, _ = _made("latent")
+    with pytest.raises(RuntimeError, match=r"the check failed: the error of output 0 is .* the model was restored"):
+        accelerate(model, check=x)
+    assert "forward" not in vars(model) and "fastbegan_report" not in vars(model)
+
+
+def test_what_the_layers_do_not_take_runs_as_before() -> None:
+    model = Latent().double()
+    accelerate(model, check=images(1, 3, 8, 8).double())
+    conv = accelerate(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ELU()))
+    one = images(3, 4, 4)
+    torch.testing.assert_close(conv(one), F.elu(conv[0](one)))
+    with pytest.raises(RuntimeError):  # in torch's own words
+        conv(one.half())
