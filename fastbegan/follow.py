@@ -13,13 +13,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 
-_RECOMPUTES = "it changes what the backward keeps (torch.utils.checkpoint, saved_tensors_hooks)"
 _PLAIN = (bool, int, float, str, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -84,9 +84,8 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if (mode := _mode()) != self._mode:
-            saving = mode[:-1] == self._mode[:-1]
-            raise CannotFollowError(_RECOMPUTES if saving else "it switches gradients or autocast on or off inside")
+        if _mode() != self._mode:
+            raise CannotFollowError("it switches gradients or autocast on or off inside")
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -144,9 +143,7 @@ def follow(root: nn.Module, opaque: dict[nn.Module, str]) -> Followed:
 def _mode() -> tuple[object, ...]:
     devices = ("cpu", "cuda")
     autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices]
-    # of torch.utils.checkpoint without re-entrance, and of save_on_cpu
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, hooks is not None
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 def _is_plain(value: object) -> bool:
@@ -173,17 +170,16 @@ def _noted(reads: dict[tuple[int, str], tuple[nn.Module, str, Any]]) -> Iterator
 
 @contextlib.contextmanager
 def _no_checkpointing() -> Iterator[None]:
-    """Recomputation in the backward would get lost without a word; without re-entrance `_mode` knows it."""
+    """Recomputation in the backward, with re-entrance or by hooks, would get lost without a word."""
 
     def refuse(*_: object, **__: object) -> Any:
-        raise CannotFollowError(_RECOMPUTES)
+        raise CannotFollowError("it changes what the backward keeps (torch.utils.checkpoint, saved_tensors_hooks)")
 
-    kept = torch.utils.checkpoint.CheckpointFunction
-    torch.utils.checkpoint.CheckpointFunction = type("Refusing", (), {"apply": staticmethod(refuse)})  # pyright: ignore
-    try:
+    with (
+        mock.patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", refuse),
+        mock.patch.object(torch.autograd.graph.saved_tensors_hooks, "__enter__", refuse),
+    ):
         yield
-    finally:
-        torch.utils.checkpoint.CheckpointFunction = kept  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import statistics
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,7 @@ from fastbegan.follow import CannotFollowError, follow
 from .families import FAMILIES, Interpolating, Latent, images, sequential
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo of torch 2.7
 
 
 def _made(family: str) -> tuple[nn.Module, Tensor, int]:
@@ -421,3 +424,39 @@ def test_what_the_layers_do_not_take_runs_as_before() -> None:
     torch.testing.assert_close(conv(one), F.elu(conv[0](one)))
     with pytest.raises(RuntimeError):  # in torch's own words
         conv(one.half())
+
+
+def test_a_compiled_model_notices_too() -> None:
+    model, x = _Switch().eval(), images(2, 3, 4, 4)
+    own = copy.deepcopy(model)
+    accelerate(model)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), own(x))
+    for one in (model, own):
+        one.gain = 3.0
+    torch.testing.assert_close(compiled(x), own(x))
+    for one in (model, own):
+        one.gain, one.conv = 1.0, own.conv
+    torch.testing.assert_close(compiled(x), own(x))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("all cores")
+def test_a_decoder_is_half_again_as_fast() -> None:
+    """Four up-blocks of 64 channels to 64 px, forward and backward, in turns, against the faster memory format."""
+    blocks = [(nn.Upsample(scale_factor=2), nn.Conv2d(64, 64, 3, padding=1), nn.ELU(inplace=True)) for _ in range(4)]
+    plain = nn.Sequential(*(layer for block in blocks for layer in block), nn.Conv2d(64, 3, 3, padding=1), nn.Tanh())
+    last: Any = copy.deepcopy(plain)
+    last.to(memory_format=torch.channels_last)
+    x = images(16, 64, 4, 4).requires_grad_()
+    models = {"plain": plain, "channels_last": last, "fast": accelerate(copy.deepcopy(last))}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(9):
+        for name, model in models.items():
+            begin = time.perf_counter()
+            model(x).square().mean().backward()
+            seconds[name].append(time.perf_counter() - begin)
+    turns = list(zip(*(seconds[name][2:] for name in models), strict=True))
+    ratio = statistics.median(min(one, other) / fast for one, other, fast in turns)
+    print(f"{ratio:.2f} times as fast")
+    assert ratio >= 1.5

@@ -112,7 +112,7 @@ def _outputs(
         weight, bias = weights[number], biases[number] if biases else None
         table = skip if number == len(layers) - 1 else None
         how = _how(
-            x, weight, kind, backward=False, bias=bool(biases), skip=table, activation=activation, alpha=alpha,
+            x, weight, kind, backward=False, bias=len(biases) > 0, skip=table, activation=activation, alpha=alpha,
             impl=impl,
         )  # fmt: skip
         x = tiers.forward(x, weight, bias, table, kind=kind, activation=activation, alpha=alpha, how=how)
@@ -209,7 +209,7 @@ class _Plain(torch.autograd.Function):
         kinds, activation, alpha, impl, copies = ctx.settings
         outputs = _restored(saved[own:], grads[0], activation)
         dx, d_skip, *rest = _gradients(
-            grads[0], x, saved[:own], outputs, ctx.skip_size, bool(ctx.bias_dtypes), kinds, activation, alpha, impl,
+            grads[0], x, saved[:own], outputs, ctx.skip_size, len(ctx.bias_dtypes) > 0, kinds, activation, alpha, impl,
             copies, needs,
         )  # fmt: skip
         dtypes = [x.dtype] * ctx.count + ctx.bias_dtypes
@@ -302,7 +302,7 @@ def _backward(ctx, grads: list[Tensor | None]) -> tuple:
     outputs = _restored(outputs, grad, ctx.settings[1])
     skip_size, skip_dtype = ctx.skip
     dx, d_skip, *rest = _conv_stage_backward(
-        grad, x, weights, outputs, skip_size, bool(need_b), *ctx.settings, needs
+        grad, x, weights, outputs, skip_size, len(need_b) > 0, *ctx.settings, needs
     )  # fmt: skip
     dw = [value if needed else None for value, needed in zip(rest, need_w, strict=False)]
     db = [

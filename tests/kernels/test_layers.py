@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -76,6 +77,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     ),
 }
 EVERY = pytest.mark.parametrize("kind", LAYERS)
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo of torch 2.7
 
 
 def _pair(kind: str) -> tuple[nn.Module, nn.Module]:
@@ -171,3 +173,17 @@ def test_the_pull_away_term() -> None:
     cosines = F.cosine_similarity(codes.flatten(1)[:, None], codes.flatten(1)[None], dim=2)
     expected = sum(cosines[i, j].item() ** 2 for i in range(5) for j in range(5) if i != j) / 20
     assert term(codes).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_distributed_data_parallel_takes_them() -> None:
+    layer, plain = _pair("stage")
+    x = random_tensor(2, 4, 6, 6, seed=3)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(layer)
+        parallel(x).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    plain(x).sum().backward()
+    for one, other in zip(layer.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
