@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -30,7 +33,16 @@ def test_wheel_holds_both_packages_and_works(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"fastbegan", "fastbegan_kernels", "fastbegan-0.1.0.dist-info"}
     assert {"fastbegan/py.typed", "fastbegan_kernels/py.typed"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    site = tmp_path / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=300)
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env=environment, check=True, timeout=120)
+    venv.create(tmp_path / "fresh", symlinks=True)
+    python = tmp_path / "fresh" / "bin" / "python"
+    subprocess.run([*pip, "--python", str(python), "install", "--no-deps", str(wheel)], check=True, timeout=300)
+    (site,) = (tmp_path / "fresh").glob("lib/python*/site-packages")
+    (site / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")  # and what else is not ours
+    page = (ROOT / "docs" / "use-it-in-your-gan.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for script in ("import fastbegan_kernels", USE, "\n".join(snippets)):
+        subprocess.run([str(python), "-W", "error", "-c", script], cwd=tmp_path, env=bare, check=True, timeout=120)
+    exe = tmp_path / "fresh" / "bin" / "fastbegan"
+    done = subprocess.run([str(exe), "info"], cwd=tmp_path, env=bare, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "paper-128" in done.stdout, done.stderr
