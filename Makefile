@@ -10,7 +10,7 @@ endif
 CONSTRAINTS := $(if $(TORCH),constraints-torch27.txt,constraints.txt)
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup
 
-.PHONY: train test test-slow test-compat check bench venv format constraints clean
+.PHONY: train test test-slow test-compat check bench venv format reference constraints clean
 
 train: $(VENV)/.core
 	$(BIN)/python -m fastbegan train
@@ -23,10 +23,10 @@ test-slow: $(VENV)/.dev
 
 # The core of the suite in a second environment, with the torch and the Triton for P100 and for old drivers.
 COMPAT := .venv-torch27
-KERNELS := ops conv_stage flops fold l1_reconstruction_loss normalize_images fused_pointwise
+KERNELS := ops conv_stage flops fold l1_reconstruction_loss normalize_images fused_pointwise layers
 CORE := $(KERNELS:%=tests/kernels/test_%.py) \
 	"tests/kernels/test_cross_compile.py::test_every_configuration_compiles_without_spilling[60]" \
-	$(patsubst %,tests/test_%.py,models objective step parts equilibrium graph train device ranks) tests/data/test_loader.py
+	$(patsubst %,tests/test_%.py,models objective step parts equilibrium graph train device ranks convert convert_guards) tests/data/test_loader.py
 test-compat:
 	@$(MAKE) --no-print-directory VENV=$(COMPAT) TORCH=2.7.1 $(COMPAT)/.dev
 	$(COMPAT)/bin/python -m pytest -q -n auto --dist loadgroup -m "not slow" $(CORE)
@@ -42,6 +42,10 @@ bench: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/reference/, from signatures and docstrings; a test holds the pages to it.
+reference: $(VENV)/.core
+	$(BIN)/python docs/make_reference.py
 
 # With TORCH= the environment is made anew for that version, and the other targets keep to it.
 venv:

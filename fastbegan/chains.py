@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -16,6 +15,7 @@ from fastbegan_kernels import conv_stage
 from fastbegan_kernels.reference import activate
 
 from .follow import Followed, hooked
+from .writes import Writes
 
 _INTERPOLATE = "input size scale_factor mode align_corners recompute_scale_factor antialias".split()
 _CONV = "input weight bias stride padding dilation groups".split()
@@ -38,7 +38,6 @@ _ACTIVATION_MODULES: dict[type, tuple[str, str | None]] = {
     nn.ELU: ("elu", "alpha"), nn.ReLU: ("relu", None), nn.LeakyReLU: ("leaky_relu", "negative_slope"),
     nn.SiLU: ("silu", None),
 }  # fmt: skip
-_WRITING = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 # by stride and by padding: what the convolution adds by itself, or what was added to it before
 _KINDS = {
     ((1, 1), (1, 1)): "same", ((1, 1), (1, 1, 1, 1)): "same", ((2, 2), (1, 1)): "down", ((2, 2), (1, 1, 1, 1)): "down",
@@ -75,17 +74,18 @@ class Chain:
 def find(followed: Followed) -> tuple[list[Chain], dict[str, str]]:
     """The chains in the order of the forward, neighbours joined, and by place why a convolution is left alone."""
     modules = dict(followed.root.named_modules(remove_duplicate=False))
+    writes = Writes(followed.graph, modules)
     chains, left = [], {}
     for node in followed.graph.nodes:
         if not _is_convolution(node, modules):
             continue
         place = str(node.target) if node.op == "call_module" else _place(node)
         try:
-            chains.append(_chain(node, place, modules))
+            chains.append(_chain(node, place, modules, writes))
         except _NotTakenError as error:
             left[place] = str(error)
     taken = {place for chain in chains for place in chain.places}
-    return _joined(chains), {place: why for place, why in left.items() if place not in taken}
+    return _joined(chains, writes), {place: why for place, why in left.items() if place not in taken}
 
 
 def _is_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -136,7 +136,7 @@ def _convolution(node: fx.Node, place: str, modules: dict[str, nn.Module]) -> _C
             raise _NotTakenError(f"its padding mode is {conv.padding_mode}")
         given: dict[str, Any] = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
         given |= {"input": _arguments(node, ["input"])["input"], "weight": place}
-        given["bias"] = None if conv.bias is None else place
+        given["bias"] = place if _has_bias(conv) else None
         window, used = (conv.kernel_size[0], conv.kernel_size[1]), [cast(nn.Module, conv)]
         words = f"{conv.in_channels} -> {conv.out_channels}"
     else:
@@ -157,7 +157,12 @@ def _convolution(node: fx.Node, place: str, modules: dict[str, nn.Module]) -> _C
     )
 
 
-def _chain(node: fx.Node, place: str, modules: dict[str, nn.Module]) -> Chain:
+def _has_bias(conv: nn.Module) -> bool:
+    """Without computing one that is parametrized."""
+    return conv._parameters.get("bias") is not None or nn.utils.parametrize.is_parametrized(conv, "bias")
+
+
+def _chain(node: fx.Node, place: str, modules: dict[str, nn.Module], writes: Writes) -> Chain:
     conv = _convolution(node, place, modules)
     x, nodes, used = conv.x, [node], list(conv.modules)
     around: Any = conv.padding
@@ -172,7 +177,9 @@ def _chain(node: fx.Node, place: str, modules: dict[str, nn.Module]) -> Chain:
     why_not = None
     if kind == "same" and conv.window != (1, 1):
         doubled = _doubling(x, modules)
-        if isinstance(doubled, _Before):
+        if isinstance(doubled, _Before) and writes.later(doubled.x, x):
+            why_not = "what is upsampled before it is written to later"  # and no copy of it would be there
+        elif isinstance(doubled, _Before):
             kind, nodes, words = "up", [x, *nodes], ["nearest x2", *words]
             x, used = doubled.x, used + doubled.owners
         else:
@@ -181,12 +188,16 @@ def _chain(node: fx.Node, place: str, modules: dict[str, nn.Module]) -> Chain:
     user = next(iter(node.users)) if _alone(node) else None
     after = None if user is None else _activation(user, node, modules)
     # what is changed where it is must not be what the gradient is told from
-    if user is not None and after is not None and not any(_writes(one, user, modules) for one in user.users):
+    if user is not None and after is not None and not writes.later(user, user):
         activation, alpha, owners = after
         nodes, used = [*nodes, user], used + owners
         words.append(activation)
     if activation == "none" and kind in ("same", "down"):
         raise _NotTakenError(why_not or "nothing to join: no nearest x2 before it, no activation after it")
+    if kind == "down_end" and writes.later(x, nodes[0]):
+        raise _NotTakenError("what is padded before it is written to later")
+    if writes.between(nodes):
+        raise _NotTakenError("something is written to between its parts")
     return Chain(
         x, nodes, [conv.weight], [conv.bias], [kind], [0 if conv.window == (1, 1) else 1], activation, alpha, [place],
         used, [", ".join(words)],
@@ -267,22 +278,7 @@ def _activation(
     return (name, float(alpha), []) if known and isinstance(alpha, int | float) and alpha >= 0 else None
 
 
-def _writes(user: fx.Node, value: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether `user` changes `value` where it is."""
-    if not user.args or user.args[0] is not value:
-        return user.kwargs.get("out") is value or user.kwargs.get("input") is value
-    if user.op == "call_module":
-        return bool(getattr(modules[str(user.target)], "inplace", False))
-    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-    underscored = name.endswith("_") and not name.endswith("__")
-    return (
-        underscored
-        or user.target in _WRITING
-        or any(one is True for one in (*user.args[1:], user.kwargs.get("inplace")))
-    )
-
-
-def _joined(chains: list[Chain]) -> list[Chain]:
+def _joined(chains: list[Chain], writes: Writes) -> list[Chain]:
     """Chains whose value only the next one takes, with the same activation, as one."""
     found: list[Chain] = []
     for chain in chains:
@@ -290,7 +286,8 @@ def _joined(chains: list[Chain]) -> list[Chain]:
             same = (before.activation, before.alpha) == (chain.activation, chain.alpha) != ("silu", 1.0)
             biased = [None not in one.biases for one in (before, chain)]
             none = [one.biases.count(None) == len(one.biases) for one in (before, chain)]
-            if before.nodes[-1] is chain.x and _alone(chain.x) and same and (all(biased) or all(none)):
+            calm = not writes.between([*before.nodes, *chain.nodes])
+            if before.nodes[-1] is chain.x and _alone(chain.x) and same and calm and (all(biased) or all(none)):
                 merged = {
                     name: getattr(before, name) + getattr(chain, name)
                     for name in "nodes weights biases kinds paddings places modules words".split()
@@ -309,8 +306,8 @@ def put(followed: Followed, chains: list[Chain]) -> Callable[..., Any]:
     for chain in chains:
         last = chain.nodes[-1]
         with graph.inserting_before(last):
-            weights = [_value(graph, one, "weight") for one in chain.weights]
-            biases = [_value(graph, one, "bias") for one in chain.biases]
+            weights = [_value(graph, calls.get(one, one), "weight") for one in chain.weights]
+            biases = [_value(graph, calls.get(one, one), "bias") for one in chain.biases]
             given = (
                 calls.get(chain.x, chain.x),
                 weights,
@@ -338,7 +335,10 @@ def _value(graph: fx.Graph, one: Any, name: str) -> Any:
 def settings(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """What a chain rests on of a module whose forward is not called any more."""
     names = [*_CONFIG, "size", "scale_factor", "mode", "value", "alpha", "negative_slope"]
-    return [(module, name, getattr(module, name)) for name in names if hasattr(module, name)]
+    found = [(module, name, vars(module)[name]) for name in names if name in vars(module)]
+    if isinstance(module, nn.Conv2d) and not _has_bias(module):
+        found.append((module, "bias", None))
+    return found
 
 
 def run(
@@ -349,10 +349,13 @@ def run(
     sizes = [(2 * padding + 1, 2 * padding + 1) for padding in paddings]
     fits = all(tuple(weight.shape[2:]) == size for weight, size in zip(weights, sizes, strict=True))
     real = x.is_floating_point() and all(weight.is_floating_point() for weight in weights)
-    alike = torch.is_autocast_enabled(x.device.type) or all(weight.dtype == x.dtype for weight in weights)
-    if x.dim() == 4 and fits and real and alike:
-        given = [bias for bias in biases if bias is not None]
-        return conv_stage(x, weights, given or None, kinds=kinds, activation=activation, alpha=alpha)
+    known = x.device.type in ("cpu", "cuda")
+    cast = known and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    alike = cast or all(weight.dtype == x.dtype for weight in weights)
+    given = [bias for bias in biases if bias is not None]
+    if x.dim() == 4 and fits and real and alike and known and len(given) in (0, len(weights)):
+        y = conv_stage(x, weights, given or None, kinds=kinds, activation=activation, alpha=alpha)
+        return y if any(map(_is_last, (x, *weights))) else y.contiguous()  # as torch's convolution does
     for weight, bias, kind, padding in zip(weights, biases, kinds, paddings, strict=True):
         if kind == "up":
             x = F.interpolate(x, scale_factor=2.0)
@@ -360,3 +363,7 @@ def run(
         stride, padding = 1 if kind in ("same", "up") else 2, 0 if kind == "down_end" else padding
         x = activate(F.conv2d(x, weight, bias, stride, padding), activation, alpha)
     return x
+
+
+def _is_last(value: Tensor) -> bool:
+    return value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()

@@ -1,4 +1,4 @@
-"""The commands: `fastbegan train`, `sample`, `info`, `doctor`, `data`, `bench`."""
+"""The commands: `fastbegan train`, `sample`, `export`, `info`, `doctor`, `data`, `bench`."""
 
 from __future__ import annotations
 
@@ -68,17 +68,28 @@ class Sample:
     def run(self) -> int:
         from .generate import sample
 
-        return sample(
-            self.run_folder,
-            out=self.out,
-            count=self.count,
-            seed=self.seed,
-            columns=self.columns,
-            single=self.single,
-            interpolate=self.interpolate,
-            gif=self.gif,
-            device=self.device,
-        )
+        return sample(**vars(self))
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's nets, the averaged generator and the auto-encoder D, for use without fastbegan."""
+
+    run_folder: Positional[Path]
+    """The folder that `fastbegan train` made."""
+    format: Literal["onnx", "pt2", "plain"]
+    """onnx; pt2: PyTorch's own, for torch.export.load; plain: model.py and safetensors, which need torch only."""
+    out: Path | None = None
+    """Where the files go. Default: export/ in the run folder."""
+    net: Literal["generator", "autoencoder", "both"] = "both"
+    """Which of the nets."""
+    check: Literal["on", "off"] = "on"
+    """on: read what was written, run it, and refuse it where it differs from PyTorch's modules."""
+
+    def run(self) -> int:
+        from .export import export
+
+        return export(self.run_folder, self.format, out=self.out, net=self.net, check=self.check == "on")
 
 
 @dataclass(frozen=True)
@@ -119,13 +130,7 @@ class Doctor:
         if self.preset is not None:
             preset = _preset(self.preset)
             return doctor_preset(preset.model, preset.train, device=self.device, precision=self.precision)
-        return doctor(
-            device=self.device,
-            precision=self.precision,
-            filters=self.filters,
-            size=self.size,
-            batch_size=self.batch_size,
-        )
+        return doctor(**{name: value for name, value in vars(self).items() if name != "preset"})
 
 
 @dataclass(frozen=True)
@@ -348,6 +353,7 @@ def _parse(arguments: list[str]) -> Any:
     return tyro.cli(
         Annotated[Train, subcommand("train", default=_train_defaults(arguments))]
         | Annotated[Sample, subcommand("sample")]
+        | Annotated[Export, subcommand("export")]
         | Annotated[Info, subcommand("info")]
         | Annotated[Doctor, subcommand("doctor")]
         | Annotated[data, subcommand("data", description="Pack images, check them, look into a pack.")]  # pyright: ignore

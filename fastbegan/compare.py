@@ -28,7 +28,9 @@ def values(model: nn.Module, example: Any) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.manual_seed(0)
         given = tree_map(_leaf, inputs)
-        outputs = [leaf for leaf in tree_leaves(model(*given)) if isinstance(leaf, Tensor)]
+        # clones: a first layer may work in place
+        outputs = tree_leaves(model(*tree_map(lambda one: one.clone() if isinstance(one, Tensor) else one, given)))
+        outputs = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
         found = {f"output {number}": one.detach() for number, one in enumerate(outputs)}
         wanted = {name: one for name, one in model.named_parameters() if one.requires_grad}
         leaves = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -49,9 +51,9 @@ def truth(model: nn.Module, example: Any) -> dict[str, Tensor]:
     """`values` of a copy in float64; nothing where there can be no copy."""
     try:
         wide = copy.deepcopy(model).double()
-    except Exception:  # modules with hooks that make their weights, for one
+        return values(wide, tree_map(lambda one: one.double() if _is_real(one) else one, example))
+    except Exception:  # hooks that make weights forbid a copy; forwards that cast to float32 do not mix with float64
         return {}
-    return values(wide, tree_map(lambda one: one.double() if _is_real(one) else one, example))
 
 
 def compare(before: dict[str, Tensor], after: dict[str, Tensor], exact: dict[str, Tensor]) -> str:

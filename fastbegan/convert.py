@@ -7,19 +7,29 @@ The forward of a model is followed with torch.fx, chains of [nearest x2] -> conv
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import chains, compare
-from .follow import CannotFollowError, Followed, follow, hooked, required
+from .follow import MISSING, CannotFollowError, Followed, follow, hooked, unlike
 
 Model = TypeVar("Model", bound=nn.Module)
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,31 @@ def accelerate(model: Model, *, check: Any = None) -> Model:
         raise RuntimeError("the model is a torch.jit script; accelerate it before scripting is not supported either")
     for path, module in model.named_modules():
         what = f"{path or 'the model'} ({type(module).__name__})"
-        if isinstance(module.__dict__.get("forward"), FastForward):
+        if _fast(module) is not None:
             raise RuntimeError(f"{what} is accelerated already; restore(model) takes that back")
         if getattr(module, "_compiled_call_impl", None) or isinstance(module, torch._dynamo.OptimizedModule):
             raise RuntimeError(f"{what} is compiled already; accelerate the model first, then compile it")
+    if any(getattr(torch.nn.modules.module, name, None) for name in _GLOBAL_HOOKS):
+        raise RuntimeError("hooks on all modules are registered (register_module_forward_hook); remove them first")
     before, exact = (None, None) if check is None else (compare.values(model, check), compare.truth(model, check))
+    try:
+        report = _put(model)
+        model.fastbegan_report = report  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+        if before is not None and exact is not None:
+            with mock.patch.object(chains, "conv_stage", side_effect=chains.conv_stage) as counted:
+                words = compare.compare(before, compare.values(model, check), exact)
+            words = words if counted.called else "the check did not come to a fast layer: the model's own forward ran"
+            model.fastbegan_report = dataclasses.replace(report, checked=words)  # pyright: ignore
+    except BaseException:
+        model.fastbegan_report = Report()  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+        restore(model)
+        raise
+    if not report.replaced:
+        warnings.warn("no convolution was replaced; model.fastbegan_report says why", stacklevel=2)
+    return model
+
+
+def _put(model: nn.Module) -> Report:
     replaced, left = {}, {}
     for path, module, followed, found, why in _parts(model):
         prefix = f"{path}." if path else ""
@@ -70,33 +100,33 @@ def accelerate(model: Model, *, check: Any = None) -> Model:
         left |= {prefix + place: reason for place, reason in why.items()}
         if found:
             assert followed is not None
-            module.forward = FastForward(followed, found)
+            module.forward = FastForward(followed, found).forward
     for path, module in model.named_modules():
-        if "Conv" in type(module).__name__ and path not in replaced and hasattr(module, "weight"):
+        if "Conv" in type(module).__name__ and path not in replaced and _weighs(module):
             left.setdefault(path, _reason(module))
-    report = Report(replaced, {path: why for path, why in left.items() if path not in replaced})
-    model.fastbegan_report = report  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    if not replaced:
-        warnings.warn("no convolution was replaced; model.fastbegan_report says why", stacklevel=2)
-    if before is not None and exact is not None:
-        try:
-            words = compare.compare(before, compare.values(model, check), exact)
-        except BaseException:
-            restore(model)
-            raise
-        model.fastbegan_report = Report(report.replaced, report.left, words)  # pyright: ignore
-    return model
+    return Report(replaced, {path: why for path, why in left.items() if path not in replaced})
 
 
 def restore(model: Model) -> Model:
     """Give `model` its own forward back, in place. Raises RuntimeError if it is not accelerated."""
-    found = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), FastForward)]
+    found = [module for module in model.modules() if _fast(module) is not None]
     if not found and "fastbegan_report" not in model.__dict__:
         raise RuntimeError("the model is not accelerated; nothing was changed")
     for module in found:
-        del module.__dict__["forward"]
+        module.__dict__.pop("forward").__self__.function = _out  # somebody may have wrapped it
     model.__dict__.pop("fastbegan_report", None)
     return model
+
+
+def _fast(module: nn.Module) -> FastForward | None:
+    found = getattr(module.__dict__.get("forward"), "__self__", None)
+    return found if isinstance(found, FastForward) else None
+
+
+def _weighs(module: nn.Module) -> bool:
+    """Whether it has a weight, without computing one that is parametrized (spectral norm counts how often it is)."""
+    inside = {**module._parameters, **module._buffers, **vars(module)}
+    return "weight" in inside or "_packed_params" in inside or nn.utils.parametrize.is_parametrized(module, "weight")
 
 
 def _reason(module: nn.Module) -> str:
@@ -124,7 +154,7 @@ def _parts(model: nn.Module) -> Iterator[Part]:
             waiting += children  # lists and dicts of modules, and what wraps a model
             continue
         # who listens to a module wants it to be called
-        opaque = {one: "it has hooks" for one in module.modules() if one is not module and _listened(one)}
+        opaque = {one: "it has hooks" for one in module.modules() if one is not module and hooked(one)}
         try:
             if "forward" in module.__dict__:
                 raise CannotFollowError("its forward was replaced by somebody")
@@ -148,62 +178,75 @@ def _parts(model: nn.Module) -> Iterator[Part]:
             ]
 
 
-def _listened(module: nn.Module) -> bool:
-    return hooked(module) or "forward" in module.__dict__
-
-
 class FastForward:
     """The forward of an accelerated module: its own on fast layers, as long as the module is what it was."""
 
     def __init__(self, followed: Followed, found: Sequence[chains.Chain]) -> None:
-        self.root = followed.root
-        self.names = required(type(self.root).forward)
+        self.root, self.warned = followed.root, False
+        self.names = followed.arguments
         self.function: Callable[..., Any] | None = chains.put(followed, list(found))
-        silent = {module for chain in found for module in chain.modules}
-        watched = {*followed.inlined, *silent} - {self.root}
-        self.links = [
-            (parent, name, child)
-            for parent in {self.root, *followed.inlined}
-            for name, child in parent._modules.items()
-            if child in watched
-        ]
-        self.silent = list(watched)
+        silent = {module: None for chain in found for module in chain.modules}
+        watched = dict.fromkeys((*followed.inlined, *silent))
+        paths = [path for path, one in self.root.named_modules(remove_duplicate=False) if one in watched and path]
+        above = {path.rsplit(".", number)[0] for path in paths for number in range(1, path.count(".") + 1)}
+        parents = dict.fromkeys((self.root, *followed.inlined, *map(self.root.get_submodule, above)))
+        self.links = [(parent, list(parent._modules.items())) for parent in parents]
+        self.kinds = [(module, type(module), type(module).forward) for module in dict.fromkeys((self.root, *watched))]
         self.settings = list(followed.reads)
         self.settings += [setting for module in silent for setting in chains.settings(module)]
-        self.warned = False
+
+    @property
+    def forward(self) -> types.MethodType:
+        """What the module's instance gets: a method, which copies and pickles follow to their own copy of this."""
+        if "method" not in self.__dict__:
+            # with code of its own: torch.compile compiles the code of an object only so many times
+            function = types.FunctionType(_forward.__code__.replace(), globals(), "forward")
+            function.__signature__ = inspect.signature(type(self.root).forward)  # pyright: ignore
+            self.method = function
+        return types.MethodType(self.method, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = type(self.root).forward
-        if kwargs:  # in the order of the names, if it is all of them
-            if set(kwargs) != set(self.names[len(args) :]):
-                return own(self.root, *args, **kwargs)
-            args, kwargs = (*args, *(kwargs[name] for name in self.names[len(args) :])), {}
-        if len(args) != len(self.names) or not all(isinstance(one, Tensor) for one in args):
-            return own(self.root, *args)
         if self.function is None:
             self._again()  # pyright: ignore[reportCallIssue]
-        if changed := self._changed():
+        if self.function is _out:
+            return own(self.root, *args, **kwargs)
+        rest = self.names[len(args) :]
+        given = (*args, *(kwargs[name] for name in rest if name in kwargs))
+        changed = self._changed()
+        exactly = len(given) == len(self.names) and len(kwargs) == len(rest)
+        if not exactly or not all(isinstance(one, Tensor) for one in given):
+            changed = "it was called with other arguments than one tensor for each that has no default"
+        if changed is not None:
             self._warn(changed)
-            return own(self.root, *args)
+            return own(self.root, *args, **kwargs)
         assert self.function is not None
-        return self.function(self.root, *args)
+        return self.function(self.root, *given)
 
     def _changed(self) -> str | None:
         """What of the module is not what it was."""
-        for parent, name, child in self.links:
-            if parent._modules.get(name) is not child:
-                return f"{type(parent).__name__}.{name} is another module"
-        for module in self.silent:
-            if (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-            ):
-                return f"a {type(module).__name__} has hooks"
+        for parent, children in self.links:
+            now = parent._modules
+            if len(now) != len(children):
+                return f"{type(parent).__name__} has other modules"
+            for name, child in children:
+                if now.get(name) is not child:
+                    return f"{type(parent).__name__}.{name} is another module"
+        for module, kind, forward in self.kinds:
+            if type(module) is not kind or kind.forward is not forward:
+                return f"a {kind.__name__} has another class or forward"
+            if module is not self.root and getattr(module.forward, "__func__", None) is not forward:
+                return f"a {kind.__name__} has a forward of its own"
+            if module is not self.root and (module._forward_hooks or module._forward_pre_hooks):
+                return f"a {kind.__name__} has hooks"
+            if module is not self.root and (module._backward_hooks or module._backward_pre_hooks):
+                return f"a {kind.__name__} has hooks"
+        for name in _GLOBAL_HOOKS:
+            if getattr(torch.nn.modules.module, name):
+                return "all modules have hooks"
         for module, name, value in self.settings:
-            if getattr(module, name) != value:
-                return f"{type(module).__name__}.{name} is {getattr(module, name)!r}, not {value!r}"
+            if unlike(getattr(module, name, MISSING), value):
+                return f"{type(module).__name__}.{name} is no longer {value!r}"
         return None
 
     def _warn(self, changed: str) -> None:
@@ -220,19 +263,31 @@ class FastForward:
         """After unpickling: code is not pickled."""
         del self.root.__dict__["forward"]
         try:
-            opaque = {one: "it has hooks" for one in self.root.modules() if one is not self.root and _listened(one)}
+            opaque = {one: "it has hooks" for one in self.root.modules() if one is not self.root and hooked(one)}
             followed = follow(self.root, opaque)
             self.__init__(followed, chains.find(followed)[0])
+        except CannotFollowError as error:
+            self.function = _out
+            self._warn(f"it can no longer be followed ({error})")
         finally:
-            self.root.forward = self
+            self.root.forward = self.forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FastForward:
         made = FastForward.__new__(FastForward)
         memo[id(self)] = made
-        made.__dict__ |= {
-            name: value if name == "function" else copy.deepcopy(value, memo) for name, value in self.__dict__.items()
-        }
+        for name, value in self.__dict__.items():
+            if name != "method":
+                made.__dict__[name] = value if name == "function" else copy.deepcopy(value, memo)
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "names": self.names, "function": None}
+        return {"root": self.root, "names": self.names, "function": None, "warned": False}
+
+
+def _out(*_: Any) -> Any:
+    """In place of the function of a forward that was taken out."""
+    raise AssertionError
+
+
+def _forward(fast: FastForward, *args: Any, **kwargs: Any) -> Any:
+    return fast(*args, **kwargs)

@@ -8,20 +8,35 @@ asked for is noted here, so that a call can be told that would go another way, a
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import inspect
+import operator
+import random
 import sys
-from collections.abc import Iterator
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
+from torch.utils._python_dispatch import TorchDispatchMode
 
-_PLAIN = (bool, int, float, str, type(None))
+MISSING = object()
+"""The value of an attribute that was asked for and is not there."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OWN = frozenset(vars(nn.Module())) - {"training"}
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
+_FIXED = (torch.dtype, torch.device, torch.layout, torch.memory_format, type, types.ModuleType)  # what cannot change
+_CALLED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_FOLLOWING = threading.RLock()  # torch.fx patches nn.Module itself
 
 
 class CannotFollowError(Exception):
@@ -29,8 +44,8 @@ class CannotFollowError(Exception):
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether something is called before or after this module, forward or back."""
-    return any(getattr(module, name) for name in _HOOKS)
+    """Whether something is called before or after this module, forward or back, or in place of its own forward."""
+    return any(getattr(module, name) for name in _HOOKS) or "forward" in vars(module)
 
 
 @dataclass
@@ -42,7 +57,7 @@ class Followed:
     graph: fx.Graph
     inlined: list[nn.Module] = field(default_factory=list)
     reads: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
-    """Attributes that were read, with their values."""
+    """Attributes that were read, with their values, or MISSING."""
 
 
 class _Proxy(fx.Proxy):
@@ -51,10 +66,23 @@ class _Proxy(fx.Proxy):
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         frame = sys._getframe(1)
-        asker = frame.f_globals.get("__name__", "")
-        if not asker.startswith("torch") or frame.f_code.co_name == "is_tensor":
-            raise CannotFollowError(f"{asker}.{frame.f_code.co_name} asks for the type of a value")
+        if _of_a_user(frame) or frame.f_code.co_name == "is_tensor":
+            raise CannotFollowError(f"{frame.f_code.co_name} asks for the type of a value")
         return _Proxy
+
+
+def _in_place(target: Callable[..., Any]) -> Callable[..., Any]:
+    """Without these methods `x += y` would be followed as `x = x + y`."""
+    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+for _name in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split():
+    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+
+
+def _of_a_user(frame: types.FrameType) -> bool:
+    name = frame.f_globals.get("__name__", "")
+    return not (name == "torch" or name.startswith("torch.") or name == __name__)
 
 
 class _Tracer(fx.Tracer):
@@ -65,6 +93,8 @@ class _Tracer(fx.Tracer):
         self.opaque = opaque
         self.inlined: dict[nn.Module, None] = {}
         self.failed: nn.Module | None = None
+        self.thread = threading.get_ident()
+        self.proxies: list[weakref.ref[fx.Proxy]] = []
         self._mode = _mode()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -72,6 +102,12 @@ class _Tracer(fx.Tracer):
         return m in self.opaque or (own and not isinstance(m, nn.Sequential))
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:  # a model of somebody else
+            return forward(*args, **kwargs)
+        if m not in set(self.root.modules()):
+            if type(m) is nn.Sequential:  # a slice of one: its layers are there
+                return forward(*args, **kwargs)
+            raise CannotFollowError(f"it makes a {type(m).__name__} inside")
         try:
             if not self.is_leaf_module(m, ""):
                 self.inlined[m] = None
@@ -80,22 +116,30 @@ class _Tracer(fx.Tracer):
             self.failed = self.failed or m  # the innermost
             raise
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        made = _Proxy(node, self)
+        self.proxies.append(weakref.ref(made))
+        return made
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _mode() != self._mode:
-            raise CannotFollowError("it switches gradients or autocast on or off inside")
+            raise CannotFollowError(_SWITCHES)
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, np.generic):
+            a = a.item()
         if type(a) is not _Proxy and isinstance(a, Tensor) and not self._known(a):
             raise CannotFollowError("it makes a tensor out of nothing but numbers")
         return super().create_arg(a)
 
     def _known(self, tensor: Tensor) -> bool:
-        root = self.root
-        known = [*root.parameters(), *root.buffers(), *self.tensor_attrs]
+        known = [*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs]
         return any(tensor is one for one in known)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -124,68 +168,179 @@ def follow(root: nn.Module, opaque: dict[nn.Module, str]) -> Followed:
     Raises CannotFollowError where it is `root` itself.
     """
     while True:
-        tracer = _Tracer(set(opaque))
         reads: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
-        try:
-            with _unchanged(root), _noted(reads), _no_checkpointing():
-                graph = tracer.trace(root)
-        except Exception as error:  # whatever a forward may raise when it runs on stand-ins
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            if isinstance(error, TraceError):
-                reason = "it branches on values or shapes"
-            if tracer.failed is None or tracer.failed in opaque:
-                raise CannotFollowError(reason) from None
-            opaque[tracer.failed] = reason
-            continue
-        return Followed(root, required(type(root).forward), graph, list(tracer.inlined), list(reads.values()))
+        with _FOLLOWING, torch.inference_mode(False), torch.enable_grad(), _no_autocast():
+            tracer = _Tracer(set(opaque))
+            try:
+                with _unchanged(root), _same_draws(), _noted(reads), _no_switches():
+                    graph = tracer.trace(root)
+                _require_nothing_kept(tracer)
+                reads_kept = [(module, name, _kept(module, name, value)) for module, name, value in reads.values()]
+                return Followed(root, required(type(root).forward), graph, list(tracer.inlined), reads_kept)
+            except Exception as error:  # whatever a forward may raise when it runs on stand-ins
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                if isinstance(error, TraceError):
+                    reason = "it branches on values or shapes"
+                if tracer.failed is None or tracer.failed in opaque:
+                    raise CannotFollowError(reason) from None
+                opaque[tracer.failed] = reason
+
+
+def unlike(now: Any, then: Any) -> bool:
+    """Whether an attribute is not what it was when it was read."""
+    if then is MISSING or now is MISSING:
+        return now is not then
+    if type(now) is not type(then):
+        return True
+    return now != then if isinstance(then, (*_PLAIN, list, tuple, dict)) else now is not then
+
+
+def _kept(module: nn.Module, name: str, value: Any) -> Any:
+    """A value to compare with later. Raises CannotFollowError for what can change without being another."""
+    if value is MISSING or _is_fixed(value):
+        return copy.deepcopy(value) if isinstance(value, list | dict) else value
+    raise CannotFollowError(
+        f"it reads {type(module).__name__}.{name}, a {type(value).__name__}, which may change unseen"
+    )
+
+
+def _is_fixed(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_fixed, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_fixed, value))
+    return isinstance(value, (*_PLAIN, *_FIXED, *_CALLED))
+
+
+_SWITCHES = "it switches gradients or autocast on or off inside"
 
 
 def _mode() -> tuple[object, ...]:
-    devices = ("cpu", "cuda")
-    autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices]
+    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
-def _is_plain(value: object) -> bool:
-    return type(value) in _PLAIN or (type(value) in (list, tuple) and all(map(_is_plain, value)))  # pyright: ignore[reportArgumentType]
+@contextlib.contextmanager
+def _no_autocast() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 @contextlib.contextmanager
 def _noted(reads: dict[tuple[int, str], tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Note which plain attributes of modules are read."""
+    """Note what is read of modules but parameters, buffers and modules, which the followed forward reads anew."""
+    thread = threading.get_ident()
 
     def noting(self: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(self, name)
-        if not name.startswith("_") and _is_plain(value):
-            kept = list(value) if type(value) is list else value
-            reads.setdefault((id(self), name), (self, name, kept))
+        try:
+            value = object.__getattribute__(self, name)
+        except AttributeError:
+            if threading.get_ident() == thread and _of_a_user(sys._getframe(1)):
+                fields = object.__getattribute__(self, "__dict__")
+                inside = [fields.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules")]
+                value = next((one[name] for one in inside if name in one), MISSING)
+                if value is None or value is MISSING:
+                    reads.setdefault((id(self), name), (self, name, value))
+            raise
+        if threading.get_ident() == thread and name not in _OWN and not name.startswith("__"):
+            own = name in object.__getattribute__(self, "__dict__")
+            if own and not isinstance(value, Tensor | nn.Module):
+                reads.setdefault((id(self), name), (self, name, value))
         return value
 
+    before = vars(nn.Module).get("__getattribute__")
     nn.Module.__getattribute__ = noting  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        del nn.Module.__getattribute__
+        if before is None:
+            del nn.Module.__getattribute__
+        else:
+            nn.Module.__getattribute__ = before
 
 
 @contextlib.contextmanager
-def _no_checkpointing() -> Iterator[None]:
-    """Recomputation in the backward, with re-entrance or by hooks, would get lost without a word."""
+def _no_switches() -> Iterator[None]:
+    """What is set for a part of a forward, or asked of its surroundings, would get lost without a word."""
 
-    def refuse(*_: object, **__: object) -> Any:
-        raise CannotFollowError("it changes what the backward keeps (torch.utils.checkpoint, saved_tensors_hooks)")
+    def refusing(real: Callable[..., Any], reason: str) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                raise CannotFollowError(reason)
+            return real(*args, **kwargs)
 
-    with (
-        mock.patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", refuse),
-        mock.patch.object(torch.autograd.graph.saved_tensors_hooks, "__enter__", refuse),
-    ):
+        return refuse
+
+    def asked(real: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any) -> Any:
+            if threading.get_ident() == thread and _of_a_user(sys._getframe(1)):
+                raise CannotFollowError("it asks whether gradients or autocast are on")
+            return real(*args)
+
+        return ask
+
+    thread = threading.get_ident()
+    keeps = "it changes what the backward keeps (torch.utils.checkpoint, saved_tensors_hooks)"
+    apart = {torch.utils.checkpoint.CheckpointFunction: "apply", torch.autograd.graph.saved_tensors_hooks: "__enter__"}
+    switches = (torch.no_grad, torch.enable_grad, torch.inference_mode, torch.autocast)
+    with contextlib.ExitStack() as stack:
+        for owner, name in apart.items():
+            stack.enter_context(mock.patch.object(owner, name, refusing(getattr(owner, name), keeps)))
+        for switch in switches:
+            stack.enter_context(mock.patch.object(switch, "__enter__", refusing(switch.__enter__, _SWITCHES)))
+        for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"):
+            stack.enter_context(mock.patch.object(torch, name, asked(getattr(torch, name))))
         yield
+
+
+_DRAWS = "it draws random numbers that depend on no tensor"
+
+
+class _NoDraws(TorchDispatchMode):
+    """A number that torch draws now would stay for good."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise CannotFollowError(_DRAWS)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _same_draws() -> Iterator[None]:
+    """The same for Python and NumPy, whose states are put back."""
+    before = random.getstate(), np.random.get_state()
+    failed = True
+    try:
+        with _NoDraws():
+            yield
+        failed = False
+    finally:
+        moved = random.getstate() != before[0] or str(np.random.get_state()) != str(before[1])
+        if moved:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+    if moved and not failed:
+        raise CannotFollowError(_DRAWS)
+
+
+def _require_nothing_kept(tracer: _Tracer) -> None:
+    """Raises CannotFollowError where somebody keeps a stand-in: what is kept was meant to be a value of each call."""
+    if any(ref() is not None for ref in tracer.proxies):
+        gc.collect()
+    if any(ref() is not None for ref in tracer.proxies):
+        raise CannotFollowError("it keeps a value somewhere")
 
 
 @contextlib.contextmanager
 def _unchanged(root: nn.Module) -> Iterator[None]:
     """Put back what a forward writes into its modules, and raise CannotFollowError if it does."""
     before = {module: {name: _shallow(value) for name, value in vars(module).items()} for module in root.modules()}
+    tensors = {
+        (module, name): (value, value._version, value.detach().clone())
+        for module in root.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
     failed = True
     try:
         yield
@@ -199,8 +354,13 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
                     continue
                 written.append(f"{type(module).__name__}.{name}")
                 _put_back(module, name, value, items, before)
-        if written and not failed:
-            raise CannotFollowError(f"it writes {written[0]}")
+        for (module, name), (value, version, kept) in tensors.items():
+            if value._version != version:
+                written.append(f"{type(module).__name__}.{name}")
+                with torch.no_grad():
+                    value.copy_(kept)
+    if written and not failed:
+        raise CannotFollowError(f"it writes {written[0]}")
 
 
 def _shallow(value: Any) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ from fastbegan_kernels.dispatch import asked_for
 
 from . import plain
 from .config import ModelConfig
+from .hub import HubMixin
 from .layers import Conv2dELU, UpsampleConv2dELU
 
 Packed = dict[str, Tensor]
@@ -205,14 +206,14 @@ class Decoder(_Net):
         return tables[0] if len(tables) == 1 else torch.cat(tables)
 
 
-class Generator(Decoder):
+class Generator(Decoder, HubMixin):
     """Latents z [N, latent], uniform in [-1, 1] -> images [N, 3, size, size]: a Decoder with its own weights."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, inputs=config.latent)
 
 
-class Discriminator(_Net):
+class Discriminator(_Net, HubMixin):
     """The auto-encoder D(v) = Decoder(Encoder(v)): [N, 3, size, size] -> [N, 3, size, size]."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -38,6 +38,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setenv("COLUMNS", "200")
     assert _options(capsys, "train") == TRAIN_OPTIONS.split()
     assert _options(capsys, "sample") == SAMPLE_OPTIONS.split()
+    assert _options(capsys, "export") == "check format net out".split()
     assert _options(capsys, "info") == ["markdown"]
     assert _options(capsys, "doctor") == "batch-size device filters precision preset size".split()
     assert _options(capsys, "bench", "step") == BENCH_OPTIONS.split()
@@ -60,6 +61,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
         (["train", "--device", "tpu"], "device is 'tpu'; accepted: auto, cpu, cuda"),
         (["train", "--crop", "left"], "crop is 'left'; accepted: center, none"),
         (["sample", "/nowhere"], "/nowhere is no run folder"),
+        (["export", "/nowhere", "--format", "plain"], "/nowhere is no run folder"),
         (["info", "/nowhere"], "/nowhere is no run folder"),
     ],
 )

@@ -14,6 +14,7 @@ from fastbegan.train import train
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.xdist_group("all cores")
 def test_the_demo_learns_to_draw_different_faces(tmp_path: Path) -> None:
     torch.set_num_threads(2)

@@ -60,10 +60,11 @@ def _require_fused(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> 
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors cast to autocast's dtype where autocast is on for their device, else as they are."""
+    """Tensors cast to autocast's dtype where autocast is on for their device, else as they are; float64 stays."""
     device = tensors[0].device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+        wanted = torch.get_autocast_dtype(device)
+        return tuple(one if one.dtype == torch.float64 else one.to(wanted) for one in tensors)
     return tensors
 
 

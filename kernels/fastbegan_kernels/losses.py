@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import reference
 from .l1_reconstruction_loss import l1_reconstruction_loss
 
 
@@ -34,6 +35,7 @@ class SqrtSumReconstructionLoss(nn.Module):
     """
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        reference.check_loss(prediction, target, 2)
         wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
         return torch.linalg.vector_norm((prediction.to(wide) - target.to(wide)).flatten(1), dim=1)
 
@@ -43,7 +45,7 @@ class HingeLoss(nn.Module):
 
     def __init__(self, margin: float) -> None:
         super().__init__()
-        if margin <= 0:
+        if not margin > 0:
             raise ValueError(f"margin is {margin}; accepted: numbers above 0")
         self.margin = margin
 
@@ -66,7 +68,9 @@ class PullAwayTerm(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         if len(codes) < 2:
             raise ValueError(f"codes is {list(codes.shape)}; accepted: [N, ...] of at least two samples")
-        flat = nn.functional.normalize(codes.flatten(1).float(), dim=1)
-        squares = (flat @ flat.t()).square()
+        wide = torch.promote_types(codes.dtype, torch.float32)
+        with torch.autocast(codes.device.type, enabled=False):
+            flat = nn.functional.normalize(codes.flatten(1).to(wide), dim=1)
+            squares = (flat @ flat.t()).square()
         count = len(codes)
         return (squares.sum() - squares.diagonal().sum()) / (count * (count - 1))

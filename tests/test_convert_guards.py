@@ -1,0 +1,408 @@
+"""What a review of accelerate broke: writes in place, changed modules and attributes, surroundings, threads."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import random
+import threading
+import types
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbegan import compare
+from fastbegan.convert import accelerate, restore
+from fastbegan.follow import CannotFollowError, follow
+
+from .families import Interpolating, images
+
+
+class Base(nn.Module):
+    """Something of everything; a test gives the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.act, self.up, self.linear = nn.ELU(), nn.Upsample(scale_factor=2), nn.Linear(3 * 36, 2)
+        self.convs = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)])
+        self.acts = nn.ModuleDict({"e": nn.ELU()})
+        self.layers = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ELU(), nn.Conv2d(3, 3, 3, padding=1), nn.ELU())
+        self._gain, self.table, self.function = 1.0, {"gain": 1.0}, F.elu
+        self.config, self.kept = types.SimpleNamespace(gain=1.0), deque()
+        self.root_two = np.sqrt(2)
+        self.register_parameter("shift", None)
+
+
+Forward = Callable[[Any, Tensor], Any]
+
+
+def made(forward: Forward) -> Any:
+    """A model of this forward."""
+    torch.manual_seed(0)
+    return type("Made", (Base,), {"forward": forward})()
+
+
+X = images(2, 3, 6, 6)
+
+
+def _alias_written(m: Any, x: Tensor) -> Tensor:
+    x = x * 1
+    y = F.interpolate(x, scale_factor=2)
+    x.add_(1)
+    return m.act(m.conv(y)) + x.mean()
+
+
+def _skip_relu(m: Any, x: Tensor) -> Any:
+    x = x * 1
+    h = m.conv(m.up(x))
+    F.relu(x, inplace=True)
+    return m.act(h), x
+
+
+def _view_written(m: Any, x: Tensor) -> Tensor:
+    x = x * 1
+    flat = x.flatten(1)
+    y = m.up(x)
+    flat.mul_(3)
+    return m.act(m.conv(y))
+
+
+def _written_after(m: Any, x: Tensor) -> Any:
+    x = x * 1
+    z = m.act(m.conv(m.up(x)))
+    x.add_(2)
+    return z, x
+
+
+def _added_in_place(m: Any, x: Tensor) -> Any:
+    y = x * 1
+    alias = y
+    y += 1
+    alias **= 2
+    return m.act(m.conv(y)), alias
+
+
+def _written_view(m: Any, x: Tensor) -> Tensor:
+    y = m.act(m.conv(x))
+    y[:, :2].add_(1)
+    return y
+
+
+def _written_list(m: Any, x: Tensor) -> Tensor:
+    kept = [m.act(m.conv(x))]
+    kept[0] += x
+    return kept[0] * 2
+
+
+def _written_data(m: Any, x: Tensor) -> Tensor:
+    y = m.act(m.conv(x))
+    y.data.mul_(-1)
+    return y
+
+
+def _flattened(m: Any, x: Tensor) -> Tensor:
+    y = m.act(m.conv(x))
+    return m.linear(y.view(y.size(0), -1))
+
+
+def _sliced(m: Any, x: Tensor) -> Tensor:
+    return m.layers[2:](m.layers[:2](x))
+
+
+def _makes_a_module(m: Any, x: Tensor) -> Tensor:
+    return nn.ReLU()(m.conv(x)) + m.layers(x)
+
+
+def _numpy_gain(m: Any, x: Tensor) -> Tensor:
+    return F.leaky_relu(m.conv(x), 0.2) * m.root_two + F.elu(F.conv2d(x, m.other.weight * (1 / np.sqrt(9)), padding=1))
+
+
+def _hypernetwork(m: Any, x: Tensor) -> Tensor:
+    weight = m.act(m.conv(x[:1, :, :3, :3])).expand(3, -1, -1, -1)
+    return F.relu(F.conv2d(x, weight, padding=1))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        _alias_written, _skip_relu, _view_written, _written_after, _added_in_place, _written_view, _written_list,
+        _written_data, _flattened, _sliced, _makes_a_module, _numpy_gain, _hypernetwork,
+    ],
+)  # fmt: skip
+def test_the_same_whatever_a_forward_does(forward: Forward) -> None:
+    model = made(forward)
+    own = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no convolution was replaced
+        accelerate(model)
+    assert model._modules.keys() == own._modules.keys()
+    compare.compare(compare.values(own, X), compare.values(model, X), compare.truth(own, X))
+
+
+def _all_parts(m: Any, x: Tensor) -> Tensor:
+    x = F.interpolate(x, scale_factor=2)
+    for conv in m.convs:
+        x = m.acts["e"](conv(x))
+    x = m.layers(F.elu(m.other(x))) * m._gain * m.table["gain"] * getattr(m, "extra", 1.0)
+    x = m.function(m.conv(x))
+    return x if m.shift is None else x + m.shift
+
+
+class _Half(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / 2
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "list": lambda m: m.convs.__setitem__(0, nn.Conv2d(3, 3, 3, 2, 1)),
+    "padding mode": lambda m: m.convs.__setitem__(1, nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")),
+    "dict": lambda m: m.acts.__setitem__("e", nn.ReLU()),
+    "longer list": lambda m: m.convs.append(nn.Conv2d(3, 3, 3, padding=1)),
+    "longer sequential": lambda m: m.layers.append(nn.Sigmoid()),
+    "shorter sequential": lambda m: m.layers.__delitem__(3),
+    "no module": lambda m: setattr(m, "convs", nn.ModuleList()),
+    "patched layer": lambda m: setattr(m.convs[0], "forward", lambda x: 5 * x),
+    "patched activation": lambda m: setattr(m.acts["e"], "forward", lambda x: 5 * x),
+    "other class": lambda m: setattr(m.convs[0], "__class__", _Half),
+    "underscore": lambda m: setattr(m, "_gain", 3.0),
+    "in a dict": lambda m: m.table.update(gain=3.0),
+    "function": lambda m: setattr(m, "function", torch.tanh),
+    "added": lambda m: setattr(m, "extra", 3.0),
+    "parameter": lambda m: setattr(m, "shift", nn.Parameter(torch.ones(1))),
+    "number to parameter": lambda m: (delattr(m, "_gain"), setattr(m, "_gain", nn.Parameter(torch.tensor(1.0)))),
+    "number to tensor": lambda m: setattr(m, "_gain", torch.ones(12)),
+    "bias": lambda m: setattr(m.other, "bias", nn.Parameter(torch.ones(3))),
+    "no bias": lambda m: setattr(m.convs[1], "bias", None),
+    "alpha": lambda m: setattr(m.acts["e"], "alpha", 0.3),
+    "hook": lambda m: m.convs[1].register_forward_hook(lambda *given: given[2] * 2),
+    "pre-hook": lambda m: m.layers.register_forward_pre_hook(lambda module, given: (given[0] * 2,)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_changed_afterwards(change: str, compiled: bool) -> None:
+    """Own weights in both copies, changed alike: the accelerated one must see it."""
+    if compiled and "hook" in change:
+        pytest.skip("torch.compile looks at hooks when it compiles, not afterwards")
+    model = made(_all_parts)
+    accelerate(model)
+    assert len(model.fastbegan_report.replaced) == 6
+    run: Any = torch.compile(model, backend="eager") if compiled else model
+    before = run(X)
+    own = restore(copy.deepcopy(model))
+    torch.testing.assert_close(own(X), before)
+    for one in (model, own):
+        torch.manual_seed(1)
+        CHANGES[change](one)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found, expected = run(X), own(X)
+    torch.testing.assert_close(found, expected)
+    if not compiled and change != "no bias":
+        assert [str(one.message) for one in seen if "runs its own forward" in str(one.message)]
+        for output in (found, expected):
+            output.sum().backward()
+        for one, other in zip(model.parameters(), own.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+
+
+def _reads_a_config(m: Any, x: Tensor) -> Tensor:
+    return m.layers(x) * m.config.gain
+
+
+def _keeps(m: Any, x: Tensor) -> Tensor:
+    m.kept.append(m.conv(x))
+    return m.layers(x)
+
+
+def _switches_off(m: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return m.layers(x.float())
+
+
+def _switches_on(m: Any, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return m.layers(x)
+
+
+def _asks(m: Any, x: Tensor) -> Tensor:
+    return m.layers(x) if torch.is_grad_enabled() else 2 * m.layers(x)
+
+
+def _draws(m: Any, x: Tensor) -> Tensor:
+    return m.layers(x) if random.random() < 0.5 else 2 * m.layers(x)
+
+
+def _draws_by_torch(m: Any, x: Tensor) -> Tensor:
+    return m.layers(x) * (1.0 if torch.rand(1).item() < 0.5 else 2.0)
+
+
+def _draws_by_numpy(m: Any, x: Tensor) -> Tensor:
+    return m.layers(x) * float(np.random.rand())
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (_reads_a_config, "it reads Made.config, a SimpleNamespace, which may change unseen"),
+        (_keeps, "it reads Made.kept, a deque|it keeps a value somewhere"),
+        (_switches_off, "it switches gradients or autocast"),
+        (_switches_on, "it switches gradients or autocast"),
+        (_asks, "it asks whether gradients or autocast are on"),
+        (_draws, "it draws random numbers that depend on no tensor"),
+        (_draws_by_torch, "it draws random numbers that depend on no tensor"),
+        (_draws_by_numpy, "it draws random numbers that depend on no tensor"),
+    ],
+)
+def test_what_cannot_be_noted_is_not_followed(forward: Forward, why: str) -> None:
+    """In whatever mode it is asked."""
+    model, states = made(forward), (random.getstate(), torch.get_rng_state())
+    for mode in (torch.enable_grad(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with mode, pytest.raises(CannotFollowError, match=why):
+            follow(model, {})
+    accelerate(model)
+    assert "forward" not in vars(model) and set(model.fastbegan_report.replaced) == {"layers.0", "layers.2"}
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_threads_do_not_meet() -> None:
+    """Four accelerate their own model while another one runs an unrelated one."""
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def guarded(work: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+
+        return run
+
+    other = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+
+    def runs() -> None:
+        while not done.is_set():
+            other(torch.ones(1, 3))
+
+    def follows() -> None:
+        model = accelerate(Interpolating())
+        assert len(model.fastbegan_report.replaced) == 3  # pyright: ignore
+
+    call = nn.Module.__call__
+    runner = threading.Thread(target=guarded(runs))
+    runner.start()
+    workers = [threading.Thread(target=guarded(follows)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    done.set()
+    runner.join()
+    assert not errors and nn.Module.__call__ is call and "__getattribute__" not in vars(nn.Module)
+
+
+def test_hooks_and_patches_from_before_are_respected() -> None:
+    model = made(_all_parts)
+    model.acts["e"].forward = lambda x: 5 * x
+    own = copy.deepcopy(model)
+    accelerate(model)
+    assert model.fastbegan_report.replaced["convs.0"] == "nearest x2, 3x3 convolution 3 -> 3"
+    torch.testing.assert_close(model(X), own(X))
+    handle = nn.modules.module.register_module_forward_hook(lambda *given: None)
+    try:
+        with pytest.raises(RuntimeError, match="hooks on all modules are registered"):
+            accelerate(made(_all_parts))
+        with pytest.warns(UserWarning, match="all modules have hooks: Made runs its own forward"):
+            model(X)
+    finally:
+        handle.remove()
+
+
+def test_what_is_left_is_not_looked_at_too_closely() -> None:
+    """Spectral norm counts how often its weight is read."""
+    norm = torch.nn.utils.parametrizations.spectral_norm
+    model = nn.Sequential(norm(nn.Conv2d(3, 3, 5, padding=2)), nn.Conv2d(3, 3, 3, padding=1), nn.ELU())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    accelerate(model)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_float64_stays_under_autocast() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ELU()).double()
+    own = copy.deepcopy(model)
+    accelerate(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(X.double()), own(X.double()))
+
+
+class _Norm32(nn.GroupNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.float()).type(input.dtype)
+
+
+def test_check_takes_ordinary_models() -> None:
+    accelerate(nn.Sequential(_Norm32(1, 3), nn.SiLU(), nn.Conv2d(3, 3, 3, padding=1), nn.ELU()), check=X)
+    first = nn.Sequential(nn.LeakyReLU(0.2, True), nn.Conv2d(3, 3, 3, padding=1), nn.ELU())
+    assert "largest relative error" in str(accelerate(first, check=X).fastbegan_report)
+
+
+def test_check_says_where_nothing_fast_ran() -> None:
+    def of_a_batch(m: Any, batch: Any) -> Tensor:
+        return F.elu(m.conv(batch["x"]))
+
+    model = made(of_a_batch)
+    with pytest.warns(UserWarning, match="called with other arguments"):
+        accelerate(model, check={"x": X})
+    assert model.fastbegan_report.checked.startswith("the check did not come to a fast layer")
+
+
+def test_unpickled_where_it_can_no_longer_be_followed() -> None:
+    model = accelerate(made(_all_parts))
+    one = pickle.loads(pickle.dumps(_Pickled()))
+    assert isinstance(one, _Pickled)
+    restore(model)
+    fast = accelerate(_Pickled().eval())
+    again = pickle.loads(pickle.dumps(fast)).train()
+    with pytest.warns(UserWarning, match="it can no longer be followed .it branches on values"):
+        assert torch.equal(again(X), type(again).forward(again, X))
+
+
+class _Pickled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.mean() > math.inf:
+            return x
+        return F.elu(self.conv(x))
+
+
+def test_a_wrapped_forward_goes_back_too() -> None:
+    model = accelerate(_Pickled().eval())
+    fast = model.forward
+    model.forward = lambda x: fast(x)
+    restored = copy.deepcopy(model)
+    del restored
+    del model.__dict__["forward"]
+    model.forward = fast
+    restore(model)
+    assert torch.equal(fast(X), model(X))
+
+
+def test_exported_by_torch() -> None:
+    model = accelerate(Interpolating().eval())
+    x = images(2, 6, 4, 6)
+    exported = torch.export.export(model, (x,))
+    torch.testing.assert_close(exported.module()(x), model(x))
