@@ -64,7 +64,7 @@ def accelerate(model: Model, *, check: Any = None) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; accepted: an nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
-        raise RuntimeError("the model is a torch.jit script; accelerate it before scripting is not supported either")
+        raise RuntimeError("the model is a torch.jit script, whose forward cannot be replaced")
     for path, module in model.named_modules():
         what = f"{path or 'the model'} ({type(module).__name__})"
         if _fast(module) is not None:
@@ -275,9 +275,12 @@ class FastForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> FastForward:
         made = FastForward.__new__(FastForward)
         memo[id(self)] = made
-        for name, value in self.__dict__.items():
-            if name != "method":
-                made.__dict__[name] = value if name == "function" else copy.deepcopy(value, memo)
+        for name in ("root", "links", "kinds"):
+            made.__dict__[name] = copy.deepcopy(self.__dict__.get(name), memo)
+        made.names, made.warned, made.function = self.names, False, self.function
+        # values are compared with what the copied modules have: they stay
+        settings = self.__dict__.get("settings", [])
+        made.settings = [(copy.deepcopy(module, memo), name, value) for module, name, value in settings]
         return made
 
     def __getstate__(self) -> dict[str, Any]:

@@ -29,8 +29,11 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MISSING = object()
-"""The value of an attribute that was asked for and is not there."""
+
+class MISSING:
+    """In place of the value of an attribute that was asked for and is not there."""
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = frozenset(vars(nn.Module())) - {"training"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)

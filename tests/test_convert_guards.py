@@ -12,6 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbegan import compare
+from fastbegan import chains, compare
 from fastbegan.convert import accelerate, restore
 from fastbegan.follow import CannotFollowError, follow
 
@@ -214,6 +215,19 @@ def test_changed_afterwards(change: str, compiled: bool) -> None:
             output.sum().backward()
         for one, other in zip(model.parameters(), own.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad)
+
+
+def _reads_much(m: Any, x: Tensor) -> Tensor:
+    return m.layers(x) * m.table["gain"] * getattr(m, "extra", 1.0) * (1.0 if m.shift is None else 2.0)
+
+
+def test_a_copy_is_as_fast() -> None:
+    model = accelerate(made(_reads_much))
+    one = copy.deepcopy(copy.deepcopy(model))
+    assert "forward" in vars(one) and one.forward.__self__ is not model.forward.__self__
+    with mock.patch.object(chains, "conv_stage", side_effect=chains.conv_stage) as counted:
+        torch.testing.assert_close(one(X), restore(model)(X))  # and a warning would be an error
+    assert counted.called
 
 
 def _reads_a_config(m: Any, x: Tensor) -> Tensor:
