@@ -26,7 +26,7 @@ COMPAT := .venv-torch27
 KERNELS := ops conv_stage flops fold l1_reconstruction_loss normalize_images fused_pointwise layers
 CORE := $(KERNELS:%=tests/kernels/test_%.py) \
 	"tests/kernels/test_cross_compile.py::test_every_configuration_compiles_without_spilling[60]" \
-	$(patsubst %,tests/test_%.py,models objective step parts equilibrium graph train device ranks convert convert_guards) tests/data/test_loader.py
+	$(patsubst %,tests/test_%.py,models objective step parts equilibrium graph train device ranks convert convert_guards follow) tests/data/test_loader.py
 test-compat:
 	@$(MAKE) --no-print-directory VENV=$(COMPAT) TORCH=2.7.1 $(COMPAT)/.dev
 	$(COMPAT)/bin/python -m pytest -q -n auto --dist loadgroup -m "not slow" $(CORE)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import types
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -203,3 +207,25 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "equalised": (Equalised, (2, 4, 6, 6), 2),
 }
 """How a family is made, the shape of its input, and how many of its convolutions are taken."""
+
+
+class Base(nn.Module):
+    """Something of everything; a test gives the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.act, self.up, self.linear = nn.ELU(), nn.Upsample(scale_factor=2), nn.Linear(3 * 36, 2)
+        self.convs = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)])
+        self.acts = nn.ModuleDict({"e": nn.ELU()})
+        self.layers = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ELU(), nn.Conv2d(3, 3, 3, padding=1), nn.ELU())
+        self._gain, self.table, self.function = 1.0, {"gain": 1.0}, F.elu
+        self.config, self.kept = types.SimpleNamespace(gain=1.0), deque()
+        self.root_two = np.sqrt(2)
+        self.register_parameter("shift", None)
+
+
+def made(forward: Callable[[Any, Tensor], Any]) -> Any:
+    """A model of this forward."""
+    torch.manual_seed(0)
+    return type("Made", (Base,), {"forward": forward})()

@@ -8,18 +8,15 @@ import pickle
 import statistics
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastbegan import compare
 from fastbegan.convert import Report, accelerate, restore
-from fastbegan.follow import CannotFollowError, follow
 
 from .families import FAMILIES, Interpolating, Latent, images, sequential
 
@@ -231,96 +228,6 @@ def test_parts_of_a_forward_that_cannot_be_followed() -> None:
     assert "forward" not in vars(model) and "forward" in vars(model.decoder)
     restore(model)
     assert "forward" not in vars(model.decoder)
-
-
-def _inside(forward: Callable[[Any, Tensor], Tensor]) -> Any:
-    """A model whose forward calls a part that can be followed in a way that cannot."""
-
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.part = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ELU())
-            self.calls, self.seen = 0, []
-            self.register_buffer("scale", torch.ones(()))
-
-    Odd.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
-    return Odd()
-
-
-def _counts(self: Any, x: Tensor) -> Tensor:
-    self.calls += 1
-    return self.part(x) * self.calls
-
-
-def _remembers(self: Any, x: Tensor) -> Tensor:
-    self.seen.append(x)
-    return self.part(x)
-
-
-def _freezes(self: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        y = self.part(x)
-    return y + self.part(x)
-
-
-def _draws(self: Any, x: Tensor) -> Tensor:
-    return self.part(x) + torch.ones(1)
-
-
-def _recomputes(self: Any, x: Tensor) -> Tensor:
-    return checkpoint(self.part, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
-
-
-def _recomputes_reentrant(self: Any, x: Tensor) -> Tensor:
-    return checkpoint(self.part, x, use_reentrant=True)  # pyright: ignore[reportReturnType]
-
-
-def _asks(self: Any, x: Tensor) -> Tensor:
-    return self.part(x) if isinstance(x, Tensor) else self.part(x[0])
-
-
-def _asks_torch(self: Any, x: Tensor) -> Tensor:
-    return self.part(x) if torch.is_tensor(x) else self.part(x[0])
-
-
-def _casts(self: Any, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return self.part(x)
-
-
-def _reads_a_buffer(self: Any, x: Tensor) -> Tensor:
-    return self.part(x) if self.scale > 0 else x
-
-
-@pytest.mark.parametrize(
-    ("forward", "why"),
-    [
-        (_counts, "it writes Odd.calls"),
-        (_remembers, "it writes Odd.seen"),
-        (_freezes, "it switches gradients or autocast on or off inside"),
-        (_casts, "it switches gradients or autocast on or off inside"),
-        (_draws, "it makes a tensor out of nothing but numbers"),
-        (_recomputes, "it changes what the backward keeps"),
-        (_recomputes_reentrant, "it changes what the backward keeps"),
-        (_asks, "asks for the type of a value"),
-        (_asks_torch, "asks for the type of a value"),
-        (_reads_a_buffer, "it branches on values or shapes"),
-    ],
-)
-def test_what_would_change_silently_is_not_followed(forward: Callable[[Any, Tensor], Tensor], why: str) -> None:
-    """The part inside is accelerated all the same, the forward around it stays its own."""
-    model, x = _inside(forward), images(2, 3, 6, 6).requires_grad_()
-    with pytest.raises(CannotFollowError, match=why):
-        follow(model, {})
-    accelerate(model)
-    assert model.calls == 0 and model.seen == [] and not hasattr(model, "_tensor_constant0")
-    assert "forward" not in vars(model) and list(_report(model).replaced) == ["part.0"]
-    found = model(x)
-    restore(model)
-    model.calls = 0
-    torch.testing.assert_close(found, model(x), atol=1e-2 if forward is _casts else 1e-5, rtol=1e-5)
-    with pytest.raises(RuntimeError, match="not accelerated"):
-        restore(model)
 
 
 class _Switch(nn.Module):

@@ -5,11 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import random
-import threading
-import types
 import warnings
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -22,36 +18,10 @@ from torch import Tensor, nn
 
 from fastbegan import chains, compare
 from fastbegan.convert import accelerate, restore
-from fastbegan.follow import CannotFollowError, follow
 
-from .families import Interpolating, images
-
-
-class Base(nn.Module):
-    """Something of everything; a test gives the forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1, bias=False)
-        self.act, self.up, self.linear = nn.ELU(), nn.Upsample(scale_factor=2), nn.Linear(3 * 36, 2)
-        self.convs = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)])
-        self.acts = nn.ModuleDict({"e": nn.ELU()})
-        self.layers = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ELU(), nn.Conv2d(3, 3, 3, padding=1), nn.ELU())
-        self._gain, self.table, self.function = 1.0, {"gain": 1.0}, F.elu
-        self.config, self.kept = types.SimpleNamespace(gain=1.0), deque()
-        self.root_two = np.sqrt(2)
-        self.register_parameter("shift", None)
-
+from .families import Interpolating, images, made
 
 Forward = Callable[[Any, Tensor], Any]
-
-
-def made(forward: Forward) -> Any:
-    """A model of this forward."""
-    torch.manual_seed(0)
-    return type("Made", (Base,), {"forward": forward})()
-
-
 X = images(2, 3, 6, 6)
 
 
@@ -228,102 +198,6 @@ def test_a_copy_is_as_fast() -> None:
     with mock.patch.object(chains, "conv_stage", side_effect=chains.conv_stage) as counted:
         torch.testing.assert_close(one(X), restore(model)(X))  # and a warning would be an error
     assert counted.called
-
-
-def _reads_a_config(m: Any, x: Tensor) -> Tensor:
-    return m.layers(x) * m.config.gain
-
-
-def _keeps(m: Any, x: Tensor) -> Tensor:
-    m.kept.append(m.conv(x))
-    return m.layers(x)
-
-
-def _switches_off(m: Any, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
-        return m.layers(x.float())
-
-
-def _switches_on(m: Any, x: Tensor) -> Tensor:
-    with torch.enable_grad():
-        return m.layers(x)
-
-
-def _asks(m: Any, x: Tensor) -> Tensor:
-    return m.layers(x) if torch.is_grad_enabled() else 2 * m.layers(x)
-
-
-def _draws(m: Any, x: Tensor) -> Tensor:
-    return m.layers(x) if random.random() < 0.5 else 2 * m.layers(x)
-
-
-def _draws_by_torch(m: Any, x: Tensor) -> Tensor:
-    return m.layers(x) * (1.0 if torch.rand(1).item() < 0.5 else 2.0)
-
-
-def _draws_by_numpy(m: Any, x: Tensor) -> Tensor:
-    return m.layers(x) * float(np.random.rand())
-
-
-@pytest.mark.parametrize(
-    ("forward", "why"),
-    [
-        (_reads_a_config, "it reads Made.config, a SimpleNamespace, which may change unseen"),
-        (_keeps, "it reads Made.kept, a deque|it keeps a value somewhere"),
-        (_switches_off, "it switches gradients or autocast"),
-        (_switches_on, "it switches gradients or autocast"),
-        (_asks, "it asks whether gradients or autocast are on"),
-        (_draws, "it draws random numbers that depend on no tensor"),
-        (_draws_by_torch, "it draws random numbers that depend on no tensor"),
-        (_draws_by_numpy, "it draws random numbers that depend on no tensor"),
-    ],
-)
-def test_what_cannot_be_noted_is_not_followed(forward: Forward, why: str) -> None:
-    """In whatever mode it is asked."""
-    model, states = made(forward), (random.getstate(), torch.get_rng_state())
-    for mode in (torch.enable_grad(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16)):
-        with mode, pytest.raises(CannotFollowError, match=why):
-            follow(model, {})
-    accelerate(model)
-    assert "forward" not in vars(model) and set(model.fastbegan_report.replaced) == {"layers.0", "layers.2"}
-    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
-
-
-def test_threads_do_not_meet() -> None:
-    """Four accelerate their own model while another one runs an unrelated one."""
-    errors: list[BaseException] = []
-    done = threading.Event()
-
-    def guarded(work: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:
-                errors.append(error)
-
-        return run
-
-    other = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-
-    def runs() -> None:
-        while not done.is_set():
-            other(torch.ones(1, 3))
-
-    def follows() -> None:
-        model = accelerate(Interpolating())
-        assert len(model.fastbegan_report.replaced) == 3  # pyright: ignore
-
-    call = nn.Module.__call__
-    runner = threading.Thread(target=guarded(runs))
-    runner.start()
-    workers = [threading.Thread(target=guarded(follows)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    done.set()
-    runner.join()
-    assert not errors and nn.Module.__call__ is call and "__getattribute__" not in vars(nn.Module)
 
 
 def test_hooks_and_patches_from_before_are_respected() -> None:
