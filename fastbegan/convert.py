@@ -39,6 +39,7 @@ class Report:
     replaced: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     checked: str = "not checked"
+    forwards: list[FastForward] = field(default_factory=list, repr=False, compare=False)
 
     def __str__(self) -> str:
         width = max(map(len, [*self.replaced, *self.left]), default=0)
@@ -92,7 +93,7 @@ def accelerate(model: Model, *, check: Any = None) -> Model:
 
 
 def _put(model: nn.Module) -> Report:
-    replaced, left = {}, {}
+    replaced, left, forwards = {}, {}, []
     for path, module, followed, found, why in _parts(model):
         prefix = f"{path}." if path else ""
         for chain in found:
@@ -100,21 +101,23 @@ def _put(model: nn.Module) -> Report:
         left |= {prefix + place: reason for place, reason in why.items()}
         if found:
             assert followed is not None
-            module.forward = FastForward(followed, found).forward
+            forwards.append(FastForward(followed, found))
+            module.forward = forwards[-1].forward
     for path, module in model.named_modules():
         if "Conv" in type(module).__name__ and path not in replaced and _weighs(module):
             left.setdefault(path, _reason(module))
-    return Report(replaced, {path: why for path, why in left.items() if path not in replaced})
+    return Report(replaced, {path: why for path, why in left.items() if path not in replaced}, forwards=forwards)
 
 
 def restore(model: Model) -> Model:
     """Give `model` its own forward back, in place. Raises RuntimeError if it is not accelerated."""
+    report = model.__dict__.pop("fastbegan_report", None)
     found = [module for module in model.modules() if _fast(module) is not None]
-    if not found and "fastbegan_report" not in model.__dict__:
+    if not found and report is None:
         raise RuntimeError("the model is not accelerated; nothing was changed")
-    for module in found:
-        module.__dict__.pop("forward").__self__.function = _out  # somebody may have wrapped it
-    model.__dict__.pop("fastbegan_report", None)
+    forwards = report.forwards if isinstance(report, Report) else []
+    for fast in (*forwards, *(module.__dict__.pop("forward").__self__ for module in found)):
+        fast.function = _out  # somebody may have wrapped it
     return model
 
 
@@ -246,7 +249,8 @@ class FastForward:
                 return "all modules have hooks"
         for module, name, value in self.settings:
             if unlike(getattr(module, name, MISSING), value):
-                return f"{type(module).__name__}.{name} is no longer {value!r}"
+                then = "missing" if value is MISSING else repr(value)
+                return f"{type(module).__name__}.{name} is no longer {then}"
         return None
 
     def _warn(self, changed: str) -> None:

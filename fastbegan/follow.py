@@ -7,6 +7,7 @@ asked for is noted here, so that a call can be told that would go another way, a
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import gc
@@ -178,8 +179,10 @@ def follow(root: nn.Module, opaque: dict[nn.Module, str]) -> Followed:
                 with _unchanged(root), _same_draws(), _noted(reads), _no_switches():
                     graph = tracer.trace(root)
                 _require_nothing_kept(tracer)
-                reads_kept = [(module, name, _kept(module, name, value)) for module, name, value in reads.values()]
-                return Followed(root, required(type(root).forward), graph, list(tracer.inlined), reads_kept)
+                for module, name, value in reads.values():
+                    tracer.failed = None if module is root else module
+                    _require_fixed(module, name, value)
+                return Followed(root, required(type(root).forward), graph, list(tracer.inlined), list(reads.values()))
             except Exception as error:  # whatever a forward may raise when it runs on stand-ins
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 if isinstance(error, TraceError):
@@ -198,13 +201,17 @@ def unlike(now: Any, then: Any) -> bool:
     return now != then if isinstance(then, (*_PLAIN, list, tuple, dict)) else now is not then
 
 
-def _kept(module: nn.Module, name: str, value: Any) -> Any:
-    """A value to compare with later. Raises CannotFollowError for what can change without being another."""
-    if value is MISSING or _is_fixed(value):
-        return copy.deepcopy(value) if isinstance(value, list | dict) else value
-    raise CannotFollowError(
-        f"it reads {type(module).__name__}.{name}, a {type(value).__name__}, which may change unseen"
-    )
+def _require_fixed(module: nn.Module, name: str, value: Any) -> None:
+    """Raises CannotFollowError for what can change without being another, and for what the forward has changed."""
+    what = f"{type(module).__name__}.{name}"
+    if value is MISSING:
+        return
+    if not _is_fixed(value):
+        raise CannotFollowError(f"it reads {what}, a {type(value).__name__}, which may change unseen")
+    now = vars(module).get(name)
+    if isinstance(value, list | dict) and type(now) is type(value) and now != value:
+        _fill(now, copy.deepcopy(value))
+        raise CannotFollowError(f"it writes {what}")
 
 
 def _is_fixed(value: Any) -> bool:
@@ -247,8 +254,10 @@ def _noted(reads: dict[tuple[int, str], tuple[nn.Module, str, Any]]) -> Iterator
             raise
         if threading.get_ident() == thread and name not in _OWN and not name.startswith("__"):
             own = name in object.__getattribute__(self, "__dict__")
-            if own and not isinstance(value, Tensor | nn.Module):
-                reads.setdefault((id(self), name), (self, name, value))
+            if own and not isinstance(value, Tensor | nn.Module) and (id(self), name) not in reads:
+                # as it is before the forward may change what is in it
+                kept = copy.deepcopy(value) if isinstance(value, list | dict) and _is_fixed(value) else value
+                reads[id(self), name] = self, name, kept
         return value
 
     before = vars(nn.Module).get("__getattribute__")
@@ -370,7 +379,14 @@ def _shallow(value: Any) -> tuple[Any, Any]:
     """A value and, of what can change, what is in it."""
     if isinstance(value, dict):
         return value, [(name, id(one), one) for name, one in value.items()]
-    return value, [(number, id(one), one) for number, one in enumerate(value)] if isinstance(value, list) else None
+    held = isinstance(value, list | set | collections.deque)
+    return value, [(number, id(one), one) for number, one in enumerate(value)] if held else None
+
+
+def _fill(value: Any, items: Any) -> None:
+    """Put `items`, a dict or a list, into a container in place of what is in it."""
+    value.clear()
+    (value.update if isinstance(value, dict | set) else value.extend)(items)
 
 
 def _put_back(module: nn.Module, name: str, value: Any, items: Any, absent: object) -> None:
@@ -379,7 +395,6 @@ def _put_back(module: nn.Module, name: str, value: Any, items: Any, absent: obje
         return
     vars(module)[name] = value
     if isinstance(value, dict):
-        value.clear()
-        value.update({key: one for key, _, one in items})
-    elif isinstance(value, list):
-        value[:] = [one for _, _, one in items]
+        _fill(value, {key: one for key, _, one in items})
+    elif items is not None:
+        _fill(value, [one for _, _, one in items])

@@ -219,7 +219,7 @@ class Base(nn.Module):
         self.convs = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)])
         self.acts = nn.ModuleDict({"e": nn.ELU()})
         self.layers = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ELU(), nn.Conv2d(3, 3, 3, padding=1), nn.ELU())
-        self._gain, self.table, self.function = 1.0, {"gain": 1.0}, F.elu
+        self._gain, self.table, self.function = 1.0, {"gain": 1.0, "counts": {"calls": 0}}, F.elu
         self.config, self.kept = types.SimpleNamespace(gain=1.0), deque()
         self.root_two = np.sqrt(2)
         self.register_parameter("shift", None)

@@ -280,13 +280,10 @@ class _Pickled(nn.Module):
 def test_a_wrapped_forward_goes_back_too() -> None:
     model = accelerate(_Pickled().eval())
     fast = model.forward
-    model.forward = lambda x: fast(x)
-    restored = copy.deepcopy(model)
-    del restored
-    del model.__dict__["forward"]
-    model.forward = fast
+    model.forward = lambda x: 2 * fast(x)
     restore(model)
-    assert torch.equal(fast(X), model(X))
+    with mock.patch.object(chains, "conv_stage", side_effect=AssertionError):
+        assert torch.equal(model(X), 2 * type(model).forward(model, X))
 
 
 def test_exported_by_torch() -> None:

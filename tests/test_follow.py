@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 from collections.abc import Callable
@@ -120,6 +121,11 @@ def _keeps(m: Any, x: Tensor) -> Tensor:
     return m.layers(x)
 
 
+def _counts_inside(m: Any, x: Tensor) -> Tensor:
+    m.table["counts"]["calls"] += 1
+    return m.layers(x) * m.table["counts"]["calls"]
+
+
 def _switches_off(m: Any, x: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         return m.layers(x.float())
@@ -150,7 +156,8 @@ def _draws_by_numpy(m: Any, x: Tensor) -> Tensor:
     ("forward", "why"),
     [
         (_reads_a_config, "it reads Made.config, a SimpleNamespace, which may change unseen"),
-        (_keeps, "it reads Made.kept, a deque|it keeps a value somewhere"),
+        (_keeps, "it writes Made.kept"),
+        (_counts_inside, "it writes Made.table"),
         (_switches_off, "it switches gradients or autocast"),
         (_switches_on, "it switches gradients or autocast"),
         (_asks, "it asks whether gradients or autocast are on"),
@@ -167,7 +174,22 @@ def test_what_cannot_be_noted_is_not_followed(forward: Forward, why: str) -> Non
             follow(model, {})
     accelerate(model)
     assert "forward" not in vars(model) and set(model.fastbegan_report.replaced) == {"layers.0", "layers.2"}
+    assert model.table == {"gain": 1.0, "counts": {"calls": 0}} and not model.kept
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_around_what_cannot_be_followed_the_rest_is() -> None:
+    inner = made(_reads_a_config)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ELU(), inner, nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+    own = copy.deepcopy(model)
+    accelerate(model)
+    report: Any = model.fastbegan_report
+    assert set(report.replaced) == {"0", "3", "2.layers.0", "2.layers.2"}
+    x = images(2, 3, 6, 6)
+    for gain in (1.0, 3.0):
+        inner.config.gain = gain
+        own[2].config.gain = gain  # pyright: ignore
+        torch.testing.assert_close(model(x), own(x))
 
 
 def test_threads_do_not_meet() -> None:
