@@ -184,7 +184,8 @@ def test_around_what_cannot_be_followed_the_rest_is() -> None:
     own = copy.deepcopy(model)
     accelerate(model)
     report: Any = model.fastbegan_report
-    assert set(report.replaced) == {"0", "3", "2.layers.0", "2.layers.2"}
+    # not "0": what is not followed may write into what it is given
+    assert set(report.replaced) == {"3", "2.layers.0", "2.layers.2"}
     x = images(2, 3, 6, 6)
     for gain in (1.0, 3.0):
         inner.config.gain = gain
