@@ -145,7 +145,11 @@ class Ranks:
 
     def end(self, message: str, code: int) -> int:
         """Before a rank ends a run that the others would go on with: all end with `message`; returns the exit code."""
-        return code if self.watch is None else self.watch.end(message, code)
+        if self.watch is None:
+            return code
+        code = self.watch.end(message, code)
+        self.watch.close()  # a thread that talks while Python ends would abort the process
+        return code
 
     def begin_step(self, number: int) -> None:
         """A step begins, of which the others will need this rank's part."""
