@@ -95,7 +95,7 @@ class Watch:
         self._judge = Judge(patience)
         self._ticks, self._step, self._settled, self._lost = 0, 0, False, ""
         self._begun = self._answered = time.monotonic()
-        self._complete, self._ending = False, -math.inf
+        self._complete, self._said, self._ending = False, False, -math.inf
         self.last_wish: Callable[[], object] | None = None  # what is done before this process is ended from here
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._store.set(f"host {rank}", socket.gethostname())
@@ -137,7 +137,8 @@ class Watch:
             with contextlib.suppress(RuntimeError):  # else nobody can be told
                 verdict = self._store.compare_set("ended", "", verdict).decode()
             rank, code = map(int, verdict.split())
-            if rank == self.rank:
+            if rank == self.rank and not self._said:  # the other thread may come here second
+                self._said = True
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 time.sleep(_LINGER)
         return code
