@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -150,6 +150,11 @@ class Ranks:
         code = self.watch.end(message, code)
         self.watch.close()  # a thread that talks while Python ends would abort the process
         return code
+
+    def exit(self, code: int) -> NoReturn:
+        """End this process, without the end of Python: torch's threads, where some still run, would abort it there."""
+        assert self.watch is not None
+        self.watch.exit(code)
 
     def begin_step(self, number: int) -> None:
         """A step begins, of which the others will need this rank's part."""

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import signal
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -369,7 +370,7 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
     """Train by `config` in the run folder `out`; returns the exit code. Raises UserError for bad input.
 
     Started by torchrun, this is one of several ranks; all use rank 0's config and folder. Without `out` a new folder is
-    made, which ranks that are started again could not find: they need one.
+    made, which ranks that are started again could not find: they need one. A rank's process ends here.
     """
     ranks = Ranks.join(config.train.rank_timeout)
     with StopRequest(echoes=ranks.launched) as stop:  # until the end: torchrun's SIGTERM must not come before a name
@@ -382,17 +383,18 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
                 training = Training(config, folder, resume=resume, report=report, ranks=ranks)
                 with contextlib.closing(training.loader):
                     code = training.run(stop)
+            ranks.leave()
         except LostContactError as error:
             assert ranks.watch is not None
             ranks.watch.wait_for_a_name(str(error))
-        except RanksDifferError as error:
-            return ranks.end(str(error), RANKS_DIFFER)
-        except (UserError, OSError) as error:
+        except BaseException as error:
             if ranks.alone:
                 raise
-            return ranks.end(str(error), 2)
-        except BaseException as error:
-            ranks.end(f"rank {ranks.rank} ended: {type(error).__name__} {error}".rstrip(), 1)
-            raise
-        ranks.leave()
-        return code
+            if isinstance(error, RanksDifferError):
+                code = ranks.end(str(error), RANKS_DIFFER)
+            elif isinstance(error, UserError | OSError):
+                code = ranks.end(str(error), 2)
+            else:
+                traceback.print_exc()
+                code = ranks.end(f"rank {ranks.rank} ended: {type(error).__name__} {error}".rstrip(), 1)
+        return code if ranks.alone else ranks.exit(code)

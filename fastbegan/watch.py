@@ -194,11 +194,17 @@ class Watch:
                 print(f"error: rank {self.rank}: {what} is gone", file=sys.stderr, flush=True)
                 self._leave(LOST)
 
-    def _leave(self, code: int) -> NoReturn:
+    def exit(self, code: int) -> NoReturn:
+        """End this process after its last wish; nothing of it is waited for, since it may wait for who is gone."""
         if self.last_wish is not None:
             with contextlib.suppress(Exception):
                 self.last_wish()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+
+    def _leave(self, code: int) -> NoReturn:
         if self.rank == 0:
             time.sleep(_LINGER)  # the store may be in this process
-        sys.stdout.flush()
-        os._exit(code)  # the main thread may wait for somebody who is gone
+        self.exit(code)
