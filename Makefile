@@ -10,13 +10,13 @@ endif
 CONSTRAINTS := $(if $(TORCH),constraints-torch27.txt,constraints.txt)
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup
 
-.PHONY: train test test-slow test-compat check bench venv format reference constraints clean
+.PHONY: train test test-slow test-compat check bench experiments gallery venv format reference constraints clean
 
 train: $(VENV)/.core
 	$(BIN)/python -m fastbegan train
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not nightly"
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow
@@ -29,7 +29,7 @@ CORE := $(KERNELS:%=tests/kernels/test_%.py) \
 	$(patsubst %,tests/test_%.py,models objective step parts equilibrium graph train device ranks convert convert_guards follow) tests/data/test_loader.py
 test-compat:
 	@$(MAKE) --no-print-directory VENV=$(COMPAT) TORCH=2.7.1 $(COMPAT)/.dev
-	$(COMPAT)/bin/python -m pytest -q -n auto --dist loadgroup -m "not slow" $(CORE)
+	$(COMPAT)/bin/python -m pytest -q -n auto --dist loadgroup -m "not slow and not nightly" $(CORE)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -38,6 +38,14 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/ --quick -q -s
+
+# The paper's experiments at demo scale into experiments/, one after another, each with all cores; about 40 minutes.
+experiments: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -s -m nightly tests/test_experiments.py
+
+# docs/gallery/, from what `make experiments` left.
+gallery: $(VENV)/.core
+	$(BIN)/python docs/make_gallery.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""The commands: `fastbegan train`, `sample`, `export`, `info`, `doctor`, `data`, `bench`."""
+"""The command line: what is typed becomes one of `commands`, what goes wrong one line."""
 
 from __future__ import annotations
 
@@ -9,299 +9,34 @@ import io
 import os
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
-from tyro.conf import Positional, subcommand
+from tyro.conf import subcommand
 
 from fastbegan_kernels import dispatch
 
-from .config import PRESETS, ModelConfig, Preset, TrainConfig
+from .commands import (
+    BenchPlan,
+    BenchReport,
+    BenchStep,
+    DataCheck,
+    DataInfo,
+    DataPack,
+    Doctor,
+    Evaluate,
+    Experiment,
+    Explore,
+    Export,
+    Info,
+    Sample,
+    Train,
+    find_preset,
+)
+from .config import PRESETS
 from .errors import UserError
-from .run import RunConfig, RunFolder
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a BEGAN. Without options: the demo, on procedural portraits, into a new folder under runs/."""
-
-    model: Annotated[ModelConfig, tyro.conf.arg(name="")]
-    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    preset: str = "demo"
-    """Where all other options start from: demo, paper-32, paper-64, paper-128, paper-256."""
-    out: Path | None = None
-    """The run folder. A folder that holds a run is continued, with that run's settings. Default: a new one in runs/."""
-    resume: Literal["auto", "off"] = "auto"
-    """off: refuse a folder that holds a run."""
-
-    def run(self) -> int:
-        from .train import train
-
-        return train(RunConfig(self.preset, self.model, self.train), self.out, resume=self.resume == "auto")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Draw images with a trained generator (its average over training)."""
-
-    run_folder: Positional[Path]
-    """The folder that `fastbegan train` made."""
-    out: Path | None = None
-    """Where the pictures go. Default: generated/ in the run folder."""
-    count: int = 64
-    """How many images; with --interpolate, how many rows of the strip."""
-    seed: int = 0
-    """Which latents."""
-    columns: int = 8
-    """Images in a row of the sheet."""
-    single: bool = False
-    """Write each image as a PNG of its own too."""
-    interpolate: int = 0
-    """Steps on the way from each image to the next: writes a strip instead of a sheet."""
-    gif: bool = False
-    """With --interpolate, write the way as an animation too."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-
-    def run(self) -> int:
-        from .generate import sample
-
-        return sample(**vars(self))
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write a run's nets, the averaged generator and the auto-encoder D, for use without fastbegan."""
-
-    run_folder: Positional[Path]
-    """The folder that `fastbegan train` made."""
-    format: Literal["onnx", "pt2", "plain"]
-    """onnx; pt2: PyTorch's own, for torch.export.load; plain: model.py and safetensors, which need torch only."""
-    out: Path | None = None
-    """Where the files go. Default: export/ in the run folder."""
-    net: Literal["generator", "autoencoder", "both"] = "both"
-    """Which of the nets."""
-    check: Literal["on", "off"] = "on"
-    """on: read what was written, run it, and refuse it where it differs from PyTorch's modules."""
-
-    def run(self) -> int:
-        from .export import export
-
-        return export(self.run_folder, self.format, out=self.out, net=self.net, check=self.check == "on")
-
-
-@dataclass(frozen=True)
-class Info:
-    """What a run is and how far it came; without a folder, the presets."""
-
-    run_folder: Positional[Path | None] = None
-    """The folder that `fastbegan train` made."""
-    markdown: bool = False
-    """Print the table of presets as Markdown."""
-
-    def run(self) -> int:
-        from .info import show_presets, show_run
-
-        return show_presets(markdown=self.markdown) if self.run_folder is None else show_run(self.run_folder)
-
-
-@dataclass(frozen=True)
-class Doctor:
-    """What this machine runs for every op, and why; on a GPU every kernel is checked and timed."""
-
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = "auto"
-    """As for train."""
-    filters: int = 64
-    """Channels of the layers that are tried."""
-    size: int = 32
-    """Height and width of their inputs."""
-    batch_size: int = 16
-    """Images at once."""
-    preset: str | None = None
-    """Instead of layers: what a step of this preset needs here, and the largest batch that fits."""
-
-    def run(self) -> int:
-        from .doctor import doctor, doctor_preset
-
-        if self.preset is not None:
-            preset = _preset(self.preset)
-            return doctor_preset(preset.model, preset.train, device=self.device, precision=self.precision)
-        return doctor(**{name: value for name, value in vars(self).items() if name != "preset"})
-
-
-@dataclass(frozen=True)
-class DataPack:
-    """Decode images once into one file that training maps into memory. A pack that was cut off is taken up again."""
-
-    source: Positional[str]
-    """As --data of train: a folder, a .tar or .tfrecord file, faces:COUNT, cifar10:ROOT, fashion-mnist:ROOT."""
-    out: Positional[Path]
-    """The file to write, NAME.pack; NAME.rejected.txt beside it names what was broken, left out or converted."""
-    size: int = 64
-    """Height and width of the packed images; with --jitter J of train, 2 * J more than the nets' size."""
-    crop: str = "center"
-    """center (largest square), none (stretch), pixels (128), or celeba (the face in CelebA's aligned images)."""
-    max_bad: float = 1.0
-    """Percentage of broken files above which nothing is packed."""
-    workers: int | None = None
-    """Processes that decode. Default: as many as there are cores."""
-
-    def run(self) -> int:
-        from .data.tools import pack
-
-        return pack(self.source, self.out, size=self.size, crop=self.crop, max_bad=self.max_bad, workers=self.workers)
-
-
-@dataclass(frozen=True)
-class DataCheck:
-    """Decode every image of a source and name the broken ones; exit code 1 if there are any."""
-
-    source: Positional[str]
-    """A folder, a .tar or .tfrecord file."""
-    crop: str = "center"
-    """As for pack."""
-    workers: int | None = None
-    """Processes that decode. Default: as many as there are cores."""
-
-    def run(self) -> int:
-        from .data.tools import check
-
-        return check(self.source, crop=self.crop, workers=self.workers)
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """What a pack holds, and a contact sheet of it."""
-
-    pack: Positional[Path]
-    """The file."""
-    sheet: Path | None = None
-    """Where the sheet goes. Default: NAME.sheet.png beside NAME.pack."""
-
-    def run(self) -> int:
-        from .data.tools import info
-
-        return info(self.pack, sheet=self.sheet)
-
-
-@dataclass(frozen=True)
-class BenchStep:
-    """Time every way to do a training step on this machine, turn by turn in one run."""
-
-    preset: str = "demo"
-    """Nets, batch and loss: demo, paper-32, paper-64, paper-128, paper-256."""
-    size: int | None = None
-    """Image size. Default: the preset's."""
-    filters: int | None = None
-    """n. Default: the preset's."""
-    batch_size: int | None = None
-    """Images a step. Default: the preset's."""
-    modes: str = "all"
-    """Of textbook, single-pass, joint, alternating, each also with +compile: some, with commas between. all: those,
-    and textbook+compile and single-pass+compile."""
-    precision: str = "auto"
-    """auto, float32, tf32, bf16, fp16; several with commas between."""
-    compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
-    """How modes with +compile are compiled; off leaves them out."""
-    rounds: int = 10
-    """Turns, of which the median counts."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    json: bool = False
-    """Print only JSON."""
-
-    def run(self) -> int:
-        from .bench.step import DEFAULT_MODES, bench_step
-
-        preset = _preset(self.preset)
-        given = {name: value for name in ("size", "filters") if (value := getattr(self, name)) is not None}
-        if given.get("size", preset.model.size) != preset.model.size:
-            given["widths"] = None
-        batch_size = preset.train.batch_size if self.batch_size is None else self.batch_size
-        return bench_step(
-            dataclasses.replace(preset.model, **given),
-            dataclasses.replace(preset.train, batch_size=batch_size, device=self.device),
-            modes=DEFAULT_MODES if self.modes == "all" else self.modes.split(","),
-            precisions=self.precision.split(","),
-            compile_mode=self.compile,
-            rounds=self.rounds,
-            as_json=self.json,
-        )
-
-
-@dataclass(frozen=True)
-class BenchReport:
-    """Make tables and plots of what `pytest bench/ --results FILE.json` measured."""
-
-    results: Positional[tuple[Path, ...]] = (Path("bench/results"),)
-    """JSON files, or folders of them; of each device the newest is shown, and the others as its history."""
-    out: Path | None = None
-    """A folder for report.md and its pictures. Default: print the tables only."""
-    readme: bool = False
-    """Print the README's section on speed."""
-
-    def run(self) -> int:
-        from .bench.report import bench_report
-
-        return bench_report(self.results, out=self.out, as_readme=self.readme)
-
-
-@dataclass(frozen=True)
-class BenchPlan:
-    """Estimate what training a preset takes on other GPUs: images a second, hours, energy. A model, and labelled so."""
-
-    preset: str = "paper-128"
-    """Nets and number of images."""
-    gpu: str = "all"
-    """p100, v100, a100, h100, b200, or all."""
-    gpus: str = "1"
-    """How many; several numbers with commas between, to see how far it scales: 1,8,64,512."""
-    batch_size: int | None = None
-    """Images a card and step. Default: the preset's."""
-    share: float | None = None
-    """Share of the card's peak that a step reaches. Default: as measured on such a card, else an assumed one."""
-    link: Literal["nvlink", "pcie"] = "nvlink"
-    """What joins the cards of a node."""
-    network: float = 100.0
-    """Gb/s of a node's link to the others."""
-    results: Path = Path("bench/results")
-    """Where measured shares are looked for."""
-    json: bool = False
-    """Print only JSON."""
-
-    def run(self) -> int:
-        from .bench.plan import bench_plan
-
-        preset = _preset(self.preset)
-        batch_size = preset.train.batch_size if self.batch_size is None else self.batch_size
-        return bench_plan(
-            self.preset,
-            preset.model,
-            dataclasses.replace(preset.train, batch_size=batch_size),
-            gpu=self.gpu,
-            gpus=_counts(self.gpus),
-            share=self.share,
-            link=self.link,
-            network=self.network,
-            folder=self.results,
-            as_json=self.json,
-        )
-
-
-def _counts(text: str) -> list[int]:
-    if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise UserError(f"gpus is {text!r}; accepted: whole numbers from 1, with commas between")
-    return [int(part) for part in text.split(",")]
-
-
-def _preset(name: str) -> Preset:
-    if name not in PRESETS:
-        raise UserError(f"preset is {name!r}; accepted: {', '.join(PRESETS)}")
-    return PRESETS[name]
+from .run import RunFolder
 
 
 def _train_defaults(arguments: list[str]) -> Train:
@@ -315,7 +50,7 @@ def _train_defaults(arguments: list[str]) -> Train:
     scan.add_argument("--widths", nargs="*")
     known = scan.parse_known_args(arguments)[0]
     if known.preset is not None:
-        _preset(known.preset)
+        find_preset(known.preset)
     if known.out is not None and RunFolder(known.out).exists():
         stored = RunFolder(known.out).read_config()
         preset, model, train = stored.preset, stored.model, stored.train
@@ -353,6 +88,9 @@ def _parse(arguments: list[str]) -> Any:
     return tyro.cli(
         Annotated[Train, subcommand("train", default=_train_defaults(arguments))]
         | Annotated[Sample, subcommand("sample")]
+        | Annotated[Evaluate, subcommand("evaluate")]
+        | Annotated[Explore, subcommand("explore")]
+        | Annotated[Experiment, subcommand("experiment")]
         | Annotated[Export, subcommand("export")]
         | Annotated[Info, subcommand("info")]
         | Annotated[Doctor, subcommand("doctor")]

@@ -13,8 +13,12 @@ from .samples import generate, grid, interpolate_latents, save_gif, save_png, sh
 _FRAME_MILLISECONDS = 60
 
 
+DEMO = Path(__file__).parent / "demo"
+"""A run folder with nothing but a small trained generator, so that there is one before any training."""
+
+
 def sample(
-    run_folder: Path,
+    run_folder: Path | None = None,
     *,
     out: Path | None = None,
     count: int = 64,
@@ -27,7 +31,8 @@ def sample(
 ) -> int:
     """Write a sheet of `count` images, or with `interpolate` a strip of ways between them; prints what it wrote.
 
-    Image i of a seed is the same for any `count`. Raises UserError for bad input.
+    Without a run the generator that comes with the package draws, into generated/. Image i of a seed is the same for
+    any `count`. Raises UserError for bad input.
     """
     for name, value, least in (("count", count, 1), ("columns", columns, 1), ("seed", seed, 0)):
         if value < least:
@@ -36,9 +41,11 @@ def sample(
         raise UserError(f"interpolate is {interpolate}; accepted: 0 for a sheet, or steps from 2")
     if gif and not interpolate:
         raise UserError("gif needs interpolate, for instance --interpolate 12 --gif")
-    run = RunFolder(run_folder)
+    run = RunFolder(DEMO if run_folder is None else run_folder)
     generator = run.load_generator(place := pick_device(device)[0])
-    folder = make_folder(out or run.path / "generated")
+    folder = make_folder(out or (Path() if run_folder is None else run.path) / "generated")
+    if run_folder is None:
+        print("no run was given: this is the small generator that comes with fastbegan")
     rows = count + 1 if interpolate else count  # `count` ways have one more end than ways
     z = sheet_latents(run.read_config().model.latent, seed, rows, place)
     written = []

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     """M, both losses and k over images seen, from rows of metrics.jsonl; nothing for no rows."""
     if not rows:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     figure = Figure(figsize=(9, 6.5), dpi=110, layout="constrained")
@@ -37,6 +39,13 @@ def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as a PNG atomically, without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     with atomic(path) as file:

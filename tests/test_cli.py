@@ -23,6 +23,7 @@ TRAIN_OPTIONS = (
     "requeue-code resume sample-every scaling seed size skips steps tensorboard updates vanishing widths workers"
 )
 BENCH_OPTIONS = "batch-size compile device filters json modes precision preset rounds size"
+EVALUATE_OPTIONS = "against count crop device extractor inception json seed size"
 SAMPLE_OPTIONS = "columns count device gif interpolate out seed single"
 
 
@@ -38,6 +39,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setenv("COLUMNS", "200")
     assert _options(capsys, "train") == TRAIN_OPTIONS.split()
     assert _options(capsys, "sample") == SAMPLE_OPTIONS.split()
+    assert _options(capsys, "evaluate") == EVALUATE_OPTIONS.split()
     assert _options(capsys, "export") == "check format net out".split()
     assert _options(capsys, "info") == ["markdown"]
     assert _options(capsys, "doctor") == "batch-size device filters precision preset size".split()
@@ -61,6 +63,8 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
         (["train", "--device", "tpu"], "device is 'tpu'; accepted: auto, cpu, cuda"),
         (["train", "--crop", "left"], "crop is 'left'; accepted: center, none"),
         (["sample", "/nowhere"], "/nowhere is no run folder"),
+        (["evaluate", "/nowhere"], "against is missing, and '/nowhere' is no run folder"),
+        (["evaluate", "faces", "--against", "faces", "--count", "9"], "count is 9; accepted: whole numbers from 10"),
         (["export", "/nowhere", "--format", "plain"], "/nowhere is no run folder"),
         (["info", "/nowhere"], "/nowhere is no run folder"),
     ],

@@ -1,0 +1,65 @@
+"""`python docs/make_gallery.py`: copy the reports of experiments/*-demo into docs/gallery/ and make its first page."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+GALLERY, SOURCE = HERE / "gallery", HERE.parent / "experiments"
+ORDER = ("diversity", "continuity", "convergence", "unbalanced", "scores", "ablation")
+HEAD = """# Gallery
+
+The experiments of the paper's section 4, repeated at demo scale: each by the one command above its picture, with the
+built-in portraits and nothing else. `make experiments` does them all, `make gallery` makes these pages; the link leads
+to the whole report, with all figures, and beside it lies `results.json`.
+
+What demo scale shows is which way things go: nets of a few hundred thousand parameters, 32 pixels, minutes on two cores
+instead of days on four GPUs. It does not show how good a BEGAN becomes. Its faces stay blurred, since the runs are
+short and the auto-encoders small, and drawn portraits are easier than photographs. `--scale paper` takes the paper's
+nets and lengths, with `--data` for your images; nobody has run that with this code yet."""
+
+
+def copy(name: str) -> None:
+    """The report of an experiment and all it shows."""
+    source, target = SOURCE / f"{name}-demo", GALLERY / name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    report = (source / "report.md").read_text(encoding="utf-8")
+    for file in {"report.md", "results.json", *re.findall(r"\]\(([\w.-]+)\)", report)}:
+        shutil.copyfile(source / file, target / file)
+
+
+def section(name: str) -> str:
+    """An experiment on the first page: its command, its first picture, and whether what was expected holds."""
+    report = (GALLERY / name / "report.md").read_text(encoding="utf-8")
+    results: dict[str, Any] = json.loads((GALLERY / name / "results.json").read_text(encoding="utf-8"))
+    title = report.partition("\n")[0].removeprefix("# ")
+    machine, settings = results["machine"], results["settings"]
+    minutes = f"{results['seconds'] / 60:.1f} minutes on {machine['device']} ({machine['threads']} threads)"
+    found = re.search(r"!\[(.*?)\]\((.*?)\)", report)
+    lines = [f"## [{title}]({name}/report.md)", f"```sh\n{results['command']}\n```"]
+    lines.append(f"Seed {settings['seed']}, {minutes}, {machine['date']}.")
+    if found:
+        lines.append(f"![{found[1]}]({name}/{found[2]})")
+    lines += [f"- {'Holds' if one['holds'] else '**Does not hold**'}: {one['expected']}. Found: {one['found']}."
+              for one in results["checks"]]  # fmt: skip
+    return "\n\n".join(lines[:4]) + "\n\n" + "\n".join(lines[4:])
+
+
+def page() -> str:
+    """The first page, from what lies in the gallery."""
+    return "\n\n".join([HEAD, *(section(name) for name in ORDER if (GALLERY / name).is_dir())]) + "\n"
+
+
+if __name__ == "__main__":
+    if missing := [name for name in ORDER if not (SOURCE / f"{name}-demo" / "results.json").exists()]:
+        print(f"error: {SOURCE} has no finished {', '.join(missing)}; make experiments first", file=sys.stderr)
+        sys.exit(2)
+    for name in ORDER:
+        copy(name)
+    (GALLERY / "README.md").write_text(page(), encoding="utf-8")

@@ -1,0 +1,47 @@
+"""Runs that differ in one setting each: trained, scored, and shown side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .pictures import beside
+from .study import Study, Trained
+
+_TILES, _COLUMNS, _PANELS = 20, 4, 4
+_SHOWN = ("frechet_distance", "kernel_distance", "precision", "recall", "diversity", "convergence", "k")
+
+
+def compare(study: Study, wanted: Mapping[str, Sequence[object]], titles: Mapping[str, str]) -> dict[str, Any]:
+    """Train `wanted` and add samples and a table to the report; the figures of each run, by its name.
+
+    A run may end because a number is not finite: then its figures say only that, `finite` False.
+    """
+    runs = study.train(wanted, steps=study.scale.steps_of_many, may_fail=True)
+    yardstick = study.yardstick(runs[0])
+
+    def figures(run: Trained) -> dict[str, Any]:
+        if not run.finite:
+            return {"finite": False}
+        return {"finite": True} | yardstick.score(study.draw(study.generator(run))) | run.last()
+
+    found = {run.name: study.measure(run.name, lambda run=run: figures(run)) for run in runs}
+    good = [run for run in runs if run.finite]
+    for first in range(0, len(good), _PANELS):
+        panels = [(titles[run.name], study.draw(study.generator(run), _TILES)) for run in good[first : first + _PANELS]]
+        names = ", ".join(title for title, _ in panels)
+        study.picture(
+            f"samples-{first // _PANELS + 1}", beside(panels, _COLUMNS), f"Samples of the averaged G: {names}."
+        )
+    shown = study.names | {"convergence": "M"}
+    study.table(
+        ("", *(shown.get(name, name) for name in _SHOWN)),
+        [(titles[run.name], *(found[run.name].get(name, "not finite") for name in _SHOWN)) for run in runs],
+    )
+    study.say(
+        f"{study.scale.samples:,} images a side. M and k are means over the last tenth of the rows that were logged. "
+        f"Training images have diversity {found[good[0].name]['diversity_against']:.3f}."
+        if good
+        else "No run was finite."
+    )
+    return found

@@ -1,0 +1,138 @@
+"""Does M tell how good the images are (paper §4.4)? M over a run, beside a measure that training knows nothing of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checkpoint import damage, list_checkpoints
+from ..errors import UserError
+from ..models import Generator
+from ..plots import save_figure
+from ..samples import generate, grid, sheet_latents
+from .pictures import plot
+from .study import Study, Trained
+
+_ROWS, _COLUMNS, _LEAST = 4, 9, 5
+
+
+def ranks_correlate(one: np.ndarray, two: np.ndarray) -> float:
+    """Spearman's rank correlation of two vectors without ties."""
+    first, second = (np.argsort(np.argsort(values)) for values in (one, two))
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def run(study: Study) -> None:
+    """Train one run, keep its checkpoints, and compare M around each with the quality of what G drew then."""
+    every = max(1, study.scale.steps // study.scale.checkpoints)
+    trained = study.train_one("run", ("--checkpoint-every", every, "--keep", study.scale.checkpoints + 1))
+    found = list_checkpoints(trained.folder.checkpoints)
+    if len(found) < _LEAST:
+        raise UserError(
+            f"{trained.folder.path} has {len(found)} checkpoints; accepted: from {_LEAST}; train with --keep 100"
+        )
+    yardstick = study.yardstick(trained)
+    rows = trained.folder.read_metrics()
+    table: list[dict[str, float]] = []
+    last = 0
+    for checkpoint in found:
+        step = int(checkpoint.name)
+        since = [row for row in rows if last < row["step"] <= step]
+        last = step
+        scores = study.measure(f"step-{step}", lambda c=checkpoint: yardstick.score(study.draw(_at(study, trained, c))))
+        table.append(
+            {"step": step, "images": since[-1]["images"], "M": float(np.mean([r["convergence"] for r in since]))}
+            | scores
+        )
+
+    measure, quality = np.array([one["M"] for one in table]), np.array([one["kernel_distance"] for one in table])
+    distance = np.array([one["frechet_distance"] for one in table])
+    by_kernel, by_frechet = ranks_correlate(measure, quality), ranks_correlate(measure, distance)
+    _draw(study, trained, found, rows, table)
+    third = max(1, len(table) // 3)
+    study.table(
+        ("step", "M", *(study.names[name] for name in ("kernel_distance", "frechet_distance", "precision", "recall"))),
+        [
+            tuple(one[name] for name in ("step", "M", "kernel_distance", "frechet_distance", "precision", "recall"))
+            for one in table
+        ],
+    )
+    kernel, frechet = study.names["kernel_distance"], study.names["frechet_distance"]
+    study.say(
+        f"M is the mean since the checkpoint before. Rank correlation (Spearman) of M over {len(table)} checkpoints: "
+        f"{by_kernel:.2f} with {kernel}, {by_frechet:.2f} with {frechet}."
+    )
+    early, late = float(measure[:third].mean()), float(measure[-third:].mean())
+    study.check("M falls", f"{early:.4f} in the first third of the checkpoints, {late:.4f} in the last", late < early)
+    study.check(
+        f"M correlates with {study.names['kernel_distance']}: Spearman at least 0.6",
+        f"{by_kernel:.2f}",
+        by_kernel >= 0.6,
+    )
+    study.finish(
+        "Convergence: what M tells",
+        "The paper's §4.4: M = L(x) + |gamma L(x) - L(G(z))| falls while images get better, so a run can be judged "
+        "without looking. Here it is held against a distance between features of generated and of training images.",
+        {"spearman_kernel": by_kernel, "spearman_frechet": by_frechet, "checkpoints": table},
+    )
+
+
+def _at(study: Study, trained: Trained, checkpoint: Path) -> Generator:
+    """The averaged generator as it was then."""
+    if problem := damage(checkpoint):
+        raise UserError(f"{checkpoint} is damaged: {problem}")
+    modules: dict[str, Any] = torch.load(checkpoint / "state.pt", map_location=study.device, weights_only=True)[
+        "modules"
+    ]
+    generator = Generator(trained.folder.read_config().model).to(study.device)
+    generator.load_state_dict(
+        {name.removeprefix("average."): value for name, value in modules.items() if name.startswith("average.")}
+    )
+    return generator.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
+
+
+def _draw(
+    study: Study, trained: Trained, checkpoints: list[Path], rows: list[dict[str, Any]], table: list[dict[str, float]]
+) -> None:
+    figure, (upper, lower) = plot(rows=2, height=6.2, ratios=(3, 2))
+    images = [row["images"] for row in rows]
+    upper.plot(images, [row["convergence"] for row in rows], color="#222222", alpha=0.25, linewidth=1)
+    upper.plot(
+        [one["images"] for one in table],
+        [one["M"] for one in table],
+        color="#222222",
+        marker="o",
+        markersize=3,
+        label="M",
+    )
+    upper.set_ylabel("M")
+    upper.set_xlabel("images seen")
+    upper.set_ylim(bottom=0)
+    other = upper.twinx()
+    other.plot(
+        [one["images"] for one in table], [one["kernel_distance"] for one in table], color="#d62728", marker="s",
+        markersize=3, label=study.names["kernel_distance"],
+    )  # fmt: skip
+    other.set_ylabel(study.names["kernel_distance"], color="#d62728")
+    other.set_ylim(bottom=0)
+    other.spines[["top"]].set_visible(False)
+    lines = [*upper.get_lines()[1:], *other.get_lines()]
+    upper.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="upper right")
+    shown = np.unique(np.linspace(0, len(checkpoints) - 1, _COLUMNS).round().astype(int))
+    tiles = []
+    for number in shown:
+        generator = _at(study, trained, checkpoints[number])
+        z = sheet_latents(generator.config.latent, study.settings.seed, _ROWS, study.device)
+        tiles.append(generate(generator, z))
+    picture = grid(np.stack(tiles, 1).reshape(-1, *tiles[0].shape[1:]), len(shown))
+    lower.imshow(picture, extent=(0, len(shown), 0, _ROWS), interpolation="nearest")
+    lower.set_xticks(np.arange(len(shown)) + 0.5, [f"{table[number]['images']:,.0f}" for number in shown], fontsize=8)
+    lower.set_yticks([])
+    lower.grid(visible=False)
+    lower.spines[:].set_visible(False)
+    lower.set_xlabel("images seen when these were drawn, always from the same latents")
+    save_figure(study.folder / "convergence.png", figure)
+    study.show("convergence.png", f"M, {study.names['kernel_distance']}, and what G draws, over one run.")

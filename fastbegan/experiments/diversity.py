@@ -1,0 +1,76 @@
+"""Gamma against diversity (paper §4.2): a low ratio gives images that are alike, a high one varied and rougher ones."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..plots import save_figure
+from .pictures import beside, plot
+from .study import Study, Trained
+
+GAMMAS = (0.3, 0.5, 0.7)
+_TILES, _COLUMNS = 30, 5
+
+
+def run(study: Study) -> None:
+    """Train gamma 0.3, 0.5 and 0.7 with several seeds; compare how varied and how close to the data they draw."""
+    first = study.settings.seed
+    seeds = range(first, first + study.settings.seeds)
+    wanted = {f"gamma-{gamma}-seed-{seed}": ("--gamma", gamma, "--seed", seed) for seed in seeds for gamma in GAMMAS}
+    runs = {trained.name: trained for trained in study.train(wanted, steps=study.scale.steps_of_many)}
+    yardstick = study.yardstick(next(iter(runs.values())))
+
+    def figures(trained: Trained) -> dict[str, float]:
+        last = trained.last()
+        scores = yardstick.score(study.draw(study.generator(trained)))
+        return scores | last | {"ratio": last["loss_fake"] / last["loss_real"]}
+
+    found = {name: study.measure(name, lambda t=trained: figures(t)) for name, trained in runs.items()}
+    of = {gamma: [found[f"gamma-{gamma}-seed-{seed}"] for seed in seeds] for gamma in GAMMAS}
+
+    panels = [
+        (f"gamma {gamma}", study.draw(study.generator(runs[f"gamma-{gamma}-seed-{first}"]), _TILES)) for gamma in GAMMAS
+    ]
+    study.say("The same latents drawn by generators that were trained with three diversity ratios:")
+    study.picture(
+        "samples", beside(panels, _COLUMNS), f"Samples after {study.scale.steps_of_many:,} steps, seed {first}."
+    )
+    figure, (axes,) = plot()
+    axes.axhline(
+        found[next(iter(found))]["diversity_against"], color="#999999", linestyle="--", label="training images"
+    )
+    for index, _ in enumerate(seeds):
+        values = [of[gamma][index]["diversity"] for gamma in GAMMAS]
+        label = "generated, a line each seed" if index == 0 else None
+        axes.plot(GAMMAS, values, marker="o", color="#1f77b4", alpha=0.8, label=label)
+    axes.set_xticks(GAMMAS)
+    axes.set_xlabel("gamma")
+    axes.set_ylabel("mean L1 between images")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    save_figure(study.folder / "diversity.png", figure)
+    study.show("diversity.png", "Mean distance between pairs of images, per value in [-1, 1].")
+    columns = ("diversity", "recall", "precision", "frechet_distance", "ratio", "k", "convergence")
+    shown = study.names | {"ratio": "L(G(z)) / L(x)", "convergence": "M"}
+    study.table(
+        ("gamma", "seed", *(shown.get(name, name) for name in columns)),
+        [
+            (gamma, seed, *(one[name] for name in columns))
+            for gamma in GAMMAS
+            for seed, one in zip(seeds, of[gamma], strict=True)
+        ],
+    )
+    study.say("Losses, k and M are means over the last tenth of the rows that were logged.")
+    pairs = [(low["diversity"], high["diversity"]) for low, high in zip(of[0.3], of[0.7], strict=True)]
+    study.check(
+        "gamma 0.3 draws less varied images than gamma 0.7, with every seed",
+        ", ".join(f"{low:.3f} and {high:.3f}" for low, high in pairs),
+        all(low < high for low, high in pairs),
+    )
+    means = {str(gamma): float(np.mean([one["diversity"] for one in of[gamma]])) for gamma in GAMMAS}
+    study.finish(
+        "Diversity: what gamma does",
+        "The paper's §4.2: gamma is the ratio E[L(G(z))] / E[L(x)] that k keeps up. A low one lets D judge real images "
+        "strictly and G draw few, clean images; a high one leaves room for variety, and for artefacts.",
+        {"diversity": means, "runs": found},
+    )

@@ -1,0 +1,58 @@
+"""How large each experiment is, by name of the scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Lengths and counts of an experiment. `limits` is what its figures cannot show, for the report."""
+
+    preset: str
+    options: tuple[str, ...]
+    """Of `fastbegan train`, for every run."""
+    data: str
+    steps: int
+    """Of the one run of an experiment that trains one."""
+    steps_of_many: int
+    """Of each run of an experiment that trains several."""
+    seeds: int
+    """Of `diversity`."""
+    samples: int
+    """Images a side in a comparison."""
+    checkpoints: int
+    """At which `convergence` looks."""
+    recovered: int
+    """Real images whose latents `continuity` looks for."""
+    descent: int
+    """Steps of that search."""
+    starved: int
+    """N_h or N_z of `unbalanced`, where 64 is usual."""
+    limits: str
+
+
+_SHORT = "--log-every 10 --sample-every 250".split()
+_PAPER = "--checkpoint-every 10000 --sample-every 10000".split()
+
+SCALES: dict[str, Scale] = {
+    "smoke": Scale(
+        preset="demo", options=("--filters", "4", "--sample-every", "10", "--log-every", "2"), data="faces:256",
+        steps=20, steps_of_many=8, seeds=1, samples=24, checkpoints=5, recovered=4, descent=10, starved=2,
+        limits="Nothing: runs of a few steps show that the experiment works, and nothing else.",
+    ),
+    "demo": Scale(
+        preset="demo", options=tuple(_SHORT), data="faces", steps=4800, steps_of_many=1000, seeds=3, samples=1000,
+        checkpoints=20, recovered=64, descent=400, starved=4,
+        limits=(
+            "Portraits of 32 pixels, nets of a few hundred thousand parameters, runs of minutes: this shows which way "
+            "things go, not how good a BEGAN becomes. The portraits are drawn by a program and vary in fewer ways than "
+            "photographs; figures compare only with figures of the same table."
+        ),
+    ),
+    "paper": Scale(
+        preset="paper-64", options=tuple(_PAPER), data="faces", steps=437_500, steps_of_many=437_500, seeds=1,
+        samples=10_000, checkpoints=40, recovered=64, descent=2000, starved=16,
+        limits="One run for each setting: differences between runs of other seeds are not known.",
+    ),
+}  # fmt: skip

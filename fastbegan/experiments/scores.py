@@ -1,0 +1,62 @@
+"""How good are the images, in figures others report too (paper §4.6)?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .study import Study
+
+_PAPER_SCORE = 5.62  # §4.6: Inception score on CIFAR-10, 32 px, unsupervised
+_SHOWN = ("inception_score", "frechet_distance", "kernel_distance", "precision", "recall", "diversity")
+
+
+def run(study: Study) -> None:
+    """Score generated images against training images, beside other training images and one face over and over."""
+    options = (
+        ("--preset", "paper-32")
+        if study.settings.data.startswith("cifar10:") and study.settings.scale == "paper"
+        else ()
+    )
+    trained = study.train_one("run", options)
+    yardstick = study.yardstick(trained)
+    count = study.scale.samples
+    permuted = np.random.default_rng(study.settings.seed).permutation(study.real(trained).shape[0])
+    others = np.sort(permuted[count : 2 * count]) if len(permuted) >= 2 * count else None
+
+    def figures() -> dict[str, dict[str, object]]:
+        drawn = study.draw(study.generator(trained))
+        found = {"generated": yardstick.score(drawn), "collapsed": yardstick.score(np.repeat(drawn[:1], count, 0))}
+        return found | ({} if others is None else {"others": yardstick.score(study.real(trained)[others])})
+
+    found = study.measure("scores", figures)
+    titles = {"others": "other training images", "generated": "generated", "collapsed": "one generated image, repeated"}
+    study.table(
+        ("", *(study.names.get(name, name) for name in _SHOWN)),
+        [(titles[name], *(found[name][column] for column in _SHOWN)) for name in titles if name in found],
+    )
+    config = trained.folder.read_config()
+    study.say(
+        f"{count:,} images of each kind against {found['generated']['count_against']:,} training images "
+        f"({config.train.data}), {config.model.size} px. {found['generated']['resize']}. "
+        f"Extractor: {found['generated']['extractor']}."
+    )
+    if study.settings.extractor == "inception" and config.train.data.startswith("cifar10:"):
+        study.say(f"The paper reports an Inception score of {_PAPER_SCORE} on CIFAR-10 (§4.6).")
+    elif study.settings.extractor != "inception":
+        study.say(
+            "These are no Inception scores and no FID: for those give `--extractor inception --inception FILE`, and "
+            f"for the paper's figure ({_PAPER_SCORE} on CIFAR-10) `--data cifar10:ROOT --scale paper` too."
+        )
+    generated, collapsed = found["generated"], found["collapsed"]
+    name = study.names["frechet_distance"]
+    study.check(
+        f"generated images have a lower {name} than one of them repeated",
+        f"{generated['frechet_distance']:.3g} and {collapsed['frechet_distance']:.3g}",
+        generated["frechet_distance"] < collapsed["frechet_distance"],
+    )
+    study.finish(
+        "Scores",
+        "The paper's §4.6 reports an Inception score on CIFAR-10. A score says something beside others of the same "
+        "table only: same extractor, same number of images, same resizing.",
+        found,
+    )

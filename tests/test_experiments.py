@@ -1,0 +1,193 @@
+"""The paper's experiments: that they run, go on where they were, and (nightly, demo scale) find what they should."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from docs import make_gallery
+from fastbegan import ModelConfig
+from fastbegan.cli import main
+from fastbegan.experiments import EXPERIMENTS
+from fastbegan.experiments.continuity import recover
+from fastbegan.experiments.convergence import ranks_correlate
+from fastbegan.models import build
+from fastbegan.run import RunFolder
+from fastbegan.samples import sheet_latents
+
+from .conftest import ROOT
+
+Start = Callable[..., "subprocess.Popen[str]"]
+NAMES = list(EXPERIMENTS)
+TINY_MODEL = ModelConfig(size=16, filters=4, hidden=8, latent=8, widths=(1, 1))
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """results.json, after a look at the report and the pictures it shows."""
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results["command"] in report and "## Limits" in report and "nan" not in report.lower().split()
+    pictures = [line.rpartition("](")[2].rstrip(")") for line in report.splitlines() if line.startswith("![")]
+    assert pictures or folder.name.startswith("scores")
+    for name in pictures:
+        with Image.open(folder / name) as picture:
+            assert np.asarray(picture.convert("RGB")).std() > 5, name
+    return results
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_runs(name: str, tmp_path: Path) -> None:
+    out = tmp_path / name
+    assert main(["experiment", name, "--scale", "smoke", "--seed", "3", "--out", str(out)]) == 0
+    results = _results(out)
+    assert results["command"] == f"fastbegan experiment {name} --scale smoke --out {out} --seed 3"
+    assert results["checks"] and "shows that the experiment works" in (out / "report.md").read_text()
+    for run in (out / "runs").iterdir():
+        if run.is_dir():
+            assert RunFolder(run).read_config().train.seed == 3
+
+
+def test_it_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["experiment", "unbalanced", "--scale", "smoke", "--out", str(tmp_path / "e")]
+    assert main(command) == 0
+    first = _results(tmp_path / "e")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "e" / "runs").rglob("*") if path.is_file()}
+    for name in ("results.json", "report.md", "measures/starved-g.json"):
+        (tmp_path / "e" / name).unlink()
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "starved-g: " in said and "starved-d: 0:" not in said and "trained" not in said
+    again = _results(tmp_path / "e")
+    assert again["results"] == first["results"] and again["seconds"] > first["seconds"]
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert main([*command, "--seed", "1"]) == 2
+    assert "holds an experiment with other settings" in capsys.readouterr().err
+
+
+def test_a_run_that_is_there_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    flags = "--filters 4 --data faces:64 --steps 10 --checkpoint-every 2 --keep 9 --log-every 1".split()
+    assert main(["train", *flags, "--out", str(run)]) == 0
+    shared = ["--scale", "smoke", "--trained", str(run), "--out"]
+    for name in ("continuity", "convergence", "scores"):
+        assert main(["experiment", name, *shared, str(tmp_path / name)]) == 0
+        assert not list((tmp_path / name / "runs").iterdir())
+        assert _results(tmp_path / name)["settings"]["trained"] == str(run)
+    for checkpoint in sorted((run / "checkpoints").iterdir())[:2]:
+        (checkpoint / "state.pt").unlink()
+        (checkpoint / "manifest.json").unlink()
+        checkpoint.rmdir()
+    capsys.readouterr()
+    assert main(["experiment", "convergence", *shared, str(tmp_path / "again")]) == 2
+    assert "has 3 checkpoints; accepted: from 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["diversity", "--seeds", "0"], "seeds is 0 for diversity; accepted: whole numbers from 1"),
+        (["scores", "--seeds", "2"], "seeds is 2 for scores"),
+        (["scores", "--seed", "-1"], "seed is -1; accepted: whole numbers from 0"),
+        (["diversity", "--trained", "x"], "trained is x for diversity; accepted: with continuity"),
+        (["scores", "--trained", "x", "--data", "faces"], "data is 'faces' beside trained"),
+        (["scores", "--trained", "/nowhere"], "/nowhere is no run folder"),
+        (["scores", "--data", "/nowhere"], "run run ended with exit code 2 (error: data '/nowhere' does not exist"),
+        (["scores", "--inception", "x"], "inception"),
+        (["scores", "--device", "tpu"], "device is 'tpu'"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["experiment", *arguments, "--scale", "smoke"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["experiment", "scores", "--scale", "smoke", "--out", str(tmp_path)]) == 2
+    assert "is not empty and holds no experiment" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_runs_too(tmp_path: Path, start_fastbegan: Start) -> None:
+    out = tmp_path / "e"
+    command = ("experiment", "scores", "--scale", "smoke", "--out", out)
+    started = start_fastbegan(*command)
+    until = time.monotonic() + 120
+    while not (out / "runs" / "run" / "metrics.jsonl").exists():
+        assert started.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    os.kill(started.pid, signal.SIGTERM)
+    said = started.communicate(timeout=60)[0]
+    assert started.returncode == 130, said
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    assert "stopped after" in (out / "runs" / "run.log").read_text()
+    again = start_fastbegan(*command)
+    said = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, said
+    assert "continued at step" in (out / "runs" / "run.log").read_text()
+    assert _results(out)["checks"]
+
+
+def test_ranks_correlate() -> None:
+    assert ranks_correlate(np.array([1.0, 2, 3, 9]), np.array([0.1, 7, 8, 9])) == pytest.approx(1)
+    assert ranks_correlate(np.array([1.0, 2, 3]), np.array([3.0, 2, -5])) == pytest.approx(-1)
+    # by hand: 1 - 6 * (0 + 1 + 1 + 0 + 0) / (5 * 24)
+    assert ranks_correlate(np.array([1.0, 2, 3, 4, 5]), np.array([1.0, 3, 2, 4, 5])) == pytest.approx(0.9)
+
+
+def test_latents_are_recovered_inside_the_cube() -> None:
+    generator = build(TINY_MODEL, seed=0)[0].requires_grad_(False)
+    true, start = (sheet_latents(TINY_MODEL.latent, seed, 6) for seed in (1, 2))
+    images = generator(true)
+    found = recover(generator, images, start, 150)
+    assert found.abs().max() <= 1 and not found.requires_grad
+    error = lambda z: (images - generator(z)).abs().flatten(1).mean(1)  # noqa: E731
+    assert (error(found) < 0.5 * error(start)).all()
+    # of all that a latent was, the nearest counts: more steps are never worse, and none changes nothing
+    assert torch.equal(recover(generator, images, true, 5), true)
+    far = recover(generator, images + 10, start, 20)  # beyond what G can draw: the search runs into the walls
+    assert far.abs().max() == 1
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", NAMES)
+def test_at_demo_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In experiments/, which is gone on with: what was trained there already by the same settings counts."""
+    monkeypatch.chdir(ROOT)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    assert main(["experiment", name, "--scale", "demo"]) == 0
+    results = _results(ROOT / "experiments" / f"{name}-demo")
+    assert results["seconds"] < 600
+    assert [one for one in results["checks"] if not one["holds"]] == []
+
+
+def test_the_gallery_is_what_lies_in_it() -> None:
+    assert sorted(path.name for path in make_gallery.GALLERY.iterdir() if path.is_dir()) == sorted(NAMES)
+    page = (make_gallery.GALLERY / "README.md").read_text(encoding="utf-8")
+    assert page == make_gallery.page()
+    for target in re.findall(r"\]\(([^)]+)\)", page):
+        assert (make_gallery.GALLERY / target).exists(), target
+    for name in NAMES:
+        results = _results(make_gallery.GALLERY / name)
+        assert results["command"] == f"fastbegan experiment {name} --scale demo"
+    assert sum(path.stat().st_size for path in make_gallery.GALLERY.rglob("*")) < 6e6
