@@ -102,11 +102,11 @@ class Explore:
     run_folder: Positional[Path]
     """The folder that `fastbegan train` made."""
     out: Path | None = None
-    """The file. Default: explore.html in the run folder."""
+    """The file to write, NAME.html. Default: explore.html in the run folder."""
     data: str | None = None
-    """Where the images are that the run was trained on. Default: as in the run."""
+    """Where the images are that the run was trained on, where they have moved; as --data of train."""
     seed: int = 0
-    """Which latents."""
+    """Which latents, as for sample."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 

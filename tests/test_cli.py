@@ -40,6 +40,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
     assert _options(capsys, "train") == TRAIN_OPTIONS.split()
     assert _options(capsys, "sample") == SAMPLE_OPTIONS.split()
     assert _options(capsys, "evaluate") == EVALUATE_OPTIONS.split()
+    assert _options(capsys, "explore") == "data device out seed".split()
     assert _options(capsys, "export") == "check format net out".split()
     assert _options(capsys, "info") == ["markdown"]
     assert _options(capsys, "doctor") == "batch-size device filters precision preset size".split()
@@ -65,6 +66,8 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
         (["sample", "/nowhere"], "/nowhere is no run folder"),
         (["evaluate", "/nowhere"], "against is missing, and '/nowhere' is no run folder"),
         (["evaluate", "faces", "--against", "faces", "--count", "9"], "count is 9; accepted: whole numbers from 10"),
+        (["explore", "/nowhere"], "/nowhere is no run folder"),
+        (["explore", "/nowhere", "--seed", "-1"], "seed is -1; accepted: whole numbers from 0"),
         (["export", "/nowhere", "--format", "plain"], "/nowhere is no run folder"),
         (["info", "/nowhere"], "/nowhere is no run folder"),
     ],

@@ -42,8 +42,8 @@ SCALES: dict[str, Scale] = {
         limits="Nothing: runs of a few steps show that the experiment works, and nothing else.",
     ),
     "demo": Scale(
-        preset="demo", options=tuple(_SHORT), data="faces", steps=4800, steps_of_many=1000, seeds=3, samples=1000,
-        checkpoints=20, recovered=64, descent=400, starved=4,
+        preset="demo", options=tuple(_SHORT), data="faces", steps=3600, steps_of_many=1000, seeds=3, samples=1000,
+        checkpoints=15, recovered=64, descent=400, starved=4,
         limits=(
             "Portraits of 32 pixels, nets of a few hundred thousand parameters, runs of minutes: this shows which way "
             "things go, not how good a BEGAN becomes. The portraits are drawn by a program and vary in fewer ways than "

@@ -37,15 +37,16 @@ def run(study: Study) -> None:
     config = trained.folder.read_config()
     study.say(
         f"{count:,} images of each kind against {found['generated']['count_against']:,} training images "
-        f"({config.train.data}), {config.model.size} px. {found['generated']['resize']}. "
-        f"Extractor: {found['generated']['extractor']}."
+        f"({config.train.data}), {config.model.size} px. Extractor: {found['generated']['extractor']}, which scales "
+        f"what it sees itself: {found['generated']['resize']}."
     )
     if study.settings.extractor == "inception" and config.train.data.startswith("cifar10:"):
         study.say(f"The paper reports an Inception score of {_PAPER_SCORE} on CIFAR-10 (§4.6).")
     elif study.settings.extractor != "inception":
         study.say(
             "These are no Inception scores and no FID: for those give `--extractor inception --inception FILE`, and "
-            f"for the paper's figure ({_PAPER_SCORE} on CIFAR-10) `--data cifar10:ROOT --scale paper` too."
+            f"for the paper's figure ({_PAPER_SCORE} on CIFAR-10) `--data cifar10:ROOT --scale paper` too. The "
+            "inception score says little of portraits: by the classes of this net noise scores higher than clean faces."
         )
     generated, collapsed = found["generated"], found["collapsed"]
     name = study.names["frechet_distance"]

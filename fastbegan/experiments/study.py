@@ -200,9 +200,12 @@ class Study:
         return run.folder.load_generator(self.device)
 
     def real(self, run: Trained) -> np.ndarray:
-        """What `run` was trained on: uint8 [count, size, size, 3], a memory map."""
+        """What `run` was trained on: uint8 [count, size, size, 3], a memory map; the middle of what jitter shifts."""
         config = run.folder.read_config()
-        return load_images(config.train.data, config.model.size, config.train.crop, self.report.preparing).images
+        train, size = config.train, config.model.size
+        stored = size + 2 * train.jitter
+        images = load_images(train.data, stored, train.crop, self.report.preparing, max_bad=train.max_bad).images
+        return images[:, train.jitter : train.jitter + size, train.jitter : train.jitter + size]
 
     def some_real(self, run: Trained, count: int) -> np.ndarray:
         """So many of them, chosen by the seed."""
