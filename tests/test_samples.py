@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from fastbegan.cli import main
+from fastbegan.data.faces import faces
+from fastbegan.generate import DEMO
 from fastbegan.plots import save_curves
+from fastbegan.run import RunFolder
 from fastbegan.samples import (
     banded_sheet,
     diversity,
@@ -69,6 +74,25 @@ def test_interpolation_ends_at_the_latents() -> None:
 def test_first_latents_do_not_depend_on_how_many() -> None:
     assert torch.equal(sheet_latents(8, 1, 3), sheet_latents(8, 1, 10)[:3])
     assert not torch.equal(sheet_latents(8, 1, 3), sheet_latents(8, 2, 3))
+
+
+def test_there_is_a_generator_before_any_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 2**20
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", "--count", "16", "--device", "cpu"]) == 0
+    with Image.open(tmp_path / "generated" / "sheet-0.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    assert pixels.shape == (128, 512, 3)
+    run = RunFolder(DEMO)
+    config = run.read_config()
+    command = (DEMO / "README.md").read_text()
+    assert f"--steps {config.train.steps} --ema-half-life {config.train.ema_half_life:g}" in command
+    z = sheet_latents(config.model.latent, 0, 64)
+    with torch.no_grad():
+        images = run.load_generator()(z)
+    portraits = torch.from_numpy(faces(torch.arange(64), 32).numpy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    assert diversity(images) > 0.4 * diversity(portraits)  # not one face over and over
+    assert (images.mean(0) - portraits.mean(0)).abs().mean() < 0.25  # and portraits
 
 
 def test_diversity_by_hand() -> None:

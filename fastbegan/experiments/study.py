@@ -165,7 +165,8 @@ class Study:
 
     def _start(self, name: str, command: list[str], jobs: int) -> subprocess.Popen[bytes]:
         self.report.say(f"training {name}: fastbegan {shlex.join(command[3:])}")
-        threads = {"OMP_NUM_THREADS": str(max(1, _cores() // jobs))}
+        # not all cores for one run: those beyond half bring little, and cost much on a machine that is shared
+        threads = {"OMP_NUM_THREADS": str(max(1, _cores() // max(jobs, 2)))}
         with (self.folder / "runs" / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | threads,
@@ -279,7 +280,7 @@ class Study:
 def _shown(value: object) -> str:
     if isinstance(value, float):
         return "not a number" if value != value else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-    return str(value)
+    return str(value).replace("|", "\\|")  # else it would end the cell
 
 
 def _cores() -> int:
