@@ -184,8 +184,8 @@ def _metrics(run: RunFolder) -> tuple[list[dict[str, Any]], str | None]:
     """Rows that say where they belong, and what is wrong with the file."""
     try:
         rows = run.read_metrics()
-    except ValueError as error:
-        return [], f"{run.metrics_file.name} cannot be read: {error}"
+    except UserError as error:
+        return [], str(error)
     return [row for row in rows if all(isinstance(row.get(name), int) for name in ("step", "images"))], None
 
 

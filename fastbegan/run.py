@@ -88,11 +88,17 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole rows of metrics.jsonl; a last line cut off by a crash is left out."""
+        """All whole rows of metrics.jsonl; a last line cut off by a crash is left out.
+
+        Raises UserError for a line that is no JSON.
+        """
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("}\n")]
+        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        try:
+            return [json.loads(line) for line in lines if line.endswith("}\n")]
+        except ValueError as error:
+            raise UserError(f"{self.metrics_file} is damaged ({error}); remove the line, or the file") from None
 
     def rewind(self, step: int) -> None:
         """Drop rows and sheets after `step`: a continued run makes them again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fastbegan.cli import main
 from fastbegan.info import preset_markdown, step_cost
 from fastbegan.models import build
 
-from .conftest import ROOT
+from .conftest import ROOT, TINY
 
 
 def test_cost_of_a_step_that_can_be_worked_out() -> None:
@@ -83,3 +84,13 @@ def test_readme_shows_the_two_commands_and_the_picture() -> None:
     text = (ROOT / "README.md").read_text()
     assert text.index("make train") < text.index("make test") < 1500
     assert (ROOT / "docs" / "demo.png").stat().st_size > 20_000
+
+
+def test_damaged_metrics_are_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, }\n')
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "metrics.jsonl is damaged" in error and error.count("\n") == 1

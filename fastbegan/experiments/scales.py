@@ -42,7 +42,7 @@ SCALES: dict[str, Scale] = {
         limits="Nothing: runs of a few steps show that the experiment works, and nothing else.",
     ),
     "demo": Scale(
-        preset="demo", options=tuple(_SHORT), data="faces", steps=3600, steps_of_many=1000, seeds=3, samples=1000,
+        preset="demo", options=tuple(_SHORT), data="faces", steps=3600, steps_of_many=1000, seeds=3, samples=500,
         checkpoints=15, recovered=64, descent=400, starved=4,
         limits=(
             "Portraits of 32 pixels, nets of a few hundred thousand parameters, runs of minutes: this shows which way "
