@@ -65,8 +65,8 @@ def run(study: Study) -> None:
     kernel, frechet = study.names["kernel_distance"], study.names["frechet_distance"]
     study.say(
         f"M is the mean since the checkpoint before. Rank correlation (Spearman) of M over {len(table)} checkpoints: "
-        f"{by_kernel:.2f} with {kernel}, {by_frechet:.2f} with {frechet}. Whatever falls while training goes on correlates; "
-        f"within the second half alone, where little falls, it is {within:.2f} with {kernel}."
+        f"{by_kernel:.2f} with {kernel}, {by_frechet:.2f} with {frechet}. Whatever falls while training goes on "
+        f"correlates; within the second half alone it is {within:.2f} with {kernel}."
     )
     early, late = float(measure[:third].mean()), float(measure[-third:].mean())
     study.check("M falls", f"{early:.4f} in the first third of the checkpoints, {late:.4f} in the last", late < early)
