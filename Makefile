@@ -39,7 +39,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/ --quick -q -s
 
-# The paper's experiments at demo scale into experiments/, one after another, each with all cores; about 40 minutes.
+# The paper's experiments at demo scale into experiments/, one after another, each on all cores.
 experiments: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -s -m nightly tests/test_experiments.py
 

@@ -40,7 +40,7 @@ def section(name: str) -> str:
     results: dict[str, Any] = json.loads((GALLERY / name / "results.json").read_text(encoding="utf-8"))
     title = report.partition("\n")[0].removeprefix("# ")
     machine, settings = results["machine"], results["settings"]
-    minutes = f"{results['seconds'] / 60:.1f} minutes on {machine['device']} ({machine['threads']} threads)"
+    minutes = f"{results['seconds'] / 60:.1f} minutes on {machine['device']} ({machine['cores']} cores)"
     found = re.search(r"!\[(.*?)\]\((.*?)\)", report)
     lines = [f"## [{title}]({name}/report.md)", f"```sh\n{results['command']}\n```"]
     lines.append(f"Seed {settings['seed']}, {minutes}, {machine['date']}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable
@@ -91,6 +92,22 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+def read_checkpoint(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    """The state in a checkpoint's folder, its tensors on `device`.
+
+    Never unpickles objects. Raises UserError for a damaged checkpoint, and for one that holds other things than ours.
+    """
+    if problem := damage(checkpoint):
+        raise UserError(f"checkpoint {checkpoint} is damaged ({problem})")
+    try:
+        return torch.load(checkpoint / _STATE, map_location=device, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"checkpoint {checkpoint} cannot be read ({reason})") from None
+
+
 def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
     """State of the newest undamaged checkpoint, or None if there is no checkpoint at all.
 
@@ -98,10 +115,10 @@ def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
     """
     found = list_checkpoints(folder)
     for checkpoint in reversed(found):
-        if problem := damage(checkpoint):
-            warnings.warn(f"checkpoint {checkpoint} is damaged ({problem}); passed over", stacklevel=2)
-            continue
-        return torch.load(checkpoint / _STATE, map_location=device, weights_only=True)
+        try:
+            return read_checkpoint(checkpoint, device)
+        except UserError as error:  # noqa: PERF203
+            warnings.warn(f"{error}; passed over", stacklevel=2)
     if found:
         raise UserError(f"every checkpoint in {folder} is damaged; start again with another --out")
     return None

@@ -128,7 +128,7 @@ class Experiment:
     out: Path | None = None
     """The folder. One that holds this experiment is continued. Default: experiments/NAME-SCALE."""
     data: str | None = None
-    """As --data of train. Default: portraits; scores at paper scale needs one."""
+    """As --data of train. Default: portraits; paper scale needs one."""
     trained: Path | None = None
     """A run to look at instead of training one (continuity, convergence, scores)."""
     seed: int = 0

@@ -222,7 +222,7 @@ def _sheets(run: RunFolder, config: RunConfig, room: float) -> tuple[dict[str, A
                 sheet = np.asarray(image.convert("RGB"))
             if sheet.shape != geometry:
                 raise OSError("no sheet of this run")
-        except (OSError, SyntaxError, ValueError):  # what Pillow raises for a damaged file
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for a bad file
             lost += 1
             continue
         real, *others = [_band(sheet, corner, config.model.size) for corner in corners]

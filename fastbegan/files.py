@@ -66,13 +66,14 @@ def _atomic(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, waiting: Callable[[], None]) -> Iterator[int | None]:
     """One process at a time; `waiting` is called where another one is inside. The system frees it when its holder dies.
 
-    Where the platform has no such locks, nobody waits.
+    Yields the lock's descriptor: a child that inherits it holds the lock too. Where the platform has no such locks,
+    nobody waits, and it is None.
     """
     if fcntl is None:
-        yield
+        yield None
         return
     lock = path.with_name(f".{path.name}.lock")
     told = False
@@ -91,7 +92,7 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
                 same = False
             if same:  # else the last holder took the file away while this one waited
                 try:
-                    yield
+                    yield file.fileno()
                 finally:
                     lock.unlink(missing_ok=True)
                 return
@@ -131,6 +132,11 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"{path} cannot be written to ({error.strerror}); give a folder that can") from None
     return path
+
+
+def visible(folder: Path) -> list[Path]:
+    """What lies in `folder` and is not hidden; nothing where there is no such folder."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
 
 
 def sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from . import __version__
 from .config import FREE_ON_RESUME, ModelConfig, TrainConfig, from_dict
 from .errors import UserError
-from .files import atomic, read_json, write_json, writing
+from .files import atomic, read_json, visible, write_json, writing
 from .models import Generator
 
 
@@ -65,7 +65,7 @@ class RunFolder:
         """Raises UserError where something lies here that is no run: it would be mixed up or overwritten."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file and cannot be written to as a folder; give another --out")
-        if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+        if visible(self.path):
             raise UserError(f"{self.path} is not empty and holds no run (no config.json); give another --out")
 
     def read_config(self) -> RunConfig:

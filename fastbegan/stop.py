@@ -13,7 +13,8 @@ class StopRequest:
     """SIGINT, SIGTERM and SIGUSR1 ask for an end at the next step boundary; a second signal ends at once.
 
     While `patient` is False (nothing is there to be saved yet), the first one ends at once too, by KeyboardInterrupt.
-    With `echoes`, all within five seconds are one.
+    All but SIGINT may come twice, from a scheduler and from what started this process: within five seconds they are
+    one. With `echoes` so are SIGINTs.
     """
 
     def __init__(self, *, echoes: bool = False) -> None:
@@ -32,7 +33,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         now = time.monotonic()
-        if self.echoes and self.signal is not None and now - self._when < _ECHO:
+        may_echo = self.echoes or number != signal.SIGINT
+        if may_echo and self.signal is not None and now - self._when < _ECHO:
             return
         if not self.patient or self.signal is not None:
             raise KeyboardInterrupt

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from fastbegan.cli import main
 from fastbegan.experiments import EXPERIMENTS
 from fastbegan.experiments.continuity import recover
 from fastbegan.experiments.convergence import ranks_correlate
+from fastbegan.experiments.scales import SCALES
+from fastbegan.experiments.study import _fingerprint
+from fastbegan.files import read_json
 from fastbegan.models import build
 from fastbegan.run import RunFolder
 from fastbegan.samples import sheet_latents
@@ -53,13 +58,15 @@ def test_every_experiment_runs(name: str, tmp_path: Path) -> None:
     assert main(["experiment", name, "--scale", "smoke", "--seed", "3", "--out", str(out)]) == 0
     results = _results(out)
     assert results["command"] == f"fastbegan experiment {name} --scale smoke --out {out} --seed 3"
-    assert results["checks"] and "shows that the experiment works" in (out / "report.md").read_text()
+    assert results["checks"] and "show that the experiment works" in (out / "report.md").read_text()
     for run in (out / "runs").iterdir():
         if run.is_dir():
             assert RunFolder(run).read_config().train.seed == 3
 
 
-def test_it_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_goes_on_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = ["experiment", "unbalanced", "--scale", "smoke", "--out", str(tmp_path / "e")]
     assert main(command) == 0
     first = _results(tmp_path / "e")
@@ -75,6 +82,13 @@ def test_it_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     assert main([*command, "--seed", "1"]) == 2
     assert "holds an experiment with other settings" in capsys.readouterr().err
+    monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], steps=21))
+    assert main(command) == 2
+    assert "holds an experiment with other lengths" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("fastbegan.experiments.study._fingerprint", lambda: "other")
+    assert main(command) == 2
+    assert "holds an experiment with other code" in capsys.readouterr().err
 
 
 def test_a_run_that_is_there_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +118,13 @@ def test_a_run_that_is_there_is_taken(tmp_path: Path, capsys: pytest.CaptureFixt
         (["diversity", "--trained", "x"], "trained is x for diversity; accepted: with continuity"),
         (["scores", "--trained", "x", "--data", "faces"], "data is 'faces' beside trained"),
         (["scores", "--trained", "/nowhere"], "/nowhere is no run folder"),
-        (["scores", "--data", "/nowhere"], "run run ended with exit code 2 (error: data '/nowhere' does not exist"),
-        (["scores", "--inception", "x"], "inception"),
+        (["scores", "--data", "/nowhere"], "data '/nowhere' does not exist"),
+        (["scores", "--data", "faces:4"], "run run ended with exit code 2 (error: data 'faces:4' has only 4 images"),
+        (["scores", "--inception", "x"], "accepted with --extractor inception"),
+        (["scores", "--extractor", "inception"], "extractor 'inception' needs its weights"),
+        (["continuity", "--extractor", "inception"], "continuity, which compares no features"),
+        (["scores", "--scale", "paper"], "data is missing; at paper scale give --data"),
+        (["scores", "--out", "/dev/null"], "/dev/null"),
         (["scores", "--device", "tpu"], "device is 'tpu'"),
     ],
 )
@@ -113,38 +132,68 @@ def test_bad_input(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["experiment", *arguments, "--scale", "smoke"]) == 2
+    assert main(["experiment", arguments[0], "--scale", "smoke", *arguments[1:]]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    if "faces:4" not in arguments:
+        assert list(tmp_path.iterdir()) == []  # the right input is not met by what the wrong one left
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["experiment", "scores", "--scale", "smoke", "--out", str(tmp_path)]) == 2
-    assert "is not empty and holds no experiment" in capsys.readouterr().err
+    assert "not empty and no experiment" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.slow
 def test_a_signal_ends_the_runs_too(tmp_path: Path, start_fastbegan: Start) -> None:
+    """At demo scale, where runs take minutes; never to their end here."""
     out = tmp_path / "e"
-    command = ("experiment", "scores", "--scale", "smoke", "--out", out)
-    started = start_fastbegan(*command)
-    until = time.monotonic() + 120
-    while not (out / "runs" / "run" / "metrics.jsonl").exists():
-        assert started.poll() is None and time.monotonic() < until
-        time.sleep(0.02)
-    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-    os.kill(started.pid, signal.SIGTERM)
-    said = started.communicate(timeout=60)[0]
-    assert started.returncode == 130, said
-    assert not [child for child in children if Path(f"/proc/{child}").exists()]
-    assert "stopped after" in (out / "runs" / "run.log").read_text()
-    again = start_fastbegan(*command)
-    said = again.communicate(timeout=120)[0]
-    assert again.returncode == 0, said
-    assert "continued at step" in (out / "runs" / "run.log").read_text()
-    assert _results(out)["checks"]
+    command = ("experiment", "scores", "--scale", "demo", "--data", "faces:64", "--device", "cpu", "--out", out)
+    for sitting, heard in enumerate(("stopped after", "continued at step")):
+        started = start_fastbegan(*command)
+        until = time.monotonic() + 200
+        while not _rows(out / "runs" / "run") > sitting * 10:
+            assert started.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+        assert children
+        for child in children:  # as systems do that end all processes of a job
+            os.kill(int(child), signal.SIGTERM)
+        os.kill(started.pid, signal.SIGTERM)
+        said = started.communicate(timeout=60)[0]
+        assert started.returncode in (2, 130), said  # whichever it sees first
+        assert not [child for child in children if Path(f"/proc/{child}").exists()]
+        log = (out / "runs" / "run.log").read_text()
+        assert heard in log and "interrupted" not in log
+        assert not (out / "measures" / "run-run.json").exists() and not (out / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_runs_that_were_left_behind_are_waited_for(tmp_path: Path, start_fastbegan: Start) -> None:
+    out = tmp_path / "e"
+    command = ("experiment", "scores", "--scale", "demo", "--data", "faces:64", "--device", "cpu", "--out", out)
+    first = start_fastbegan(*command)
+    until = time.monotonic() + 200
+    while not _rows(out / "runs" / "run"):
+        assert first.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    (child,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    first.kill()
+    first.communicate()
+    second = start_fastbegan(*command)
+    assert second.stdout is not None and "is at work in" in second.stdout.readline()
+    assert Path(f"/proc/{child}").exists()
+    os.kill(int(child), signal.SIGTERM)
+    assert "training run" in second.stdout.readline()  # as soon as that one has ended
+    second.send_signal(signal.SIGTERM)
+    second.communicate(timeout=60)
+    assert second.returncode == 130
+
+
+def _rows(run: Path) -> int:
+    return len(RunFolder(run).read_metrics())
 
 
 def test_ranks_correlate() -> None:
@@ -172,11 +221,14 @@ def test_latents_are_recovered_inside_the_cube() -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", NAMES)
 def test_at_demo_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In experiments/, which is gone on with: what was trained there already by the same settings counts."""
+    """In experiments/, which is gone on with: what the same code has trained and measured there already counts."""
     monkeypatch.chdir(ROOT)
+    folder = ROOT / "experiments" / f"{name}-demo"
+    if folder.exists() and read_json(folder / "study.json")["made_by"]["code"] != _fingerprint():
+        shutil.rmtree(folder)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     assert main(["experiment", name, "--scale", "demo"]) == 0
-    results = _results(ROOT / "experiments" / f"{name}-demo")
+    results = _results(folder)
     assert results["seconds"] < 600
     assert [one for one in results["checks"] if not one["holds"]] == []
 

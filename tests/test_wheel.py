@@ -32,6 +32,9 @@ def test_wheel_holds_both_packages_and_works(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"fastbegan", "fastbegan_kernels", "fastbegan-0.1.0.dist-info"}
     assert {"fastbegan/py.typed", "fastbegan_kernels/py.typed"} <= set(names)
+    assert {"fastbegan/explore.html", "fastbegan/demo/config.json", "fastbegan/demo/generator.safetensors"} <= set(
+        names
+    )
     assert any(name.endswith("licenses/LICENSE") for name in names)
     venv.create(tmp_path / "fresh", symlinks=True)
     python = tmp_path / "fresh" / "bin" / "python"
@@ -44,5 +47,7 @@ def test_wheel_holds_both_packages_and_works(tmp_path: Path) -> None:
     for script in ("import fastbegan_kernels", USE, "\n".join(snippets)):
         subprocess.run([str(python), "-W", "error", "-c", script], cwd=tmp_path, env=bare, check=True, timeout=120)
     exe = tmp_path / "fresh" / "bin" / "fastbegan"
+    drawn = subprocess.run([str(exe), "sample", "--count", "2"], cwd=tmp_path, env=bare, check=False)
+    assert drawn.returncode == 0 and (tmp_path / "generated" / "sheet-0.png").exists()
     done = subprocess.run([str(exe), "info"], cwd=tmp_path, env=bare, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "paper-128" in done.stdout, done.stderr

@@ -5,13 +5,17 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from ..data.source import absolute
+from ..data.source import absolute, find_source
+from ..device import pick_device
 from ..errors import UserError
+from ..extractors import open_extractor
+from ..files import locked, make_folder, sha256, visible
 from ..report import Report
+from ..run import RunFolder
 from ..stop import StopRequest
 from . import ablation, continuity, convergence, diversity, scores, unbalanced
 from .scales import SCALES
-from .study import Settings, Study
+from .study import FILE, Settings, Study
 
 EXPERIMENTS = {
     module.__name__.rpartition(".")[2]: module.run
@@ -37,6 +41,7 @@ def experiment(
 
     Started again with the same settings, it goes on where it was. Raises UserError for bad input.
     """
+    asked = data
     if name not in EXPERIMENTS:
         raise UserError(f"experiment is {name!r}; accepted: {', '.join(EXPERIMENTS)}")
     if scale not in SCALES:
@@ -49,22 +54,44 @@ def experiment(
         raise UserError(f"trained is {trained} for {name}; accepted: with {', '.join(_OF_ONE_RUN)}")
     if trained is not None and data is not None:
         raise UserError(f"data is {data!r} beside trained; accepted: one of them, a run knows its data")
-    settings = Settings(
-        name=name, scale=scale, data=absolute(data or SCALES[scale].data),
-        trained=None if trained is None else str(trained.resolve()), seed=seed,
-        seeds=SCALES[scale].seeds if seeds is None else seeds, extractor=extractor,
-        inception=None if inception is None else str(inception.resolve()),
-    )  # fmt: skip
+    if name == "continuity" and (inception is not None or extractor != "efficientnet-lite0"):
+        raise UserError("extractor and inception were given for continuity, which compares no features; leave them out")
+    weights = None
+    if trained is not None:
+        RunFolder(trained).load_generator()  # before anything is made for it
+        weights = sha256(RunFolder(trained).generator_file)
+    else:
+        data = data or SCALES[scale].data
+        if data is None:
+            raise UserError(f"data is missing; at {scale} scale give --data, as for train, or --trained RUN")
+        data = absolute(data)
+        if Path(data).suffix != ".pack":
+            find_source(data)
     folder = out or Path("experiments") / f"{name}-{scale}"
-    given = {"out": out, "data": data, "trained": trained, "seeds": seeds, "inception": inception}
+    if folder.is_file() or (visible(folder) and not (folder / FILE).exists()):
+        raise UserError(f"{folder} is a file, or not empty and no experiment; give another --out")
+    place = pick_device(device)[0]
+    net = None if name == "continuity" else open_extractor(extractor, inception, place)  # before hours of training
+    settings = Settings(
+        name=name, scale=scale, data=data, trained=None if trained is None else str(trained.resolve()), weights=weights,
+        seed=seed, seeds=SCALES[scale].seeds if seeds is None else seeds, extractor=extractor,
+    )  # fmt: skip
+    given = {"out": out, "data": asked, "trained": trained, "seeds": seeds, "inception": inception}
     options = [part for option, value in given.items() if value is not None for part in (f"--{option}", str(value))]
     options += ["--seed", str(seed)] if seed else []
     options += ["--extractor", extractor] if inception else []
-    with Report() as report, StopRequest():  # which makes a SIGTERM a KeyboardInterrupt, and so ends the runs too
-        study = Study(settings, folder, device, report)
+    options += ["--device", device] if device != "auto" else []
+    make_folder(folder)
+    # a SIGTERM is a KeyboardInterrupt in here, and so ends the runs too
+    with Report() as report, StopRequest(), locked(folder / "study", lambda: report.say(_waiting(folder))) as lock:
+        study = Study(settings, folder, place, net, report, lock)
         study.command = shlex.join(["fastbegan", "experiment", name, "--scale", scale, *options])
         try:
             EXPERIMENTS[name](study)
         finally:
             study.save()
     return 0
+
+
+def _waiting(folder: Path) -> str:
+    return f"another process, or a run that one has left behind, is at work in {folder}; waiting for it to end"

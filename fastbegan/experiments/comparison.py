@@ -18,12 +18,11 @@ def compare(study: Study, wanted: Mapping[str, Sequence[object]], titles: Mappin
     A run may end because a number is not finite: then its figures say only that, `finite` False.
     """
     runs = study.train(wanted, steps=study.scale.steps_of_many, may_fail=True)
-    yardstick = study.yardstick(runs[0])
 
     def figures(run: Trained) -> dict[str, Any]:
         if not run.finite:
             return {"finite": False}
-        return {"finite": True} | yardstick.score(study.draw(study.generator(run))) | run.last()
+        return {"finite": True} | study.score(study.draw(study.generator(run)), run) | run.last() | run.first()
 
     found = {run.name: study.measure(run.name, lambda run=run: figures(run)) for run in runs}
     good = [run for run in runs if run.finite]
@@ -39,9 +38,20 @@ def compare(study: Study, wanted: Mapping[str, Sequence[object]], titles: Mappin
         [(titles[run.name], *(found[run.name].get(name, "not finite") for name in _SHOWN)) for run in runs],
     )
     study.say(
-        f"{study.scale.samples:,} images a side. M and k are means over the last tenth of the rows that were logged. "
-        f"Training images have diversity {found[good[0].name]['diversity_against']:.3f}."
-        if good
-        else "No run was finite."
+        study.about_scores(),
+        "M and k are means over the last tenth of the rows that were logged. Each line is one run with one seed: "
+        "what differs as little as runs of two seeds do says nothing.",
     )
+    if good:
+        study.say(f"Training images have diversity {found[good[0].name]['diversity_against']:.3f}.")
     return found
+
+
+def check_stable(study: Study, title: str, run: dict[str, Any]) -> None:
+    """Expect of a run that it ended without a number that is not finite, that k stayed under 1, and that M fell."""
+    finite = run["finite"]
+    study.check(
+        f"{title}: stays stable (all numbers finite, k below 1, M falls)",
+        f"M from {run['first_M']:.3f} to {run['convergence']:.3f}, k {run['k']:.3f}" if finite else "not finite",
+        finite and run["k"] < 1 and run["convergence"] < run["first_M"],
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint import damage, list_checkpoints
+from ..checkpoint import list_checkpoints, read_checkpoint
 from ..errors import UserError
 from ..models import Generator
 from ..plots import save_figure
@@ -34,25 +34,28 @@ def run(study: Study) -> None:
         raise UserError(
             f"{trained.folder.path} has {len(found)} checkpoints; accepted: from {_LEAST}; train with --keep 100"
         )
-    yardstick = study.yardstick(trained)
     rows = trained.folder.read_metrics()
+    steps = [int(checkpoint.name) for checkpoint in found]
+    window = int(np.median(np.diff(steps)))
     table: list[dict[str, float]] = []
-    last = 0
-    for checkpoint in found:
-        step = int(checkpoint.name)
-        since = [row for row in rows if last < row["step"] <= step]
-        last = step
-        scores = study.measure(f"step-{step}", lambda c=checkpoint: yardstick.score(study.draw(_at(study, trained, c))))
-        table.append(
-            {"step": step, "images": since[-1]["images"], "M": float(np.mean([r["convergence"] for r in since]))}
-            | scores
+    for step, checkpoint in zip(steps, found, strict=True):
+        near = [row for row in rows if step - window < row["step"] <= step]
+        if not near:
+            raise UserError(
+                f"{trained.folder.path} has no row of metrics near step {step}; log more often (--log-every)"
+            )
+        scores = study.measure(
+            f"step-{step}", lambda c=checkpoint: study.score(study.draw(_at(study, trained, c)), trained)
         )
+        mean = float(np.mean([row["convergence"] for row in near]))
+        table.append({"step": step, "images": near[-1]["images"], "M": mean} | scores)
 
     measure, quality = np.array([one["M"] for one in table]), np.array([one["kernel_distance"] for one in table])
     distance = np.array([one["frechet_distance"] for one in table])
     by_kernel, by_frechet = ranks_correlate(measure, quality), ranks_correlate(measure, distance)
     half = len(table) // 2
     within = ranks_correlate(measure[half:], quality[half:])
+    by_time = -ranks_correlate(np.array(steps), quality)
     _draw(study, trained, found, rows, table)
     third = max(1, len(table) // 3)
     study.table(
@@ -64,9 +67,11 @@ def run(study: Study) -> None:
     )
     kernel, frechet = study.names["kernel_distance"], study.names["frechet_distance"]
     study.say(
-        f"M is the mean since the checkpoint before. Rank correlation (Spearman) of M over {len(table)} checkpoints: "
-        f"{by_kernel:.2f} with {kernel}, {by_frechet:.2f} with {frechet}. Whatever falls while training goes on "
-        f"correlates; within the second half alone it is {within:.2f} with {kernel}."
+        f"M is the mean over the {window:,} steps before a checkpoint. Rank correlation (Spearman) of M over "
+        f"{len(table)} checkpoints: {by_kernel:.2f} with {kernel}, {by_frechet:.2f} with {frechet}. Whatever falls "
+        f"while training goes on correlates (the steps that are left: {by_time:.2f}); within the second half alone M "
+        f"has {within:.2f}. One run can show that M tells how far it is, not that M tells which of two runs is better.",
+        study.about_scores(),
     )
     early, late = float(measure[:third].mean()), float(measure[-third:].mean())
     study.check("M falls", f"{early:.4f} in the first third of the checkpoints, {late:.4f} in the last", late < early)
@@ -83,6 +88,7 @@ def run(study: Study) -> None:
             "spearman_kernel": by_kernel,
             "spearman_frechet": by_frechet,
             "spearman_kernel_second_half": within,
+            "spearman_kernel_of_steps_left": by_time,
             "checkpoints": table,
         },
     )
@@ -90,11 +96,7 @@ def run(study: Study) -> None:
 
 def _at(study: Study, trained: Trained, checkpoint: Path) -> Generator:
     """The averaged generator as it was then."""
-    if problem := damage(checkpoint):
-        raise UserError(f"{checkpoint} is damaged: {problem}")
-    modules: dict[str, Any] = torch.load(checkpoint / "state.pt", map_location=study.device, weights_only=True)[
-        "modules"
-    ]
+    modules = read_checkpoint(checkpoint, study.device)["modules"]
     generator = Generator(trained.folder.read_config().model).to(study.device)
     generator.load_state_dict(
         {name.removeprefix("average."): value for name, value in modules.items() if name.startswith("average.")}

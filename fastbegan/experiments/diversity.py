@@ -18,11 +18,10 @@ def run(study: Study) -> None:
     seeds = range(first, first + study.settings.seeds)
     wanted = {f"gamma-{gamma}-seed-{seed}": ("--gamma", gamma, "--seed", seed) for seed in seeds for gamma in GAMMAS}
     runs = {trained.name: trained for trained in study.train(wanted, steps=study.scale.steps_of_many)}
-    yardstick = study.yardstick(next(iter(runs.values())))
 
     def figures(trained: Trained) -> dict[str, float]:
         last = trained.last()
-        scores = yardstick.score(study.draw(study.generator(trained)))
+        scores = study.score(study.draw(study.generator(trained)), trained)
         return scores | last | {"ratio": last["loss_fake"] / last["loss_real"]}
 
     found = {name: study.measure(name, lambda t=trained: figures(t)) for name, trained in runs.items()}
@@ -60,7 +59,7 @@ def run(study: Study) -> None:
             for seed, one in zip(seeds, of[gamma], strict=True)
         ],
     )
-    study.say("Losses, k and M are means over the last tenth of the rows that were logged.")
+    study.say(study.about_scores(), "Losses, k and M are means over the last tenth of the rows that were logged.")
     pairs = [(low["diversity"], high["diversity"]) for low, high in zip(of[0.3], of[0.7], strict=True)]
     study.check(
         "gamma 0.3 draws less varied images than gamma 0.7, with every seed",

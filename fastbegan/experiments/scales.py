@@ -12,7 +12,8 @@ class Scale:
     preset: str
     options: tuple[str, ...]
     """Of `fastbegan train`, for every run."""
-    data: str
+    data: str | None
+    """Where none is given; None where one has to be."""
     steps: int
     """Of the one run of an experiment that trains one."""
     steps_of_many: int
@@ -22,7 +23,7 @@ class Scale:
     samples: int
     """Images a side in a comparison."""
     checkpoints: int
-    """At which `convergence` looks."""
+    """At which `convergence` looks; divides `steps`."""
     recovered: int
     """Real images whose latents `continuity` looks for."""
     descent: int
@@ -32,9 +33,6 @@ class Scale:
     limits: str
 
 
-_SHORT = "--log-every 10 --sample-every 250".split()
-_PAPER = "--checkpoint-every 10000 --sample-every 10000".split()
-
 SCALES: dict[str, Scale] = {
     "smoke": Scale(
         preset="demo", options=("--filters", "4", "--sample-every", "10", "--log-every", "2"), data="faces:256",
@@ -42,8 +40,8 @@ SCALES: dict[str, Scale] = {
         limits="Nothing: runs of a few steps show that the experiment works, and nothing else.",
     ),
     "demo": Scale(
-        preset="demo", options=tuple(_SHORT), data="faces", steps=3600, steps_of_many=1000, seeds=3, samples=500,
-        checkpoints=15, recovered=64, descent=400, starved=4,
+        preset="demo", options=tuple("--log-every 10 --sample-every 250 --checkpoint-every 250".split()), data="faces",
+        steps=3600, steps_of_many=1000, seeds=3, samples=500, checkpoints=15, recovered=64, descent=400, starved=4,
         limits=(
             "Portraits of 32 pixels, nets of a few hundred thousand parameters, runs of minutes: this shows which way "
             "things go, not how good a BEGAN becomes. The portraits are drawn by a program and vary in fewer ways than "
@@ -51,8 +49,8 @@ SCALES: dict[str, Scale] = {
         ),
     ),
     "paper": Scale(
-        preset="paper-64", options=tuple(_PAPER), data="faces", steps=437_500, steps_of_many=437_500, seeds=1,
-        samples=10_000, checkpoints=40, recovered=64, descent=2000, starved=16,
-        limits="One run for each setting: differences between runs of other seeds are not known.",
+        preset="paper-64", options=tuple("--checkpoint-every 12500 --sample-every 12500".split()), data=None,
+        steps=437_500, steps_of_many=437_500, seeds=1, samples=10_000, checkpoints=35, recovered=64, descent=2000,
+        starved=16, limits="One run for each setting: how far runs of other seeds would differ is not known.",
     ),
 }  # fmt: skip

@@ -12,21 +12,18 @@ _SHOWN = ("inception_score", "frechet_distance", "kernel_distance", "precision",
 
 def run(study: Study) -> None:
     """Score generated images against training images, beside other training images and one face over and over."""
-    options = (
-        ("--preset", "paper-32")
-        if study.settings.data.startswith("cifar10:") and study.settings.scale == "paper"
-        else ()
-    )
-    trained = study.train_one("run", options)
-    yardstick = study.yardstick(trained)
+    settings = study.settings
+    of_the_paper = settings.scale == "paper" and (settings.data or "").startswith("cifar10:")
+    trained = study.train_one("run", ("--preset", "paper-32") if of_the_paper else ())
     count = study.scale.samples
     permuted = np.random.default_rng(study.settings.seed).permutation(study.real(trained).shape[0])
     others = np.sort(permuted[count : 2 * count]) if len(permuted) >= 2 * count else None
 
     def figures() -> dict[str, dict[str, object]]:
         drawn = study.draw(study.generator(trained))
-        found = {"generated": yardstick.score(drawn), "collapsed": yardstick.score(np.repeat(drawn[:1], count, 0))}
-        return found | ({} if others is None else {"others": yardstick.score(study.real(trained)[others])})
+        sets = {"generated": drawn, "collapsed": np.repeat(drawn[:1], count, 0)}
+        sets |= {} if others is None else {"others": study.real(trained)[others]}
+        return {name: study.score(images, trained) for name, images in sets.items()}
 
     found = study.measure("scores", figures)
     titles = {"others": "other training images", "generated": "generated", "collapsed": "one generated image, repeated"}
@@ -35,11 +32,7 @@ def run(study: Study) -> None:
         [(titles[name], *(found[name][column] for column in _SHOWN)) for name in titles if name in found],
     )
     config = trained.folder.read_config()
-    study.say(
-        f"{count:,} images of each kind against {found['generated']['count_against']:,} training images "
-        f"({config.train.data}), {config.model.size} px. Extractor: {found['generated']['extractor']}, which scales "
-        f"what it sees itself: {found['generated']['resize']}."
-    )
+    study.say(f"Data: {config.train.data}, {config.model.size} px. {study.about_scores()}")
     if study.settings.extractor == "inception" and config.train.data.startswith("cifar10:"):
         study.say(f"The paper reports an Inception score of {_PAPER_SCORE} on CIFAR-10 (§4.6).")
     elif study.settings.extractor != "inception":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import shlex
 import signal
@@ -16,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+
+import fastbegan_kernels
 
 from .. import __version__
 from ..bench.machine import facts
 from ..data.prepare import load_images
-from ..device import pick_device
 from ..errors import UserError
 from ..evaluate import Yardstick, names
+from ..extractors import Extractor
 from ..files import atomic, make_folder, read_json, write_json
 from ..models import Generator
 from ..report import Report, duration
@@ -32,6 +37,8 @@ from ..samples import generate, save_png, sheet_latents
 from ..train import NOT_FINITE
 from .scales import SCALES, Scale
 
+FILE = "study.json"  # what this is, and for how long it has been going on
+_STOPPED = 75  # exit code of a run that a signal ended
 _POLL, _TELL = 0.2, 30.0  # seconds
 
 
@@ -41,12 +48,14 @@ class Settings:
 
     name: str
     scale: str
-    data: str
+    data: str | None
+    """None where `trained` is given, which knows its data."""
     trained: str | None
+    weights: str | None
+    """SHA-256 of the generator of `trained`."""
     seed: int
     seeds: int
     extractor: str
-    inception: str | None
 
 
 @dataclass(frozen=True)
@@ -57,43 +66,57 @@ class Trained:
     folder: RunFolder
     finite: bool = True
 
-    def last(self, share: float = 0.1) -> dict[str, float]:
-        """Means over the last rows of metrics."""
+    def last(self) -> dict[str, float]:
+        """Means over the last tenth of the rows of metrics."""
         rows = self.folder.read_metrics()
-        rows = rows[-max(1, round(share * len(rows))) :]
-        names = ("loss_real", "loss_fake", "k", "convergence")
-        return {name: float(np.mean([row[name] for row in rows])) if rows else float("nan") for name in names}
+        rows = rows[-max(1, len(rows) // 10) :]
+        return {name: _mean(rows, name) for name in ("loss_real", "loss_fake", "k", "convergence")}
+
+    def first(self) -> dict[str, float]:
+        """Mean of M over the first tenth."""
+        rows = self.folder.read_metrics()
+        return {"first_M": _mean(rows[: max(1, len(rows) // 10)], "convergence")}
 
 
 class Study:
     """One experiment at work. What it has finished is found again when it is started once more."""
 
-    def __init__(self, settings: Settings, folder: Path, device: str, report: Report) -> None:
-        """Raises UserError where `folder` holds something else."""
-        self.settings, self.folder, self.report, self._device = settings, folder, report, device
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Path,
+        device: torch.device,
+        extractor: Extractor | None,
+        report: Report,
+        lock: int | None = None,
+    ) -> None:
+        """The runs hold `lock` too, so that none is left alone in the folder. Raises UserError for another's folder."""
+        self.settings, self.folder, self.report, self.device = settings, folder, report, device
         self.scale: Scale = SCALES[settings.scale]
-        self.device = pick_device(device)[0]
         self.command = ""
+        self._extractor, self._lock = extractor, lock
+        self._yardstick: Yardstick | None = None
         self._text: list[str] = []
         self._checks: list[dict[str, Any]] = []
         self._begun = time.monotonic()
-        self._file = folder / "study.json"
+        self._file = folder / FILE
         self._seconds = 0.0
-        asked = {"settings": dataclasses.asdict(settings)}
+        made_by = {"fastbegan": __version__, "code": _fingerprint(), "device": device.type}
+        asked = {"settings": dataclasses.asdict(settings), "scale": dataclasses.asdict(self.scale), "made_by": made_by}
+        self._asked: dict[str, Any] = json.loads(json.dumps(asked))
         if self._file.exists():
             stored = read_json(self._file)
-            if stored.get("settings") != asked["settings"]:
-                raise UserError(f"{folder} holds an experiment with other settings; give another --out")
+            for part, words in (("settings", "settings"), ("scale", "lengths"), ("made_by", "code or device")):
+                if stored.get(part) != self._asked[part]:
+                    raise UserError(f"{folder} holds an experiment with other {words}; remove it or give another --out")
             self._seconds = float(stored.get("seconds", 0.0))
-        elif folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty and holds no experiment; give another --out")
         make_folder(folder / "measures")
         make_folder(folder / "runs")
         self.save()
 
     def save(self) -> None:
         """Write down for how long this has been going on."""
-        write_json(self._file, {"settings": dataclasses.asdict(self.settings), "seconds": self.seconds})
+        write_json(self._file, {**self._asked, "seconds": self.seconds})
 
     @property
     def seconds(self) -> float:
@@ -106,6 +129,7 @@ class Study:
         if not path.exists():
             begun = time.monotonic()
             write_json(path, compute())
+            self.save()
             self.report.say(f"{name}: {duration(time.monotonic() - begun)}")
         return read_json(path)
 
@@ -131,9 +155,10 @@ class Study:
                     name = next(iter(waiting))
                     active[name] = self._start(name, waiting.pop(name), jobs)
                 for name in [name for name, process in active.items() if process.poll() is not None]:
-                    codes[name] = self._ended(name, active.pop(name).returncode, may_fail)
+                    codes[name] = self._ended(name, active.pop(name).returncode, steps, may_fail)
                 if time.monotonic() - told > _TELL:
                     told = time.monotonic()
+                    self.save()
                     self.report.say(f"{', '.join(self._progress(active, steps))}; {len(waiting)} more runs to come")
                 time.sleep(_POLL)
         finally:
@@ -159,8 +184,8 @@ class Study:
         settings = self.settings
         usual = {"--preset": self.scale.preset, "--seed": settings.seed}
         chosen = [part for option, value in usual.items() if option not in options for part in (option, value)]
-        always = ("--data", settings.data, "--device", self._device, "--steps", steps, "--out", self._run(name).path)
-        every = [*chosen, *self.scale.options, *options, *always]
+        always = ("--data", settings.data, "--device", self.device, "--steps", steps, "--out", self._run(name).path)
+        every = [*chosen, *self.scale.options, *options, *always, "--requeue-code", _STOPPED]
         return [sys.executable, "-m", "fastbegan", "train", *map(str, every)]
 
     def _start(self, name: str, command: list[str], jobs: int) -> subprocess.Popen[bytes]:
@@ -171,10 +196,13 @@ class Study:
             return subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | threads,
                 start_new_session=True,  # a Ctrl-C in the terminal reaches it through this process, once
+                pass_fds=() if self._lock is None else (self._lock,),
             )  # fmt: skip
 
-    def _ended(self, name: str, code: int, may_fail: bool) -> int:
+    def _ended(self, name: str, code: int, steps: int, may_fail: bool) -> int:
         log = self.folder / "runs" / f"{name}.log"
+        if code == _STOPPED:
+            raise UserError(f"run {name} was told to stop before its {steps:,} steps; start this again to go on")
         if code != 0 and not (may_fail and code == NOT_FINITE):
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
             raise UserError(f"run {name} ended with exit code {code} ({lines[-1].strip()}); all it said is in {log}")
@@ -214,14 +242,20 @@ class Study:
         chosen = np.random.default_rng(self.settings.seed).permutation(len(images))[:count]
         return images[np.sort(chosen)]
 
-    def yardstick(self, run: Trained) -> Yardstick:
-        """Real images that others are compared with."""
-        path = self.settings.inception
-        return Yardstick(
-            self.some_real(run, self.scale.samples),
-            extractor=self.settings.extractor,
-            inception=None if path is None else Path(path),
-            device=self.device,
+    def score(self, images: np.ndarray, run: Trained) -> dict[str, Any]:
+        """Figures of `images`, as `evaluate.score`, against what `run` was trained on; of one data set a study."""
+        assert self._extractor is not None
+        if self._yardstick is None:
+            self._yardstick = Yardstick(self.some_real(run, self.scale.samples), extractor=self._extractor)
+        return self._yardstick.score(images)
+
+    def about_scores(self) -> str:
+        """What has to be known to read them."""
+        assert self._extractor is not None
+        return (
+            f"Figures are of {self.scale.samples:,} images against as many training images, by features of "
+            f"{self._extractor.weights}; it scales what it sees itself: {self._extractor.resize}. Of few images "
+            "Frechet distances come out too high; they compare with those of as many images only."
         )
 
     @cached_property
@@ -258,7 +292,8 @@ class Study:
         machine = facts(self.device)
         written = {
             "command": self.command, "settings": dataclasses.asdict(self.settings), "seconds": round(self.seconds, 1),
-            "fastbegan": __version__, "machine": machine, "checks": self._checks, "results": results,
+            "fastbegan": __version__, "machine": machine | {"cores": _cores()}, "checks": self._checks,
+            "results": results,
         }  # fmt: skip
         write_json(self.folder / "results.json", written)
         measured = f"{machine['device']}, {machine['date']}, torch {machine['torch']}, {duration(self.seconds)} in all"
@@ -277,10 +312,23 @@ class Study:
         self.report.say(str(self.folder / "report.md"))
 
 
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return float(np.mean([row[name] for row in rows]))
+
+
 def _shown(value: object) -> str:
     if isinstance(value, float):
         return "not a number" if value != value else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
     return str(value).replace("|", "\\|")  # else it would end the cell
+
+
+def _fingerprint() -> str:
+    """Of all code that figures may depend on."""
+    digest = hashlib.sha256()
+    for package in (Path(fastbegan_kernels.__file__).parent, Path(__file__).parents[1]):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:20]
 
 
 def _cores() -> int:
