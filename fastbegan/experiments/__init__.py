@@ -65,7 +65,7 @@ def experiment(
         if data is None:
             raise UserError(f"data is missing; at {scale} scale give --data, as for train, or --trained RUN")
         data = absolute(data)
-        if Path(data).suffix != ".pack":
+        if Path(data).suffix != ".pack" or not Path(data).is_file():
             find_source(data)
     folder = out or Path("experiments") / f"{name}-{scale}"
     if folder.is_file() or (visible(folder) and not (folder / FILE).exists()):
