@@ -271,8 +271,8 @@ class Study:
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Add a table; floats are shown with three digits."""
-        lines = [head, ["---"] * len(head), *([_shown(value) for value in row] for row in rows)]
-        self._text.append("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+        lines = [head, ["---"] * len(head), *rows]
+        self._text.append("\n".join(f"| {' | '.join(map(_shown, line))} |" for line in lines))
 
     def picture(self, name: str, picture: np.ndarray | Image.Image, caption: str) -> None:
         """Write NAME.png and show it in the report."""
