@@ -45,7 +45,7 @@ def _results(folder: Path) -> dict[str, Any]:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["command"] in report and "## Limits" in report and "nan" not in report.lower().split()
     pictures = [line.rpartition("](")[2].rstrip(")") for line in report.splitlines() if line.startswith("![")]
-    assert pictures or folder.name.startswith("scores")
+    assert pictures
     for name in pictures:
         with Image.open(folder / name) as picture:
             assert np.asarray(picture.convert("RGB")).std() > 5, name

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from .pictures import beside
 from .study import Study
 
 _PAPER_SCORE = 5.62  # §4.6: Inception score on CIFAR-10, 32 px, unsupervised
+_TILES, _COLUMNS = 40, 8
 _SHOWN = ("inception_score", "frechet_distance", "kernel_distance", "precision", "recall", "diversity")
 
 
@@ -26,6 +28,11 @@ def run(study: Study) -> None:
         return {name: study.score(images, trained) for name, images in sets.items()}
 
     found = study.measure("scores", figures)
+    panels = [
+        ("generated", study.draw(study.generator(trained), _TILES)),
+        ("training images", study.some_real(trained, _TILES)),
+    ]
+    study.picture("samples", beside(panels, _COLUMNS), "What is scored, and what against.")
     titles = {"others": "other training images", "generated": "generated", "collapsed": "one generated image, repeated"}
     study.table(
         ("", *(study.names.get(name, name) for name in _SHOWN)),
