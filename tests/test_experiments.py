@@ -64,6 +64,7 @@ def test_every_experiment_runs(name: str, tmp_path: Path) -> None:
             assert RunFolder(run).read_config().train.seed == 3
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +92,7 @@ def test_it_goes_on_where_it_was(
     assert "holds an experiment with other code" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     flags = "--filters 4 --data faces:64 --steps 10 --checkpoint-every 2 --keep 9 --log-every 1".split()

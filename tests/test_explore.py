@@ -270,7 +270,9 @@ def test_long_runs_are_thinned_out(copy: Path) -> None:
     assert data["curves"]["diversity"]["step"] == list(range(500, 9001, 500))
 
 
-@pytest.mark.parametrize(("size", "most"), [(32, 4e6), (64, 4e6), (128, 8e6)])
+@pytest.mark.parametrize(
+    ("size", "most"), [(32, 4e6), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((64, 4e6), (128, 8e6)))]
+)
 def test_pages_stay_small_even_with_noise(
     size: int, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
