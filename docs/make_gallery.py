@@ -15,8 +15,9 @@ ORDER = ("diversity", "continuity", "convergence", "unbalanced", "scores", "abla
 HEAD = """# Gallery
 
 The experiments of the paper's section 4, repeated at demo scale: each by the one command above its picture, with the
-built-in portraits and nothing else. `make experiments` does them all, `make gallery` makes these pages; the link leads
-to the whole report, with all figures, and beside it lies `results.json`.
+built-in portraits. The commands need what `.venv/bin/pip install -c constraints.txt -e '.[eval]'` adds to `make venv`.
+`make experiments` does them all, `make gallery` makes these pages; the link leads to the whole report, with all
+figures, and beside it lies `results.json`.
 
 What demo scale shows is which way things go: nets of a few hundred thousand parameters, 32 pixels, minutes on two cores
 instead of days on four GPUs. It does not show how good a BEGAN becomes. Its faces stay blurred, since the runs are
@@ -35,20 +36,21 @@ def copy(name: str) -> None:
 
 
 def section(name: str) -> str:
-    """An experiment on the first page: its command, its first picture, and whether what was expected holds."""
+    """An experiment on the first page: its command, its first pictures, and what was found."""
     report = (GALLERY / name / "report.md").read_text(encoding="utf-8")
     results: dict[str, Any] = json.loads((GALLERY / name / "results.json").read_text(encoding="utf-8"))
     title = report.partition("\n")[0].removeprefix("# ")
     machine, settings = results["machine"], results["settings"]
     minutes = f"{results['seconds'] / 60:.1f} minutes on {machine['device']} ({machine['cores']} cores)"
-    found = re.search(r"!\[(.*?)\]\((.*?)\)", report)
+    pictures = re.findall(r"!\[(.*?)\]\((.*?)\)", report)
+    first = [(caption, file) for caption, file in pictures if file[:6] == pictures[0][1][:6]]  # samples-1, samples-2
     lines = [f"## [{title}]({name}/report.md)", f"```sh\n{results['command']}\n```"]
     lines.append(f"Seed {settings['seed']}, {minutes}, {machine['date']}.")
-    if found:
-        lines.append(f"![{found[1]}]({name}/{found[2]})")
-    lines += [f"- {'Holds' if one['holds'] else '**Does not hold**'}: {one['expected']}. Found: {one['found']}."
+    lines += [f"![{caption}]({name}/{file})" for caption, file in first]
+    checks = [f"- {'Holds' if one['holds'] else '**Does not hold**'}: {one['expected']}. Found: {one['found']}."
               for one in results["checks"]]  # fmt: skip
-    return "\n\n".join(lines[:4]) + "\n\n" + "\n".join(lines[4:])
+    checks += [f"- {one[:1].upper()}{one[1:]}." for one in results.get("findings", ())]
+    return "\n\n".join([*lines, "\n".join(checks)])
 
 
 def page() -> str:

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from . import counter, samples
+from .config import require_seed
 from .data.prepare import Progress, load_images
 from .data.scale import scale
 from .device import pick_device
@@ -28,7 +29,7 @@ from .run import RunConfig, RunFolder
 
 LEAST = 10
 """Images of a side: the inception score is a mean over ten parts."""
-ENOUGH = 2000
+ENOUGH = 10_000
 """Images of a side below which figures are said to be biased."""
 _SCATTERED = 512  # images of a side whose distances are its diversity
 _SEED, _NEIGHBOURS = 2020, 3  # torch-fidelity's defaults, said here so that figures stay comparable
@@ -110,14 +111,16 @@ class Yardstick:
         shapes = prc_features_to_metric(
             features, self._features, prc_neighborhood=_NEIGHBOURS, save_cpu_ram=True, verbose=False
         )
+        scores = isc_features_to_metric(logits, rng_seed=_SEED)
         return {
-            "inception_score": isc_features_to_metric(logits, rng_seed=_SEED)["inception_score_mean"],
+            "inception_score": scores["inception_score_mean"],
             "frechet_distance": frechet["frechet_inception_distance"],
             "kernel_distance": kernel["kernel_inception_distance_mean"],
             "precision": shapes["precision"],
             "recall": shapes["recall"],
             "diversity": _diversity(images),
             "diversity_against": self._diversity,
+            "inception_score_std": scores["inception_score_std"],
             "count": len(images),
             "count_against": self._count,
             "extractor": self._net.name,
@@ -149,7 +152,8 @@ def score(
 ) -> dict[str, Any]:
     """Compare `images`, uint8 [N, H, W, 3], with `against`, uint8 [M, H, W, 3]; N and M from 10.
 
-    Returns plain numbers, the same for the same input: `inception_score` (Salimans et al. 2016) over ten parts;
+    Returns plain numbers, the same for the same input: `inception_score` (Salimans et al. 2016), the mean over ten
+    parts, and `inception_score_std` over them;
     `frechet_distance` (Heusel et al. 2017); `kernel_distance` (Binkowski et al. 2018), the mean over 100 subsets of
     1000 images or, of smaller sets, as many as the smaller one has, where one subset is enough if that is all of both;
     `precision` and `recall` (Kynkaanniemi et al. 2019) with 3 neighbours; `diversity` and `diversity_against`, the mean
@@ -204,7 +208,8 @@ def evaluate_command(
     json: bool = False,
 ) -> int:
     """Score `images` against a data set and print the figures; see `commands.Evaluate`. Raises UserError."""
-    for name, value, least in (("count", count, LEAST), ("seed", seed, 0), ("size", 1 if size is None else size, 1)):
+    require_seed(seed)
+    for name, value, least in (("count", count, LEAST), ("size", 1 if size is None else size, 1)):
         if value < least:
             raise UserError(f"{name} is {value}; accepted: whole numbers from {least}")
     run = RunFolder(Path(images))
@@ -306,7 +311,8 @@ def _show(figures: dict[str, Any], facts: dict[str, str], warned: list[str]) -> 
     table = Table("figure", "value", "better is", title=counts)
     table.columns[1].justify = "right"
     for key, name in names(figures["extractor"]).items():
-        table.add_row(name, f"{figures[key]:.4g}", _BETTER[key])
+        spread = f" ± {figures['inception_score_std']:.2g}" if key == "inception_score" else ""
+        table.add_row(name, f"{figures[key]:.4g}{spread}", _BETTER[key])
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     for name, line in (*facts.items(), *(("warning", line) for line in warned)):

@@ -103,7 +103,7 @@ def test_figures_are_plain_numbers_and_the_same_again(yardstick: Yardstick) -> N
     first = yardstick.score(images)
     assert json.loads(json.dumps(first)) == first
     assert all(type(first[figure]) is float for figure in FIGURES)
-    assert list(first) == [*FIGURES, "count", "count_against", "extractor", "resize"]
+    assert list(first) == [*FIGURES, "inception_score_std", "count", "count_against", "extractor", "resize"]
     assert (first["count"], first["count_against"], first["extractor"]) == (24, COUNT, "efficientnet-lite0")
     assert first["resize"] == "bilinear, antialiased, to 128 px"
     torch.rand(3)
@@ -295,7 +295,7 @@ def test_a_folder_against_portraits(tmp_path: Path, capsys: pytest.CaptureFixtur
         f"all 12 there are (14 were asked for) of: images of {tmp_path.resolve()}",
         "14 of: 64 procedural portraits", "32 px; images: bilinear, antialiased, crop center, as for packs",
         "data set: drawn at 32 px", "bilinear, antialiased, to 128 px",
-        "warning    fewer than 2,000 images on a side", "warning    the sides have different counts, 12 and 14",
+        "warning    fewer than 10,000 images on a side", "warning    the sides have different counts, 12 and 14",
     ):  # fmt: skip
         assert words in printed, words
     assert "FID" not in printed and "KID" not in printed

@@ -26,7 +26,7 @@ from fastbegan.experiments import EXPERIMENTS
 from fastbegan.experiments.continuity import recover
 from fastbegan.experiments.convergence import ranks_correlate
 from fastbegan.experiments.scales import SCALES
-from fastbegan.experiments.study import _fingerprint
+from fastbegan.experiments.study import fingerprint
 from fastbegan.files import read_json
 from fastbegan.models import build
 from fastbegan.run import RunFolder
@@ -58,7 +58,11 @@ def test_every_experiment_runs(name: str, tmp_path: Path) -> None:
     assert main(["experiment", name, "--scale", "smoke", "--seed", "3", "--out", str(out)]) == 0
     results = _results(out)
     assert results["command"] == f"fastbegan experiment {name} --scale smoke --out {out} --seed 3"
-    assert results["checks"] and "show that the experiment works" in (out / "report.md").read_text()
+    report = (out / "report.md").read_text()
+    assert results["checks"] and "show that the experiment works" in report and "32 pixels, n = 4, " in report
+    assert all(finding[1:] in report for finding in results["findings"])
+    used = (results["settings"]["seeds"] is not None, results["settings"]["extractor"] is not None)
+    assert used == (name == "diversity", name != "continuity")
     for run in (out / "runs").iterdir():
         if run.is_dir():
             assert RunFolder(run).read_config().train.seed == 3
@@ -87,9 +91,13 @@ def test_it_goes_on_where_it_was(
     assert main(command) == 2
     assert "holds an experiment with other lengths" in capsys.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr("fastbegan.experiments.study._fingerprint", lambda: "other")
+    monkeypatch.setattr("fastbegan.experiments.study.fingerprint", lambda: "other")
     assert main(command) == 2
-    assert "holds an experiment with other code" in capsys.readouterr().err
+    assert "holds an experiment with other code or device; remove it or" in capsys.readouterr().err
+    assert main([*command, "--any-code"]) == 0
+    report = (tmp_path / "e" / "report.md").read_text()
+    assert "Several versions of the code" in report and "--any-code" in report
+    assert main(command) == 2  # that it was allowed once does not make its figures of one piece
 
 
 @pytest.mark.slow
@@ -226,8 +234,10 @@ def test_at_demo_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In experiments/, which is gone on with: what the same code has trained and measured there already counts."""
     monkeypatch.chdir(ROOT)
     folder = ROOT / "experiments" / f"{name}-demo"
-    if folder.exists() and read_json(folder / "study.json")["made_by"]["code"] != _fingerprint():
-        shutil.rmtree(folder)
+    if folder.exists() and fingerprint() not in json.dumps(read_json(folder / "study.json")["made_by"]):
+        older = folder.with_name(f"{folder.name}.old")  # kept until the next time
+        shutil.rmtree(older, ignore_errors=True)
+        folder.rename(older)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     assert main(["experiment", name, "--scale", "demo"]) == 0
     results = _results(folder)

@@ -9,7 +9,7 @@ from .pictures import beside
 from .study import Study, Trained
 
 _TILES, _COLUMNS, _PANELS = 20, 4, 4
-_SHOWN = ("frechet_distance", "kernel_distance", "precision", "recall", "diversity", "convergence", "k")
+_SHOWN = ("frechet_distance", "kernel_distance", "precision", "recall", "diversity", "ratio", "convergence", "k")
 
 
 def compare(study: Study, wanted: Mapping[str, Sequence[object]], titles: Mapping[str, str]) -> dict[str, Any]:
@@ -22,36 +22,49 @@ def compare(study: Study, wanted: Mapping[str, Sequence[object]], titles: Mappin
     def figures(run: Trained) -> dict[str, Any]:
         if not run.finite:
             return {"finite": False}
-        return {"finite": True} | study.score(study.draw(study.generator(run)), run) | run.last() | run.first()
+        return {"finite": True} | study.score(study.draw(study.generator(run)), run) | run.last() | run.thirds()
 
     found = {run.name: study.measure(run.name, lambda run=run: figures(run)) for run in runs}
     good = [run for run in runs if run.finite]
     for first in range(0, len(good), _PANELS):
         panels = [(titles[run.name], study.draw(study.generator(run), _TILES)) for run in good[first : first + _PANELS]]
-        names = ", ".join(title for title, _ in panels)
+        names = "; ".join(title for title, _ in panels)
         study.picture(
             f"samples-{first // _PANELS + 1}", beside(panels, _COLUMNS), f"Samples of the averaged G: {names}."
         )
-    shown = study.names | {"convergence": "M"}
+    shown = study.names | {"convergence": "M", "ratio": "L(G(z)) / L(x)"}
     study.table(
         ("", *(shown.get(name, name) for name in _SHOWN)),
         [(titles[run.name], *(found[run.name].get(name, "not finite") for name in _SHOWN)) for run in runs],
     )
     study.say(
-        study.about_scores(),
-        "M and k are means over the last tenth of the rows that were logged. Each line is one run with one seed: "
-        "what differs as little as runs of two seeds do says nothing.",
+        "Losses, M and k are means over the last tenth of the rows that were logged. Each line is one run with one "
+        "seed: what differs as little as runs of two seeds do says nothing (the gallery's `diversity` has three seeds "
+        "of one setting)."
     )
     if good:
+        study.about_scores([found[run.name] for run in good])
         study.say(f"Training images have diversity {found[good[0].name]['diversity_against']:.3f}.")
+        study.note_alike({titles[run.name]: found[run.name] for run in good})
     return found
 
 
-def check_stable(study: Study, title: str, run: dict[str, Any]) -> None:
-    """Expect of a run that it ended without a number that is not finite, that k stayed under 1, and that M fell."""
+def check_finite(study: Study, title: str, run: dict[str, Any]) -> None:
+    """Expect of a run that all its numbers were finite, and that M still fell in its last third."""
     finite = run["finite"]
     study.check(
-        f"{title}: stays stable (all numbers finite, k below 1, M falls)",
-        f"M from {run['first_M']:.3f} to {run['convergence']:.3f}, k {run['k']:.3f}" if finite else "not finite",
-        finite and run["k"] < 1 and run["convergence"] < run["first_M"],
+        f"{title}: all numbers are finite, and M falls from the second third of the run to the last",
+        f"M {run['second_third_M']:.3f} and {run['last_third_M']:.3f}, k at most {run['k_max']:.3f}"
+        if finite
+        else "not finite",
+        finite and run["last_third_M"] < run["second_third_M"],
+    )
+
+
+def check_balance(study: Study, title: str, run: dict[str, Any], gamma: float) -> None:
+    """Expect of a run that control kept L(G(z)) / L(x) within a tenth of gamma."""
+    study.check(
+        f"{title}: L(G(z)) / L(x) ends within a tenth of gamma, {gamma:g}",
+        f"{run['ratio']:.3f}" if run["finite"] else "not finite",
+        run["finite"] and abs(run["ratio"] / gamma - 1) < 0.1,
     )

@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
 from ..models import Generator
 from ..samples import generate, grid, save_gif, sheet_latents
+from .pictures import below, beside
 from .study import Study
 
 _RANDOM, _PAIRS, _FRAMES, _TILES, _MOVES = 256, 6, 10, 10, 31
+_JUMP = 5  # times the mean move of a way: what moves the picture more is no longer called smooth
 _AT_ONCE = 32  # images, for memory
 _RATE, _LAST_RATE = 0.1, 0.005  # Adam's, falling geometrically
 
@@ -43,7 +46,7 @@ def recover(generator: Generator, images: Tensor, start: Tensor, steps: int) -> 
 
 
 def run(study: Study) -> None:
-    """Recover latents of real images and of their mirror images; compare with random ones; draw the ways between."""
+    """Recover latents of images, trained on and not, and of mirror images; compare with random; draw ways between."""
     trained = study.train_one("run")
     generator = study.generator(trained).requires_grad_(False)
     pixels = study.some_real(trained, study.scale.recovered)
@@ -51,100 +54,112 @@ def run(study: Study) -> None:
         raise UserError(
             f"{trained.folder.path} was trained on {len(pixels)} image; accepted: from 2, to go between them"
         )
-    real = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(study.device).float().div(127.5).sub(1)
-    both = torch.cat((real, real.flip(3)))
-    latent, count = generator.config.latent, len(real)
+    unseen = study.unseen(trained, len(pixels))
+    count, latent = len(pixels), generator.config.latent
+    every = [pixels, pixels[:, :, ::-1], *([] if unseen is None else [unseen])]
+    images = torch.from_numpy(np.concatenate(every)).permute(0, 3, 1, 2).to(study.device).float().div(127.5).sub(1)
     pairs = min(_PAIRS, count // 2)
     # other draws than those that it is compared with
-    start = sheet_latents(latent, study.settings.seed + 1, len(both), study.device)
+    start = sheet_latents(latent, study.settings.seed + 1, len(images), study.device)
 
     def figures() -> dict[str, Any]:
-        parts = zip(both.split(_AT_ONCE), start.split(_AT_ONCE), strict=True)
-        z = torch.cat([recover(generator, images, first, study.scale.descent) for images, first in parts])
+        parts = zip(images.split(_AT_ONCE), start.split(_AT_ONCE), strict=True)
+        z = torch.cat([recover(generator, some, first, study.scale.descent) for some, first in parts])
         candidates = sheet_latents(latent, study.settings.seed, _RANDOM, study.device)
         with torch.no_grad():
             drawn, others = (
                 torch.cat([generator(some) for some in all_of.split(_AT_ONCE)]) for all_of in (z, candidates)
             )
-            errors, others = _errors(drawn, both), others.flatten(1)
-            distances = torch.cdist(both.flatten(1), others, p=1) / others.shape[1]
-        ways = _ways(generator, z[: 2 * pairs : 2], z[1 : 2 * pairs : 2], _MOVES + 1).astype(np.float32)
-        moves = np.abs(np.diff(ways, axis=1)).mean((2, 3, 4))
+            errors, others = _errors(drawn, images), others.flatten(1)
+            distances = torch.cdist(images.flatten(1), others, p=1) / others.shape[1]
         return {
             "z": z.cpu().double().numpy().round(6).tolist(), "error": errors.tolist(),
-            "mean_image": _errors(real.mean(0, keepdim=True), both).tolist(),
+            "mean_image": _errors(images[:count].mean(0, keepdim=True), images).tolist(),
             "random_best": distances.min(1).values.tolist(), "random_mean": distances.mean(1).tolist(),
-            "largest_move": (moves.max(1) / np.maximum(moves.mean(1), 1e-9)).tolist(),
+            "largest_move": _largest_move(generator, z[: 2 * pairs : 2], z[1 : 2 * pairs : 2]),
+            "largest_move_mirrored": _largest_move(generator, z[:pairs], z[count : count + pairs]),
         }  # fmt: skip
 
     found = study.measure("latents", figures)
     z = torch.tensor(found["z"], dtype=torch.float32, device=study.device)
-    error, best = np.array(found["error"][:count]), np.array(found["random_best"][:count])
-    mean = np.array(found["mean_image"][:count])
-    share, factor = float((error < best).mean()), float(np.median(best / error))
-    of_mean = float((error < mean).mean())
+    figure = {name: np.array(found[name]) for name in ("error", "random_best", "random_mean", "mean_image")}
+    groups = {"training images": slice(count), "their mirror images": slice(count, 2 * count)}
+    groups |= {} if unseen is None else {"images it was not trained on": slice(2 * count, None)}
 
     drawn = generate(generator, z)
-    rows = np.concatenate((pixels[:_TILES], drawn[:_TILES], pixels[:_TILES, :, ::-1], drawn[count : count + _TILES]))
+    panels = [
+        panel
+        for (name, part), shown in zip(groups.items(), every, strict=True)
+        for panel in ((f"{name}", shown[:_TILES]), ("G(z) of the z found for them", drawn[part][:_TILES]))
+    ]
     study.say(
-        f"z of {count} training images, and of their mirror images, by {study.scale.descent:,} steps of Adam on "
-        "|x - G(z)| from a random start, put back into [-1, 1] after each. First row: images; second: G(z) of the z "
-        "that was found; third and fourth: the same for the mirrored images."
+        f"z of {count} images each by {study.scale.descent:,} steps of Adam on |x - G(z)| from a random start, put "
+        "back into [-1, 1] after every step:"
     )
-    study.picture("recovered", grid(rows, min(count, _TILES)), "Images and what G makes of the z found for them.")
+    study.picture("recovered", below(panels, _TILES), "Images, and what G makes of the z found for them.")
     between = _ways(generator, z[: 2 * pairs : 2], z[1 : 2 * pairs : 2], _FRAMES)
     study.picture(
         "between",
-        _strip(pixels[: 2 * pairs : 2], between, pixels[1 : 2 * pairs : 2]),
-        "Ways between two images: an image, G along the line from its z to the other's, that one.",
+        _strip(pixels[: 2 * pairs : 2], between, pixels[1 : 2 * pairs : 2], "other"),
+        "Ways between two images, from the z found for the one to the z found for the other.",
     )
     mirrored = _ways(generator, z[:pairs], z[count : count + pairs], _FRAMES)
     study.picture(
         "mirror",
-        _strip(pixels[:pairs], mirrored, pixels[:pairs, :, ::-1]),
+        _strip(pixels[:pairs], mirrored, pixels[:pairs, :, ::-1], "mirror"),
         "Ways between an image and its mirror image.",
     )
     frames = np.concatenate((between, mirrored))
     there_and_back = [*range(_FRAMES), *range(_FRAMES - 2, 0, -1)]
     save_gif(study.folder / "ways.gif", [grid(frames[:, number], pairs) for number in there_and_back], 90)
     study.show("ways.gif", "The same as an animation; above between images, below between mirror images.")
-    largest = float(np.max(found["largest_move"]))
-    numbers = {
-        "error": float(error.mean()),
-        "mirrored_error": float(np.mean(found["error"][count:])),
-        "random_best": float(best.mean()),
-        "random_mean": float(np.mean(found["random_mean"][:count])),
-        "mean_image": float(mean.mean()),
-        "factor": factor,
-        "share": share,
-        "largest_move": largest,
-    }
+    numbers: dict[str, Any] = {"reconstructed": trained.last()["loss_real"]}
+    for name, part in groups.items():
+        error, best, mean = (figure[key][part] for key in ("error", "random_best", "mean_image"))
+        numbers[name] = {key: float(values[part].mean()) for key, values in figure.items()} | {
+            "factor": float(np.median(best / error)),
+            "nearer_than_random": float((error < best).mean()),
+            "nearer_than_mean_image": float((error < mean).mean()),
+        }
+        one = numbers[name]
+        study.check(
+            f"{name}: z found is nearer than the best of {_RANDOM} random ones for at least 90 %",
+            f"for {one['nearer_than_random']:.0%}, {one['factor']:.2f} times as near (median)",
+            one["nearer_than_random"] >= 0.9,
+        )
+        study.check(
+            f"{name}: z found is nearer than the mean of the training images for at least 90 %",
+            f"for {one['nearer_than_mean_image']:.0%}",
+            one["nearer_than_mean_image"] >= 0.9,
+        )
     titles = {
         "error": "z found",
-        "mirrored_error": "z found, mirrored images",
         "random_best": f"best of {_RANDOM} random z",
-        "mean_image": "the mean of the images",
+        "mean_image": "the mean of the training images",
         "random_mean": "random z",
     }
-    study.table(("mean |x - G(z)|, images in [-1, 1]", ""), [(title, numbers[name]) for name, title in titles.items()])
+    study.table(
+        ("mean distance per value in [-1, 1] to", *groups),
+        [(title, *(numbers[group][name] for group in groups)) for name, title in titles.items()],
+    )
     study.say(
-        f"The z found are {factor:.2f} times as near as the best of {_RANDOM} random ones (median over images). On the "
-        f"ways between images, of {_MOVES} equal moves of z the one that changes the picture most changes it "
-        f"{largest:.1f} times as much as the mean one (a jump would be {_MOVES} times)."
+        f"For comparison: D, with an encoder, reconstructed training images to {numbers['reconstructed']:.3f} at the "
+        "end of training."
     )
-    study.check(
-        f"z found is nearer than the best of {_RANDOM} random ones for at least 90 % of the images",
-        f"for {share:.0%}, {factor:.2f} times as near (median)",
-        share >= 0.9,
-    )
-    study.check(
-        "z found is nearer than the mean of the images, for at least 90 %", f"for {of_mean:.0%}", of_mean >= 0.9
-    )
-    study.check("all z stay in [-1, 1]", f"largest |z| {z.abs().max().item():g}", z.abs().max().item() <= 1)
+    numbers["at_the_walls"] = at_walls = float((z.abs() == 1).float().mean())
+    study.note(f"{at_walls:.0%} of the numbers of the z found lie at -1 or 1, where the search is put back")
+    for key, ways in (("largest_move", "two images"), ("largest_move_mirrored", "an image and its mirror image")):
+        numbers[key] = largest = float(np.max(found[key]))
+        study.check(
+            f"on the ways between {ways}, no move of z changes the picture over {_JUMP} times as much as the mean one",
+            f"the largest of {_MOVES} moves {largest:.1f} times (a jump would be {_MOVES} times)",
+            largest <= _JUMP,
+        )
     study.finish(
         "Continuity: latents of real images, and the ways between them",
-        "The paper's §4.3: where real images have latents near which G draws them, and the lines between those latents "
-        "give images all along, G has not just learned some images by heart.",
+        "The paper's §4.3: images have latents near which G draws them, and the lines between those latents give "
+        "images all along. Images that G was never trained on tell more than training images: those it may know by "
+        "heart.",
         numbers,
     )
 
@@ -161,6 +176,14 @@ def _ways(generator: Generator, start: Tensor, end: Tensor, frames: int) -> np.n
     return images.reshape(len(start), frames, *images.shape[1:])
 
 
-def _strip(first: np.ndarray, ways: np.ndarray, last: np.ndarray) -> np.ndarray:
-    rows = np.concatenate((first[:, None], ways, last[:, None]), axis=1)
-    return grid(rows.reshape(-1, *rows.shape[2:]), rows.shape[1])
+def _largest_move(generator: Generator, start: Tensor, end: Tensor) -> list[float]:
+    """Of equal moves of z along each line, the one that changes the picture most, in times of the mean one."""
+    ways = _ways(generator, start, end, _MOVES + 1).astype(np.float32)
+    moves = np.abs(np.diff(ways, axis=1)).mean((2, 3, 4))
+    return (moves.max(1) / np.maximum(moves.mean(1), 1e-9)).tolist()
+
+
+def _strip(first: np.ndarray, ways: np.ndarray, last: np.ndarray, name: str) -> Image.Image:
+    frames = ways.reshape(-1, *ways.shape[2:])
+    panels = [("image", first), ("G along the line from its z to that of the other", frames), (name, last)]
+    return beside(panels, 1, ways.shape[1], 1)

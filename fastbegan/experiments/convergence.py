@@ -55,7 +55,9 @@ def run(study: Study) -> None:
     by_kernel, by_frechet = ranks_correlate(measure, quality), ranks_correlate(measure, distance)
     half = len(table) // 2
     within = ranks_correlate(measure[half:], quality[half:])
-    by_time = -ranks_correlate(np.array(steps), quality)
+    left = -np.array(steps)
+    by_time, by_time_within = ranks_correlate(left, quality), ranks_correlate(left[half:], quality[half:])
+    changes = [ranks_correlate(np.diff(measure), np.diff(other)) for other in (quality, distance)]
     _draw(study, trained, found, rows, table)
     third = max(1, len(table) // 3)
     study.table(
@@ -68,11 +70,20 @@ def run(study: Study) -> None:
     kernel, frechet = study.names["kernel_distance"], study.names["frechet_distance"]
     study.say(
         f"M is the mean over the {window:,} steps before a checkpoint. Rank correlation (Spearman) of M over "
-        f"{len(table)} checkpoints: {by_kernel:.2f} with {kernel}, {by_frechet:.2f} with {frechet}. Whatever falls "
-        f"while training goes on correlates (the steps that are left: {by_time:.2f}); within the second half alone M "
-        f"has {within:.2f}. One run can show that M tells how far it is, not that M tells which of two runs is better.",
-        study.about_scores(),
+        f"{len(table)} checkpoints: {by_kernel:.2f} with {kernel}, {by_frechet:.2f} with {frechet}; within the second "
+        f"half of them {within:.2f} with {kernel}.",
     )
+    study.note(
+        f"whatever falls while training goes on correlates: the steps that are left do by {by_time:.2f} with {kernel}, "
+        f"within the second half by {by_time_within:.2f} (M: {within:.2f})"
+    )
+    study.note(
+        f"time alone would not make changes from one checkpoint to the next correlate; those of M do by "
+        f"{changes[0]:.2f} with those of {kernel} and by {changes[1]:.2f} with those of {frechet} (Spearman, "
+        f"{len(table) - 1} changes)"
+    )
+    study.note("one run can show that M tells how far it is, not that M tells which of two runs is better")
+    study.about_scores(table)
     early, late = float(measure[:third].mean()), float(measure[-third:].mean())
     study.check("M falls", f"{early:.4f} in the first third of the checkpoints, {late:.4f} in the last", late < early)
     study.check(
@@ -89,6 +100,9 @@ def run(study: Study) -> None:
             "spearman_frechet": by_frechet,
             "spearman_kernel_second_half": within,
             "spearman_kernel_of_steps_left": by_time,
+            "spearman_kernel_of_steps_left_second_half": by_time_within,
+            "spearman_kernel_of_changes": changes[0],
+            "spearman_frechet_of_changes": changes[1],
             "checkpoints": table,
         },
     )
@@ -107,19 +121,21 @@ def _at(study: Study, trained: Trained, checkpoint: Path) -> Generator:
 def _draw(
     study: Study, trained: Trained, checkpoints: list[Path], rows: list[dict[str, Any]], table: list[dict[str, float]]
 ) -> None:
-    figure, (upper, lower) = plot(rows=2, height=6.2, ratios=(3, 2))
+    figure, (upper, lower) = plot(rows=2, height=6.8, ratios=(1, 1.05))
     images = [row["images"] for row in rows]
-    upper.plot(images, [row["convergence"] for row in rows], color="#222222", alpha=0.25, linewidth=1)
+    each = [row["convergence"] for row in rows]
+    upper.plot(images, each, color="#222222", alpha=0.25, linewidth=1, label="M of each row of metrics")
     upper.plot(
         [one["images"] for one in table],
         [one["M"] for one in table],
         color="#222222",
         marker="o",
         markersize=3,
-        label="M",
+        label="M, mean before a checkpoint",
     )
     upper.set_ylabel("M")
     upper.set_xlabel("images seen")
+    upper.xaxis.set_major_formatter("{x:,.0f}")
     upper.set_ylim(bottom=0)
     other = upper.twinx()
     other.plot(
@@ -129,7 +145,7 @@ def _draw(
     other.set_ylabel(study.names["kernel_distance"], color="#d62728")
     other.set_ylim(bottom=0)
     other.spines[["top"]].set_visible(False)
-    lines = [*upper.get_lines()[1:], *other.get_lines()]
+    lines = [*upper.get_lines(), *other.get_lines()]
     upper.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="upper right")
     shown = np.unique(np.linspace(0, len(checkpoints) - 1, _COLUMNS).round().astype(int))
     tiles = []

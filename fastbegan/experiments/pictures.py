@@ -1,4 +1,4 @@
-"""Pictures of experiments: panels side by side, rows of tiles with names, plots."""
+"""Pictures of experiments: named panels beside or below each other, plots."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from ..samples import grid
 _GAP, _LABEL = 12, 22
 
 
-def beside(panels: Sequence[tuple[str, np.ndarray]], columns: int) -> Image.Image:
-    """Each panel's images, uint8 [N, H, W, 3], as a grid under its name, next to each other."""
-    pictures = [grid(images, columns) for _, images in panels]
+Panels = Sequence[tuple[str, np.ndarray]]
+"""A name, and images uint8 [N, H, W, 3]."""
+
+
+def beside(panels: Panels, *columns: int) -> Image.Image:
+    """Each panel's images as a grid under its name, next to each other; `columns` of each panel, or one for all."""
+    each = columns if len(columns) > 1 else columns * len(panels)
+    pictures = [grid(images, wide) for (_, images), wide in zip(panels, each, strict=True)]
     height = max(picture.shape[0] for picture in pictures)
     width = sum(picture.shape[1] for picture in pictures) + _GAP * (len(pictures) + 1)
     sheet = Image.new("RGB", (width, height + _LABEL + _GAP), "white")
@@ -27,6 +32,17 @@ def beside(panels: Sequence[tuple[str, np.ndarray]], columns: int) -> Image.Imag
         sheet.paste(Image.fromarray(picture), (left, _LABEL))
         left += picture.shape[1] + _GAP
     return sheet
+
+
+def below(panels: Panels, columns: int) -> Image.Image:
+    """Each panel's images as a grid under its name, one panel below the other."""
+    sheets = [beside([panel], columns) for panel in panels]
+    height, width = sum(sheet.height for sheet in sheets), max(sheet.width for sheet in sheets)
+    whole, top = Image.new("RGB", (width, height), "white"), 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
 
 
 def plot(*, rows: int = 1, height: float = 3.6, ratios: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from .pictures import beside
@@ -17,42 +20,69 @@ def run(study: Study) -> None:
     settings = study.settings
     of_the_paper = settings.scale == "paper" and (settings.data or "").startswith("cifar10:")
     trained = study.train_one("run", ("--preset", "paper-32") if of_the_paper else ())
-    count = study.scale.samples
+    count = study.scale.scored
     permuted = np.random.default_rng(study.settings.seed).permutation(study.real(trained).shape[0])
     others = np.sort(permuted[count : 2 * count]) if len(permuted) >= 2 * count else None
 
     def figures() -> dict[str, dict[str, object]]:
-        drawn = study.draw(study.generator(trained))
-        sets = {"generated": drawn, "collapsed": np.repeat(drawn[:1], count, 0)}
+        drawn = study.draw(study.generator(trained), count)
+        noise = np.random.default_rng(study.settings.seed).integers(0, 256, drawn.shape, np.uint8)
+        sets = {"generated": drawn, "collapsed": np.repeat(drawn[:1], count, 0), "noise": noise}
         sets |= {} if others is None else {"others": study.real(trained)[others]}
-        return {name: study.score(images, trained) for name, images in sets.items()}
+        return {name: study.score(images, trained, count) for name, images in sets.items()}
 
     found = study.measure("scores", figures)
     panels = [
         ("generated", study.draw(study.generator(trained), _TILES)),
         ("training images", study.some_real(trained, _TILES)),
     ]
-    study.picture("samples", beside(panels, _COLUMNS), "What is scored, and what against.")
-    titles = {"others": "other training images", "generated": "generated", "collapsed": "one generated image, repeated"}
+    study.picture(
+        "samples",
+        beside(panels, _COLUMNS),
+        "Some of what is scored, and of what against.",
+    )
+    titles = {
+        "others": "other training images",
+        "generated": "generated",
+        "collapsed": "one generated image, repeated",
+        "noise": "noise",
+    }
     study.table(
         ("", *(study.names.get(name, name) for name in _SHOWN)),
-        [(titles[name], *(found[name][column] for column in _SHOWN)) for name in titles if name in found],
+        [
+            (titles[name], _with_spread(found[name]), *(found[name][column] for column in _SHOWN[1:]))
+            for name in titles
+            if name in found
+        ],
     )
     config = trained.folder.read_config()
-    study.say(f"Data: {config.train.data}, {config.model.size} px. {study.about_scores()}")
+    study.about_scores([found["generated"]])
+    study.say(
+        "Inception scores are means over ten parts of the images"
+        + (
+            ": here of so few each that they compare with nothing else."
+            if found["generated"]["count"] < 50_000
+            else "."
+        )
+    )
     if study.settings.extractor == "inception" and config.train.data.startswith("cifar10:"):
         study.say(f"The paper reports an Inception score of {_PAPER_SCORE} on CIFAR-10 (§4.6).")
     elif study.settings.extractor != "inception":
         study.say(
             "These are no Inception scores and no FID: for those give `--extractor inception --inception FILE`, and "
-            f"for the paper's figure ({_PAPER_SCORE} on CIFAR-10) `--data cifar10:ROOT --scale paper` too. The "
-            "inception score says little of portraits: by the classes of this net noise scores higher than clean faces."
+            f"for the paper's figure ({_PAPER_SCORE} on CIFAR-10) `--data cifar10:ROOT --scale paper` too."
         )
     generated, collapsed = found["generated"], found["collapsed"]
     name = study.names["frechet_distance"]
+    if others_found := found.get("others"):
+        study.note(
+            f"how far there is to go: {name} is {generated['frechet_distance']:.0f} for generated images and "
+            f"{others_found['frechet_distance']:.0f} for other training images; precision {generated['precision']:.3g} "
+            f"and {others_found['precision']:.3g}, recall {generated['recall']:.3g} and {others_found['recall']:.3g}"
+        )
     study.check(
         f"generated images have a lower {name} than one of them repeated",
-        f"{generated['frechet_distance']:.3g} and {collapsed['frechet_distance']:.3g}",
+        f"{generated['frechet_distance']:.0f} and {collapsed['frechet_distance']:.0f}",
         generated["frechet_distance"] < collapsed["frechet_distance"],
     )
     study.finish(
@@ -61,3 +91,7 @@ def run(study: Study) -> None:
         "table only: same extractor, same number of images, same resizing.",
         found,
     )
+
+
+def _with_spread(figures: Mapping[str, Any]) -> str:
+    return f"{figures['inception_score']:.3g} ± {figures['inception_score_std']:.2g}"

@@ -19,25 +19,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 import fastbegan_kernels
 
 from .. import __version__
 from ..bench.machine import facts
+from ..data.faces import faces
 from ..data.prepare import load_images
 from ..errors import UserError
 from ..evaluate import Yardstick, names
 from ..extractors import Extractor
-from ..files import atomic, make_folder, read_json, write_json
+from ..files import make_folder, read_json, write_json
 from ..models import Generator
 from ..report import Report, duration
 from ..run import RunFolder
-from ..samples import generate, save_png, sheet_latents
+from ..samples import generate, sheet_latents
 from ..train import NOT_FINITE
+from .page import Page
 from .scales import SCALES, Scale
 
 FILE = "study.json"  # what this is, and for how long it has been going on
+OF_ONE_RUN = ("continuity", "convergence", "scores")
+ALIKE = 0.1  # images with less than this share of the data's diversity are said to be
 _STOPPED = 75  # exit code of a run that a signal ended
 _POLL, _TELL = 0.2, 30.0  # seconds
 
@@ -54,8 +57,10 @@ class Settings:
     weights: str | None
     """SHA-256 of the generator of `trained`."""
     seed: int
-    seeds: int
-    extractor: str
+    seeds: int | None
+    """Of `diversity`; None for the others."""
+    extractor: str | None
+    """None for `continuity`."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +72,23 @@ class Trained:
     finite: bool = True
 
     def last(self) -> dict[str, float]:
-        """Means over the last tenth of the rows of metrics."""
+        """Means over the last tenth of the rows of metrics, `ratio` of the losses', and `k_max` over all rows."""
         rows = self.folder.read_metrics()
-        rows = rows[-max(1, len(rows) // 10) :]
-        return {name: _mean(rows, name) for name in ("loss_real", "loss_fake", "k", "convergence")}
+        few = rows[-max(1, len(rows) // 10) :]
+        last = {name: _mean(few, name) for name in ("loss_real", "loss_fake", "k", "convergence")}
+        return last | {"ratio": last["loss_fake"] / last["loss_real"], "k_max": max(row["k"] for row in rows)}
 
-    def first(self) -> dict[str, float]:
-        """Mean of M over the first tenth."""
+    def thirds(self) -> dict[str, float]:
+        """Means of M over the second third of the rows and over the last."""
         rows = self.folder.read_metrics()
-        return {"first_M": _mean(rows[: max(1, len(rows) // 10)], "convergence")}
+        third = max(1, len(rows) // 3)
+        return {
+            "second_third_M": _mean(rows[third : 2 * third] or rows, "convergence"),
+            "last_third_M": _mean(rows[-third:], "convergence"),
+        }
 
 
-class Study:
+class Study(Page):
     """One experiment at work. What it has finished is found again when it is started once more."""
 
     def __init__(
@@ -89,26 +99,41 @@ class Study:
         extractor: Extractor | None,
         report: Report,
         lock: int | None = None,
+        *,
+        any_code: bool = False,
     ) -> None:
-        """The runs hold `lock` too, so that none is left alone in the folder. Raises UserError for another's folder."""
-        self.settings, self.folder, self.report, self.device = settings, folder, report, device
+        """The runs hold `lock` too, so that none is left alone in the folder.
+
+        Raises UserError for another's folder; `any_code` goes on with what other code, or another device, has made.
+        """
+        super().__init__(folder)
+        self.settings, self.report, self.device = settings, report, device
         self.scale: Scale = SCALES[settings.scale]
         self.command = ""
         self._extractor, self._lock = extractor, lock
         self._yardstick: Yardstick | None = None
-        self._text: list[str] = []
-        self._checks: list[dict[str, Any]] = []
+        self._shown: RunFolder | None = None
         self._begun = time.monotonic()
         self._file = folder / FILE
         self._seconds = 0.0
-        made_by = {"fastbegan": __version__, "code": _fingerprint(), "device": device.type}
-        asked = {"settings": dataclasses.asdict(settings), "scale": dataclasses.asdict(self.scale), "made_by": made_by}
+        makers = [{"fastbegan": __version__, "code": fingerprint(), "device": device.type}]
+        asked = {"settings": dataclasses.asdict(settings), "scale": dataclasses.asdict(self.scale), "made_by": makers}
         self._asked: dict[str, Any] = json.loads(json.dumps(asked))
         if self._file.exists():
             stored = read_json(self._file)
-            for part, words in (("settings", "settings"), ("scale", "lengths"), ("made_by", "code or device")):
+            if any_code:
+                earlier = stored.get("made_by") or []
+                self._asked["made_by"] = earlier if makers[0] in earlier else [*earlier, *makers]
+                stored["made_by"] = self._asked["made_by"]
+            for part, words, more in (
+                ("settings", "settings", ""),
+                ("scale", "lengths", ""),
+                ("made_by", "code or device", ", or go on with --any-code"),
+            ):
                 if stored.get(part) != self._asked[part]:
-                    raise UserError(f"{folder} holds an experiment with other {words}; remove it or give another --out")
+                    raise UserError(
+                        f"{folder} holds an experiment with other {words}; remove it or give another --out{more}"
+                    )
             self._seconds = float(stored.get("seconds", 0.0))
         make_folder(folder / "measures")
         make_folder(folder / "runs")
@@ -166,12 +191,15 @@ class Study:
                 process.send_signal(signal.SIGTERM)  # it writes a checkpoint
             for process in active.values():
                 process.wait()
-        return [Trained(name, self._run(name), codes[name] == 0) for name in wanted]
+        runs = [Trained(name, self._run(name), codes[name] == 0) for name in wanted]
+        self._shown = runs[0].folder
+        return runs
 
     def train_one(self, name: str, options: Sequence[object] = ()) -> Trained:
         """The run that --trained names, or one that is trained now, for the scale's full length."""
         if self.settings.trained is not None:
-            return Trained(name, RunFolder(Path(self.settings.trained)))
+            self._shown = RunFolder(Path(self.settings.trained))
+            return Trained(name, self._shown)
         return self.train({name: options}, steps=self.scale.steps)[0]
 
     def _run(self, name: str) -> RunFolder:
@@ -242,87 +270,101 @@ class Study:
         chosen = np.random.default_rng(self.settings.seed).permutation(len(images))[:count]
         return images[np.sort(chosen)]
 
-    def score(self, images: np.ndarray, run: Trained) -> dict[str, Any]:
-        """Figures of `images`, as `evaluate.score`, against what `run` was trained on; of one data set a study."""
+    def unseen(self, run: Trained, count: int) -> np.ndarray | None:
+        """Portraits, uint8 [count, size, size, 3], that `run` was not trained on; None where it was on other data."""
+        config = run.folder.read_config()
+        if config.train.data.partition(":")[0] != "faces":
+            return None
+        first = self.real(run).shape[0]
+        return faces(torch.arange(first, first + count), config.model.size).numpy()
+
+    def score(self, images: np.ndarray, run: Trained, count: int | None = None) -> dict[str, Any]:
+        """Figures of `images`, as `evaluate.score`, against `count` that `run` was trained on; of one set a study."""
         assert self._extractor is not None
         if self._yardstick is None:
-            self._yardstick = Yardstick(self.some_real(run, self.scale.samples), extractor=self._extractor)
+            count = self.scale.samples if count is None else count
+            self._yardstick = Yardstick(self.some_real(run, count), extractor=self._extractor)
         return self._yardstick.score(images)
 
-    def about_scores(self) -> str:
-        """What has to be known to read them."""
+    def about_scores(self, figures: Sequence[Mapping[str, Any]]) -> None:
+        """Say what has to be known to read them."""
         assert self._extractor is not None
-        return (
-            f"Figures are of {self.scale.samples:,} images against as many training images, by features of "
+        one = figures[0]
+        self.say(
+            f"Figures are of {one['count']:,} images against {one['count_against']:,} training images, by features of "
             f"{self._extractor.weights}; it scales what it sees itself: {self._extractor.resize}. Of few images "
-            "Frechet distances come out too high; they compare with those of as many images only."
+            "Frechet distances come out too high and inception scores too low; they compare with those of as many "
+            "images only."
         )
+        if len(figures) > 1 and all(one["recall"] == 0 for one in figures):
+            nobody = "no training image lies among the features of images drawn"
+            if all(one["precision"] == 0 for one in figures):
+                self.note(f"precision and recall are 0 throughout and tell nothing: {nobody}, and none the other way")
+            else:
+                self.note(f"recall is 0 throughout and tells nothing: {nobody}")
+
+    def note_alike(self, figures: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note which of these, by title, are so alike that it may be a collapse."""
+        alike = [
+            f"{title} ({one['diversity']:.3f})"
+            for title, one in figures.items()
+            if one["diversity"] < ALIKE * one["diversity_against"]
+        ]
+        if alike:
+            of_data = next(iter(figures.values()))["diversity_against"]
+            self.note(
+                f"nearly alike are the images of {'; '.join(alike)}: their diversity is under a tenth of the training "
+                f"images' {of_data:.3f}. It may be a collapse or too short a run; these figures do not tell which"
+            )
 
     @cached_property
     def names(self) -> dict[str, str]:
         """What the figures are called with this extractor."""
+        assert self.settings.extractor is not None
         return names(self.settings.extractor)
-
-    # the report
-
-    def say(self, *paragraphs: str) -> None:
-        """Add text to the report."""
-        self._text += [paragraph.strip() for paragraph in paragraphs]
-
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Add a table; floats are shown with three digits."""
-        lines = [head, ["---"] * len(head), *rows]
-        self._text.append("\n".join(f"| {' | '.join(map(_shown, line))} |" for line in lines))
-
-    def picture(self, name: str, picture: np.ndarray | Image.Image, caption: str) -> None:
-        """Write NAME.png and show it in the report."""
-        save_png(self.folder / f"{name}.png", picture)
-        self.show(f"{name}.png", caption)
-
-    def show(self, file: str, caption: str) -> None:
-        """Show a file of the folder in the report."""
-        self._text += [f"![{caption}]({file})", f"*{caption}*"]
-
-    def check(self, expected: str, found: str, holds: bool) -> None:
-        """Something the paper leads one to expect, and whether it is so."""
-        self._checks.append({"expected": expected, "found": found, "holds": bool(holds)})
 
     def finish(self, title: str, summary: str, results: dict[str, Any]) -> None:
         """Write report.md and results.json."""
         machine = facts(self.device)
         written = {
             "command": self.command, "settings": dataclasses.asdict(self.settings), "seconds": round(self.seconds, 1),
-            "fastbegan": __version__, "machine": machine | {"cores": _cores()}, "checks": self._checks,
-            "results": results,
+            "fastbegan": __version__, "machine": machine | {"cores": _cores()}, "checks": self.checks,
+            "findings": self.findings, "results": results,
         }  # fmt: skip
         write_json(self.folder / "results.json", written)
         measured = f"{machine['device']}, {machine['date']}, torch {machine['torch']}, {duration(self.seconds)} in all"
-        lines = [f"# {title}", summary, f"```sh\n{self.command}\n```", f"Measured on {measured}.", *self._text]
-        if self._checks:
-            lines.append("## What was expected")
-            self._text = []
-            rows = [(one["expected"], one["found"], "yes" if one["holds"] else "**no**") for one in self._checks]
-            self.table(("expected", "found", "holds"), rows)
-            lines += self._text
-        lines += ["## Limits", self.scale.limits]
-        with atomic(self.folder / "report.md") as file:
-            file.write(("\n\n".join(lines) + "\n").encode())
-        for one in self._checks:
+        self.write([f"# {title}", summary, f"```sh\n{self.command}\n```", f"Measured on {measured}."], self._limits())
+        for one in self.checks:
             self.report.say(f"{'holds' if one['holds'] else 'DOES NOT HOLD'}: {one['expected']}; found: {one['found']}")
         self.report.say(str(self.folder / "report.md"))
+
+    def _limits(self) -> Iterator[str]:
+        if self._shown is not None:
+            config, rows = self._shown.read_config(), self._shown.read_metrics()
+            model, train = config.model, config.train
+            data = train.data if train.data.partition(":")[0] == "faces" else Path(train.data).name
+            yield (
+                f"Data {data}, {model.size} pixels, n = {model.filters}, {rows[-1]['step'] if rows else 0:,} steps of "
+                f"{train.batch_size} images, precision {train.precision}."
+            )
+            if train.data.partition(":")[0] == "faces":
+                yield "The portraits are drawn by a program and vary in fewer ways than photographs."
+        if self.settings.trained is None or self.settings.scale == "smoke":
+            yield self.scale.limits
+        if self.settings.seeds in (None, 1):
+            yield "One run for each setting: how far runs of other seeds would differ is not known."
+        if len(self._asked["made_by"]) > 1:
+            yield (
+                "Several versions of the code, or kinds of device, have worked on this (study.json has them): figures "
+                "of one table need not come from the same."
+            )
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float:
     return float(np.mean([row[name] for row in rows]))
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return "not a number" if value != value else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-    return str(value).replace("|", "\\|")  # else it would end the cell
-
-
-def _fingerprint() -> str:
+def fingerprint() -> str:
     """Of all code that figures may depend on."""
     digest = hashlib.sha256()
     for package in (Path(fastbegan_kernels.__file__).parent, Path(__file__).parents[1]):
