@@ -8,7 +8,7 @@ ifneq ($(filter-out 2.7.1,$(TORCH)),)
 $(error TORCH is $(TORCH); accepted: 2.7.1, or nothing for the newest tested)
 endif
 CONSTRAINTS := $(if $(TORCH),constraints-torch27.txt,constraints.txt)
-PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup --durations=12
 
 .PHONY: train test test-slow test-compat check bench experiments gallery venv format reference constraints clean
 
@@ -39,7 +39,8 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/ --quick -q -s
 
-# The paper's experiments at demo scale into experiments/, one after another, each on all cores.
+# The paper's experiments at demo scale into experiments/, one after another. Runs side by side share all cores, a single
+# run takes half of them.
 experiments: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -s -m nightly tests/test_experiments.py
 
