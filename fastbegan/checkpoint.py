@@ -7,6 +7,7 @@ temporary name, flushed, and renamed; loading verifies the manifest and passes o
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -19,10 +20,14 @@ from typing import Any
 import torch
 
 from .errors import UserError
-from .files import read_json, sha256, sync_folder, write_json
+from .files import sha256, sync_folder, write_json
 from .ranks import Ranks
 
 _STATE, _MANIFEST, _TEMPORARY = "state.pt", "manifest.json", ".writing-"
+
+
+class UnreadableError(UserError):
+    """The system refuses to read a checkpoint, which may be whole."""
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
@@ -34,7 +39,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
     target = folder / f"{step:09d}"
     temporary = folder / f"{_TEMPORARY}{target.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            sync_folder(folder.parent)
         for stale in folder.glob(f"{_TEMPORARY}*"):  # of a writer that was killed
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
@@ -74,19 +81,27 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as its manifest says."""
     try:
-        files = read_json(checkpoint / _MANIFEST)["files"]
+        return _damage(checkpoint)
+    except OSError as error:
+        return f"{error.filename or checkpoint} cannot be read: {error.strerror or error}"
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """The same; raises OSError where the system refuses to read what is there."""
+    try:
+        files = json.loads((checkpoint / _MANIFEST).read_bytes())["files"]
         if _STATE not in files:
             return f"its manifest does not name {_STATE}"
         for name, entry in files.items():
             path = checkpoint / Path(name).name
-            if not path.is_file():
-                return f"{name} is missing"
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
             if sha256(path) != entry["sha256"]:
                 return f"{name} does not match its checksum"
-    except (UserError, OSError) as error:
-        return str(error)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        return f"{Path(error.filename).name} is missing"
+    except ValueError as error:
+        return f"{_MANIFEST} cannot be read as JSON: {error}"
     except (KeyError, TypeError, AttributeError):
         return "its manifest is not one of ours"
     return None
@@ -97,27 +112,35 @@ def read_checkpoint(checkpoint: Path, device: torch.device) -> dict[str, Any]:
 
     Never unpickles objects. Raises UserError for a damaged checkpoint, and for one that holds other things than ours.
     """
-    if problem := damage(checkpoint):
-        raise UserError(f"checkpoint {checkpoint} is damaged ({problem})")
     try:
-        return torch.load(checkpoint / _STATE, map_location=device, weights_only=True)
-    except torch.OutOfMemoryError:
-        raise
+        if problem := _damage(checkpoint):
+            raise UserError(f"checkpoint {checkpoint} is damaged ({problem})")
+        # to the CPU first: what goes wrong on a GPU is no damage
+        state = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
+    except OSError as error:
+        name, reason = error.filename or checkpoint / _STATE, error.strerror or error
+        raise UnreadableError(f"{name} cannot be read ({reason}); it may be whole, so nothing was changed") from None
     except (pickle.UnpicklingError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
+        if "allocate memory" in reason:
+            raise
         raise UserError(f"checkpoint {checkpoint} cannot be read ({reason})") from None
+    return _each(state, lambda tensor: tensor.to(device))
 
 
 def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
     """State of the newest undamaged checkpoint, or None if there is no checkpoint at all.
 
-    Never unpickles objects. Raises UserError if there are checkpoints and all are damaged.
+    Never unpickles objects. Raises UserError if there are checkpoints and all are damaged, or if one cannot be read for
+    another reason: a run that went on from the one before would remove it.
     """
     found = list_checkpoints(folder)
     for checkpoint in reversed(found):
         try:
             return read_checkpoint(checkpoint, device)
-        except UserError as error:  # noqa: PERF203
+        except UnreadableError:  # noqa: PERF203
+            raise
+        except UserError as error:
             warnings.warn(f"{error}; passed over", stacklevel=2)
     if found:
         raise UserError(f"every checkpoint in {folder} is damaged; start again with another --out")
@@ -137,11 +160,15 @@ def load_for_all(folder: Path, device: torch.device, ranks: Ranks) -> dict[str, 
 
 def copied(value: Any) -> Any:
     """Tensors, dicts and lists with copies of all tensors, on the CPU: what is written while training goes on."""
+    return _each(value, lambda tensor: tensor.detach().cpu() if tensor.is_cuda else tensor.detach().clone())
+
+
+def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu() if value.is_cuda else value.detach().clone()
+        return change(value)
     if isinstance(value, dict):
-        return {name: copied(one) for name, one in value.items()}
-    return [copied(one) for one in value] if isinstance(value, list) else value
+        return {name: _each(one, change) for name, one in value.items()}
+    return [_each(one, change) for one in value] if isinstance(value, list) else value
 
 
 class Writer:

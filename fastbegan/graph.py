@@ -17,8 +17,16 @@ class GraphedStep:
     one run of it: the warm-up's too. Where capture fails, a warning says why and `work` goes on as it is.
     """
 
-    def __init__(self, work: Callable[[], None], device: torch.device, *, enabled: bool = True) -> None:
-        self.work, self.device = work, device
+    def __init__(
+        self,
+        work: Callable[[], None],
+        device: torch.device,
+        *,
+        enabled: bool = True,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        """`agree` says whether all ranks captured theirs: sums of a graph meet no sums of work as it is."""
+        self.work, self.device, self._agree = work, device, agree
         self.enabled = enabled and device.type == "cuda"
         self._runs_left = _WARM_UP if self.enabled else None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -71,5 +79,8 @@ class GraphedStep:
             torch.cuda.synchronize(self.device)
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"the step could not be captured as a CUDA graph, going on without: {reason}", stacklevel=4)
-            return
-        self._graph = graph
+        else:
+            self._graph = graph
+        if not self._agree(self.captured) and self.captured:
+            self.close()
+            warnings.warn("the step's CUDA graph is not used: another rank could not capture its own", stacklevel=4)

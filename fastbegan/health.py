@@ -7,7 +7,7 @@ from pathlib import Path
 _STUCK_ROWS = 5  # log rows with k at 1 in a row before it is said
 _FELL_TO = 0.5  # diversity under this share of its best counts as fallen
 _ALIVE = 0.02  # chosen, not measured: far under the 0.386 that 256 of the portraits are apart
-_PATIENCE = 100_000  # images within which samples must have begun to differ
+_PATIENCE = 0.5, 100_000  # share of the run, and images at most, within which samples must have begun to differ
 
 
 def not_finite(step: int, dump: Path, run: Path, lr: float, *, alternating: bool) -> str:
@@ -32,14 +32,19 @@ class HealthMonitor:
             return None
         return "k is stuck at 1: D cannot tell generated images apart any more; try a lower gamma or learning rate"
 
-    def after_sheet(self, diversity: float, images: int) -> str | None:
-        """Take the diversity of a sheet's generated images; returns a message when they have just collapsed."""
+    def after_sheet(self, diversity: float, images: int, fraction: float) -> str | None:
+        """Take the diversity of a sheet's generated images; returns a message when they have just collapsed.
+
+        `images` seen so far are this `fraction` of the run.
+        """
         self._best = max(self._best, diversity)
         fell = self._best > _ALIVE and diversity < _FELL_TO * self._best
-        collapsed = fell or (images >= _PATIENCE and self._best <= _ALIVE)
+        share, most = _PATIENCE
+        collapsed = fell or (self._best <= _ALIVE and (fraction >= share or images >= most))
         news = collapsed and not self._collapsed
         self._collapsed = collapsed
         if not news:
             return None
         detail = f"fell from {self._best:.3f}" if fell else f"never rose in {images:,} images"
-        return f"the samples look alike (diversity {diversity:.3f}, {detail}); try a higher gamma or another seed"
+        advice = "try a higher gamma or another seed" if fell else "try a longer run, a higher gamma or another seed"
+        return f"the samples look alike (diversity {diversity:.3f}, {detail}); {advice}"

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import operator
 import os
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -20,9 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import UserError
+from .stop import STOPPED_BY_USER
 from .watch import Watch
 
 _T = TypeVar("_T")
+RANKS_DIFFER = 5  # exit code
 _MEETING = datetime.timedelta(minutes=10)
 _FOREVER = datetime.timedelta(days=7)  # who waits too long for whom is for the watch to judge
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -36,13 +40,17 @@ class RanksDifferError(Exception):
     """What must be equal on all ranks is not."""
 
 
+# of this rank's device, not of the others; the second came with torch 2.8
+_OWN_FAULTS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
+
 @contextlib.contextmanager
 def _contact() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # torch has no type of its own for what back ends raise
+        if isinstance(error, _OWN_FAULTS) or str(error).startswith("CUDA error"):
+            raise
         raise LostContactError(_first_line(error)) from None
 
 
@@ -122,6 +130,7 @@ class Ranks:
             dist.init_process_group(
                 backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world, timeout=_FOREVER
             )
+            store.set_timeout(_FOREVER)  # the first sum on GPUs waits here for rank 0, which may still compile
         except (RuntimeError, ValueError) as error:
             raise UserError(f"rank {rank} of {world} cannot meet the others: {_first_line(error)}") from None
         ranks = cls(rank, world, local)
@@ -139,9 +148,8 @@ class Ranks:
 
     def leave(self) -> None:
         """This rank needs the others no more; it may still `end` what is left of the run."""
-        if self.watch is not None and dist.is_initialized():
-            self.watch.close()
-            dist.destroy_process_group()
+        if self.watch is not None:
+            self.watch.close()  # groups end with the process: NCCL may wait for who is gone when it ends one
 
     def end(self, message: str, code: int) -> int:
         """Before a rank ends a run that the others would go on with: all end with `message`; returns the exit code."""
@@ -150,6 +158,20 @@ class Ranks:
         code = self.watch.end(message, code)
         self.watch.close()  # a thread that talks while Python ends would abort the process
         return code
+
+    def end_by(self, error: BaseException) -> int:
+        """End the run of all because of `error`, with its trace where nobody expects it; returns the exit code."""
+        if isinstance(error, LostContactError):
+            assert self.watch is not None
+            self.watch.wait_for_a_name(str(error))
+        if isinstance(error, RanksDifferError):
+            return self.end(str(error), RANKS_DIFFER)
+        if isinstance(error, UserError | OSError):
+            return self.end(str(error), 2)
+        if isinstance(error, KeyboardInterrupt):
+            return self.end("interrupted", STOPPED_BY_USER)
+        traceback.print_exception(error)
+        return self.end(f"rank {self.rank} ended: {type(error).__name__} {error}".rstrip(), 1)
 
     def exit(self, code: int) -> NoReturn:
         """End this process, without the end of Python: torch's threads, where some still run, would abort it there."""
@@ -166,10 +188,14 @@ class Ranks:
         if self.watch is not None:
             self.watch.settle(settled)
 
+    def tick(self) -> None:
+        """This rank is about to wait for the others."""
+        if self.watch is not None:
+            self.watch.tick()
+
     def begin_sum(self, values: Tensor) -> Flight:
         """Begin to sum `values` over all ranks, in place."""
-        assert self.watch is not None
-        self.watch.tick()
+        self.tick()
         with _contact():
             return Flight(dist.all_reduce(values, async_op=True))
 
@@ -181,6 +207,11 @@ class Ranks:
         with _contact():
             dist.all_gather_object(found, value)
         return found
+
+    def agree(self, value: bool) -> bool:
+        """Whether `value` is true on all ranks."""
+        self.tick()
+        return all(self.gather(value))
 
     def from_first(self, value: _T) -> _T:
         """Rank 0's value: something small that can be pickled."""
@@ -203,16 +234,19 @@ class Ranks:
             dist.broadcast(values, 0)
         return values.numpy().tobytes()
 
-    def require_same(self, what: str, value: Any) -> None:
+    def require_same(self, what: str, value: _T, same: Callable[[_T, _T], bool] = operator.eq) -> None:
         """Raises UserError, on all ranks, where some have another value than rank 0."""
         values = self.gather(value)
         for rank, one in enumerate(values):
-            if one != values[0]:
+            if not same(one, values[0]):
                 raise UserError(f"{what} of rank {rank} is {one!r}, of rank 0 {values[0]!r}; accepted: the same")
 
-    def require_equal(self, fingerprint: int, when: str, folder: Path) -> None:
+    def require_equal(self, fingerprint: Callable[[], int], when: str, folder: Path) -> None:
         """Raises RanksDifferError, on all ranks, where one has another fingerprint of its weights than rank 0."""
-        found = self.gather(fingerprint)
+        if self.alone:
+            return
+        self.tick()
+        found = self.gather(fingerprint())
         if others := [str(rank) for rank, one in enumerate(found) if one != found[0]]:
             raise RanksDifferError(
                 f"{when}: the weights of rank {', '.join(others)} are no longer those of rank 0; nothing was saved of "

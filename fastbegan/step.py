@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbegan_kernels import tuning
+
 from .bucket import Bucket
 from .config import TrainConfig
 from .layers import Equilibrium
 from .models import Discriminator, Generator
 from .objective import OBJECTIVES, Objective
-from .ranks import Ranks
+from .ranks import LostContactError, Ranks
 from .reading import Reading
 
 # fp16 only: scale of the losses so that small gradients do not vanish, as torch.amp.GradScaler starts it
@@ -158,7 +160,9 @@ class TrainStep(nn.Module):
             ]
             return found[0] if parts == 1 else tuple(torch.stack(one).mean() for one in zip(*found, strict=True))
         except Exception as error:  # Dynamo, Inductor and the C++ compiler raise many types
-            if not self.objective.compiled or isinstance(error, torch.OutOfMemoryError):
+            capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            other = capturing or isinstance(error, torch.OutOfMemoryError | LostContactError)
+            if not self.objective.compiled or other:
                 raise
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"torch.compile failed, going on without it: {reason}", stacklevel=3)
@@ -245,6 +249,15 @@ class TrainStep(nn.Module):
             odd = torch.arange(1, 2 * len(values), 2, device=self.device)  # so that order counts
             total = total * 31 + (values * odd).sum()
         return int(total.item())
+
+    def adopt_kernels(self) -> None:
+        """All ranks take the kernels that the first one chose so far; k's always, which each computes for itself."""
+        if self.ranks.alone:
+            return
+        if self.ranks.first:
+            none = torch.zeros((), device=self.device)
+            Equilibrium().to(self.device).update(none, none)
+        tuning.adopt(self.device, self.ranks.from_first(tuning.choices(self.device)))
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """The inverse of `training_state`."""

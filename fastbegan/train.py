@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import signal
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from fastbegan_kernels import normalize_images, tuning
 
 from .checkpoint import Writer, copied, load_for_all, save_checkpoint
 from .counter import Z_D, Z_G, latents
-from .data.choose import open_loader
+from .data.choose import open_loader, same_images
 from .data.source import absolute
 from .device import make_deterministic, pick_compile, pick_device, pick_precision
 from .errors import UserError
@@ -26,7 +25,7 @@ from .health import HealthMonitor, not_finite
 from .info import run_seconds
 from .models import build, count_parameters
 from .plots import save_curves
-from .ranks import LostContactError, Ranks, RanksDifferError
+from .ranks import Ranks
 from .reading import Reading
 from .report import Report, summary_writer
 from .run import RunConfig, RunFolder, check_resumable, new_run_folder
@@ -41,10 +40,10 @@ from .samples import (
 )
 from .schedule import StallHalving
 from .step import TrainStep
-from .stop import StopRequest
+from .stop import STOPPED_BY_USER, StopRequest
 
-# exit codes; 0 is a run that ended by itself or was asked to by the system, 4 one that lost a rank (watch.LOST)
-STOPPED_BY_USER, NOT_FINITE, RANKS_DIFFER = 130, 3, 5
+# exit code; 0 is a run that ended by itself or was asked to by the system, 4 (watch.LOST) and 5 are of several ranks
+NOT_FINITE = 3
 _LINGER = 15.0  # seconds that a checkpoint may still take when a rank was lost; torchrun waits 30
 _SETTLED = 4  # steps after the first: by then all has compiled
 
@@ -79,27 +78,30 @@ class Training:
         self.loader, data_line, self.data = open_loader(
             train, config.model.size, self.device, report.preparing, rank=ranks.rank, world=ranks.world
         )
-        ranks.require_same("data", self.data)
+        ranks.require_same("data", self.data, same_images)
         generator, discriminator = build(config.model, seed=train.seed, device=self.device)
         self.step = TrainStep(generator, discriminator, train, dtype, compile_mode, ranks)
-        self.advance = GraphedStep(self._work, self.device, enabled=train.cuda_graph == "auto")
+        self.advance = GraphedStep(self._work, self.device, enabled=train.cuda_graph == "auto", agree=ranks.agree)
         self.schedule = StallHalving(train.lr * train.scale, train.lr_floor * train.scale)
         self.health = HealthMonitor()
         self.done, self.images, self.seconds = 0, 0, 0.0  # totals over all sittings
         self._saved_step = -1
         self._waited = 0.0  # seconds for batches, since the last row of metrics
         self._row: tuple[Reading, dict[str, Any]] | None = None  # of metrics, on its way from the device
-        self._settling = _SETTLED + 1  # steps until all that compiles has compiled
+        self._settling = _SETTLED + 1  # steps until all that compiles has compiled, but for what draws sheets
+        self._drawn = False
         self._heard: Reading | None = None  # whether a rank wanted to stop in the step before
         self._writer = Writer()
         if ranks.watch is not None:
             ranks.watch.last_wish = lambda: self._writer.linger(_LINGER)
         if stored is not None:
             self._resume(stored)
+        self.step.adopt_kernels()
         self._tensorboard: Any = None
         if ranks.first:
-            make_folder(self.folder.samples)
+            make_folder(out)
             self.folder.write_config(config)  # not before all that could refuse to continue has agreed
+            make_folder(self.folder.samples)  # after it: what holds this alone is no run
             self._fixed = self._sheet_inputs()
             if events is not None:
                 self._tensorboard = events(str(out / "tensorboard"), purge_step=self.done + 1)
@@ -168,9 +170,10 @@ class Training:
         """In the first steps of several ranks: all take the kernels that the first one found fastest."""
         self._settling -= 1
         if self._settling == _SETTLED and not self.ranks.alone:
-            tuning.adopt(self.device, self.ranks.from_first(tuning.choices(self.device)))
-        elif self._settling == 0 and not self.ranks.first:
-            self.ranks.settle()  # the first one has yet to draw a sheet, for which kernels are chosen too
+            self.step.adopt_kernels()
+            self.ranks.require_equal(self.step.fingerprint, f"step {self.done:,}", self.folder.path)
+        elif self._settling == 0:
+            self.ranks.settle()
 
     def advance_one(self) -> None:
         """One step, on the batch that is next."""
@@ -241,20 +244,21 @@ class Training:
     def _sheet(self) -> float:
         """Write a sample sheet; returns the diversity of its generated images."""
         before = time.monotonic()
+        if not self._drawn:
+            self.ranks.settle(False)  # kernels are chosen for it
         sheet, fake = training_sheet(self.step.average, self.step.discriminator, *self._fixed)
         save_png(self.folder.sheet_file(self.done), sheet)
         spread = diversity(fake)
-        self._warn(self.health.after_sheet(spread, self.images), self.done)
+        self._warn(self.health.after_sheet(spread, self.images, self.fraction()), self.done)
         self._row_clock += time.monotonic() - before  # images per second are those of training
-        if self._settling <= 0:
-            self.ranks.settle()
+        self._drawn = True
+        self.ranks.settle(self._settling <= 0)
         return spread
 
     def _checkpoint(self) -> None:
         if self._saved_step == self.done:
             return
-        if not self.ranks.alone:
-            self.ranks.require_equal(self.step.fingerprint(), f"step {self.done:,}", self.folder.path)
+        self.ranks.require_equal(self.step.fingerprint, f"step {self.done:,}", self.folder.path)
         self._saved_step = self.done
         if not self.ranks.first:
             return
@@ -304,12 +308,10 @@ class Training:
         for row in self.folder.read_metrics():
             self.health.after_log(row["k"])
             if "diversity" in row:
-                self.health.after_sheet(row["diversity"], row["images"])
+                self.health.after_sheet(row["diversity"], seen := row["images"], self.fraction() * seen / self.images)
 
     def _load(self, state: dict[str, Any], stored: RunConfig) -> None:
-        known = state.get("data") or {"crc32": state["data_crc32"]}
-        # a loader of files knows no checksum of pixels, a pack that was given none of files
-        if any(None not in (seen, self.data[name]) and seen != self.data[name] for name, seen in known.items()):
+        if not same_images(state.get("data") or {"crc32": state["data_crc32"]}, self.data):
             raise UserError(
                 f"data {self.config.train.data!r} is not what {self.folder.path} was trained on so far (other pixels); "
                 "restore it, or give another --out"
@@ -333,9 +335,14 @@ class Training:
         """Say where a number stopped being finite; the weights are those of the step before."""
         step = int(self.step.bad_step.item())
         self.advance.close()
-        if not self.ranks.first:
-            return NOT_FINITE
-        self._writer.finish()
+        if self.ranks.first:
+            self.ranks.settle(False)  # slow storage is no reason to end the run
+            self._writer.finish()  # it would take the dump away
+            self._dump(step)
+        self.ranks.gather(None)  # torchrun kills who is left, once one has ended
+        return NOT_FINITE
+
+    def _dump(self, step: int) -> None:
         count = self.config.train.batch_size
         ids = self.loader.order.place(torch.arange((step - 1) * count, step * count))[0].tolist()
         k = self.step.equilibrium.k.item()
@@ -344,7 +351,6 @@ class Training:
         lr, alternating = self.schedule.lr / self.config.train.scale, self.config.train.updates == "alternating"
         message = not_finite(step, self.folder.nonfinite_file, self.folder.path, lr, alternating=alternating)
         self.report.say(message)
-        return NOT_FINITE
 
     def _finish(self) -> None:
         """Curves and animation, and where everything is."""
@@ -373,7 +379,8 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
     made, which ranks that are started again could not find: they need one. A rank's process ends here.
     """
     ranks = Ranks.join(config.train.rank_timeout)
-    with StopRequest(echoes=ranks.launched) as stop:  # until the end: torchrun's SIGTERM must not come before a name
+    # until the end: torchrun's SIGTERM must not come before a name
+    with StopRequest(echoes=ranks.launched, ranks=not ranks.alone) as stop:
         try:
             if not ranks.alone and out is None:
                 raise UserError("--out is missing; several ranks need it, so that a restart finds the run")
@@ -384,17 +391,9 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
                 with contextlib.closing(training.loader):
                     code = training.run(stop)
             ranks.leave()
-        except LostContactError as error:
-            assert ranks.watch is not None
-            ranks.watch.wait_for_a_name(str(error))
         except BaseException as error:
             if ranks.alone:
                 raise
-            if isinstance(error, RanksDifferError):
-                code = ranks.end(str(error), RANKS_DIFFER)
-            elif isinstance(error, UserError | OSError):
-                code = ranks.end(str(error), 2)
-            else:
-                traceback.print_exc()
-                code = ranks.end(f"rank {ranks.rank} ended: {type(error).__name__} {error}".rstrip(), 1)
+            stop.ignore()
+            code = ranks.end_by(error)
         return code if ranks.alone else ranks.exit(code)

@@ -1,7 +1,8 @@
 """`python tests/faulty.py PLACE NUMBER ACTION RANK ...`: `fastbegan ...`, with a fault planted in one rank.
 
 At the NUMBER-th call of PLACE (`name` before it, `name+` after it): kill, hang, raise, lose (contact), full (disk),
-nan or drift (of the weights). Ranks but RANK are sound; so is a run that torchrun started again.
+nan or drift (of the weights); `hang:FILE` makes FILE, to say so. Ranks but RANK are sound; so is a run that
+torchrun started again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from fastbegan.run import RunFolder
 from fastbegan.step import TrainStep
 
 PLACES: dict[str, tuple[Any, str]] = {
+    "load": (train, "open_loader"),
+    "config": (RunFolder, "write_config"),
     "prepare": (PackedLoader, "prepare"),
     "step": (TrainStep, "forward"),
     "collect": (Bucket, "collect"),
@@ -48,7 +51,9 @@ PLACES: dict[str, tuple[Any, str]] = {
 def _act(action: str, arguments: tuple[Any, ...]) -> None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if action == "hang":
+    if action.startswith("hang"):
+        if path := action.partition(":")[2]:
+            Path(path).touch()
         time.sleep(10_000)
     if action == "raise":
         raise ValueError("planted")

@@ -42,6 +42,13 @@ def test_round_trip_and_how_many_are_kept(tmp_path: Path) -> None:
     assert len(list_checkpoints(tmp_path)) == 3
 
 
+def test_the_first_one_makes_its_folder_survive_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(checkpoint, "sync_folder", synced.append)
+    _save(tmp_path / "checkpoints", 1, 2)
+    assert synced == [tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints"]
+
+
 def _truncate(folder: Path) -> None:
     path = folder / "state.pt"
     path.write_bytes(path.read_bytes()[:-10])
@@ -60,7 +67,7 @@ def _flip(folder: Path) -> None:
         (_truncate, "bytes instead of"),
         (_flip, "does not match its checksum"),
         (lambda f: (f / "state.pt").unlink(), "state.pt is missing"),
-        (lambda f: (f / "manifest.json").unlink(), "does not exist"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda f: (f / "manifest.json").write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / "manifest.json").write_text("{}"), "not one of ours"),
     ],
@@ -75,6 +82,22 @@ def test_a_damaged_newest_one_is_passed_over(tmp_path: Path, harm: Callable[[Pat
     assert state is not None and state["step"] == 1
     _save(tmp_path, 2)  # the same step again replaces it
     assert damage(newest) is None
+
+
+def test_what_the_system_refuses_to_read_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that went on from the one before would remove it."""
+
+    def stale(path: Path) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    _save(tmp_path, 1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sha256", stale)
+        with pytest.raises(UserError, match=r"000000002/state.pt cannot be read .Stale file handle.; it may be whole"):
+            load_latest(tmp_path, CPU)
+        assert "Stale file handle" in (damage(list_checkpoints(tmp_path)[-1]) or "")
+    state = load_latest(tmp_path, CPU)
+    assert state is not None and state["step"] == 2
 
 
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:

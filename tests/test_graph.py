@@ -17,7 +17,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """torch.cuda with streams that do nothing and graphs that remember what was captured."""
-    state = SimpleNamespace(capturing=False, replayed=0, fails=False, made=[], waits=[], captured_on=None)
+    state = SimpleNamespace(capturing=False, replayed=0, discarded=0, fails=False, made=[], waits=[], captured_on=None)
 
     class Stream:
         def __init__(self, *_: object) -> None:
@@ -32,6 +32,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     class Graph:
         def replay(self) -> None:
             state.replayed += 1
+
+        def reset(self) -> None:
+            state.discarded += 1
 
     @contextlib.contextmanager
     def capture(graph: Graph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
@@ -75,6 +78,22 @@ def test_what_cannot_be_captured_runs_as_it_is(fake_cuda: SimpleNamespace) -> No
         step()
     step()
     assert ran == [False] * 3 + [True] + [False] * 2 and not step.captured
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ranks_replay_all_or_none(fake_cuda: SimpleNamespace, fails: bool) -> None:
+    """Another rank failed; this one may have too."""
+    fake_cuda.fails = fails
+    ran: list[bool] = []
+    asked: list[bool] = []
+    step = GraphedStep(lambda: ran.append(fake_cuda.capturing), CUDA, agree=lambda mine: bool(asked.append(mine)))
+    for _ in range(3):
+        step()
+    with pytest.warns(UserWarning, match="could not be captured" if fails else "another rank could not capture"):
+        step()
+    step()
+    assert asked == [not fails] and ran == [False] * 3 + [True] + [False] * 2
+    assert fake_cuda.replayed == 0 and fake_cuda.discarded == int(not fails)
 
 
 @pytest.mark.parametrize(("device", "enabled"), [(CUDA, False), (torch.device("cpu"), True)])

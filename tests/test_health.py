@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from fastbegan import train as train_module
+from fastbegan.cli import main
 from fastbegan.health import HealthMonitor
+
+from .conftest import TINY
 
 
 def test_stuck_k() -> None:
@@ -14,12 +22,31 @@ def test_stuck_k() -> None:
 
 def test_fallen_diversity() -> None:
     monitor = HealthMonitor()
-    messages = [monitor.after_sheet(d, 1000) for d in (0.01, 0.2, 0.15, 0.05, 0.04, 0.2, 0.01)]
+    messages = [monitor.after_sheet(d, 1000, 0.1) for d in (0.01, 0.2, 0.15, 0.05, 0.04, 0.2, 0.01)]
     assert [bool(m) for m in messages] == [False, False, False, True, False, False, True]
     assert "fell from 0.200" in str(messages[3])
 
 
 def test_diversity_that_never_rose() -> None:
     monitor = HealthMonitor()
-    assert monitor.after_sheet(0.001, 99_999) is None
-    assert "never rose in 100,000 images" in str(monitor.after_sheet(0.001, 100_000))
+    assert monitor.after_sheet(0.001, 99_999, 0.01) is None
+    assert "never rose in 100,000 images" in str(monitor.after_sheet(0.001, 100_000, 0.01))
+    assert monitor.after_sheet(0.001, 200_000, 0.02) is None  # said once
+
+
+def test_a_short_run_is_told_by_its_middle() -> None:
+    monitor = HealthMonitor()
+    assert monitor.after_sheet(0.001, 35_200, 0.46) is None
+    assert "never rose in 38,400 images); try a longer run" in str(monitor.after_sheet(0.001, 38_400, 0.5))
+    assert monitor.after_sheet(0.1, 41_600, 0.54) is None
+
+
+def test_a_run_whose_samples_stay_alike_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_module, "diversity", lambda images: 0.001)
+    flags = [*TINY, "--sample-every", "10", "--device", "cpu", "--out", str(tmp_path / "run")]
+    for steps in ("40", "50"):  # the continued run was told before
+        assert main(["train", *flags, "--steps", steps]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "look alike" in line]
+    assert len(said) == 1 and "warning: step 20: " in said[0] and "never rose in 160 images" in said[0]

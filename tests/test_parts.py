@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbegan import PRESETS, ModelConfig, TrainConfig, TrainStep, train
+from fastbegan import PRESETS, ModelConfig, TrainConfig, TrainStep, UserError, train
 from fastbegan.bucket import Bucket
 from fastbegan.checkpoint import list_checkpoints
+from fastbegan.data.choose import same_images
+from fastbegan.layers import Equilibrium
 from fastbegan.models import build
 from fastbegan.objective import OBJECTIVES
-from fastbegan.ranks import Flight, Ranks
+from fastbegan.ranks import Flight, LostContactError, Ranks
 from fastbegan.report import Report
 from fastbegan.run import RunConfig
 from fastbegan.train import Training
+from fastbegan_kernels import tuning
 
 MODEL = ModelConfig(size=16, filters=4, hidden=6, latent=6, widths=(1, 2))
 TRAIN = TrainConfig(batch_size=6, lr=1e-3)
@@ -34,12 +38,16 @@ MODES = [
 EVERY = pytest.mark.parametrize(("passes", "updates", "latents"), MODES)
 
 
-class _Landed(Flight):
-    def __init__(self) -> None:
+class _Sum(Flight):
+    """Is not there before it lands."""
+
+    def __init__(self, values: Tensor, found: Tensor) -> None:
         super().__init__(None)
+        self.values, self.found = values, found
+        values.fill_(float("nan"))
 
     def land(self) -> None:
-        pass
+        self.values.copy_(self.found)
 
 
 class _Threads(Ranks):
@@ -53,9 +61,9 @@ class _Threads(Ranks):
         self.sums += 1
         self.given[self.rank] = values.clone()
         self.barrier.wait(60)
-        values.copy_(torch.stack([one for one in self.given if one is not None]).sum(0))
+        found = torch.stack([one for one in self.given if one is not None]).sum(0)
         self.barrier.wait(60)
-        return _Landed()
+        return _Sum(values, found)
 
 
 def _ranks(world: int) -> list[_Threads]:
@@ -168,6 +176,22 @@ def test_what_was_sent_is_not_sent_again() -> None:
     assert ranks.sums == 1 and torch.equal(net.weight.grad, torch.full((1, 2), 0.5))
 
 
+def test_lost_contact_is_no_failure_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    (ranks,) = _ranks(1)
+    ranks.world = 2
+    step = TrainStep(*build(MODEL, seed=0), TRAIN, ranks=ranks)
+
+    def lost(_: Tensor) -> Flight:
+        raise LostContactError("broken pipe")
+
+    monkeypatch.setattr(ranks, "begin_sum", lost)
+    monkeypatch.setattr(step.objective, "compiled", True, raising=False)
+    before = step.objective
+    with pytest.raises(LostContactError):
+        step(*_batch())
+    assert step.objective is before
+
+
 def test_a_step_that_failed_leaves_no_sum_to_the_next() -> None:
     """As one does that cannot be captured: the step after it sends as many sums as any."""
     (ranks,) = _ranks(1)
@@ -192,6 +216,114 @@ def test_rates_grow_with_the_batch(rule: str, factor: float) -> None:
     assert config.scale == factor
     assert step.optimizer_g.param_groups[0]["lr"].item() == pytest.approx(factor * config.lr)
     assert step.equilibrium.lambda_k == pytest.approx(factor * config.lambda_k)
+
+
+def test_what_this_rank_breaks_is_no_lost_contact() -> None:
+    for message, kind in (
+        ("Connection closed by peer", LostContactError),
+        ("CUDA error: an illegal memory access was encountered", RuntimeError),
+    ):
+
+        class Work:
+            def wait(self, message: str = message) -> None:
+                raise RuntimeError(message)
+
+        with pytest.raises(kind, match=message):
+            Flight(Work()).land()
+
+
+def test_ranks_may_know_different_things_of_the_same_images() -> None:
+    ranks = _ranks(1)[0]
+    pack, files = ({"count": 9, "crc32": one, "files": two} for one, two in ((5, None), (None, "ab")))
+    for other, fits in ((files, True), ({**pack, "crc32": 6}, False), ({**files, "count": 8}, False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks, "gather", lambda value, other=other: [value, other])
+            with contextlib.nullcontext() if fits else pytest.raises(UserError, match="data of rank 1 is"):
+                ranks.require_same("data", pack, same_images)
+
+
+def test_a_wait_at_a_checkpoint_counts_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who hangs before it is behind the others, so it is named."""
+    ranks, told = Ranks(0, 2), list[str]()
+    monkeypatch.setattr(ranks, "tick", lambda: told.append("tick"))
+    monkeypatch.setattr(ranks, "gather", lambda value: (told.append("gather"), [value, value])[1])
+    ranks.require_equal(lambda: 1, "step 1", tmp_path)
+    assert ranks.agree(True) and told == ["tick", "gather"] * 2
+
+
+class _Pair(Ranks):
+    """One of two ranks, with another that always says the same."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank, 2)
+        self.told: list[object] = []
+        self.meets: Callable[[], object] = lambda: None
+
+    def begin_sum(self, values: Tensor) -> Flight:
+        return _Sum(values, values * 2)
+
+    def gather(self, value: Any) -> list[Any]:
+        self.told.append(self.meets())
+        return [value] * 2
+
+    def from_first(self, value: Any) -> Any:
+        return value
+
+    def settle(self, settled: bool = True) -> None:
+        self.told.append(settled)
+
+
+def _training(folder: Path, ranks: Ranks, **options: Any) -> Training:
+    config = replace(TRAIN, data="faces:64", device="cpu", compile="off", steps=10, **options)
+    with Report(quiet=True) as report:
+        return Training(RunConfig("demo", MODEL, config), folder, resume=True, report=report, ranks=ranks)
+
+
+def test_all_ranks_wait_until_the_first_has_said_what_was_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = _Pair(0)
+    training = _training(tmp_path / "run", ranks)
+    training.advance_one()
+    written: list[str] = []
+    monkeypatch.setattr(training._writer, "finish", lambda: written.append("checkpoint"))
+    ranks.told.clear()
+    ranks.meets = lambda: (*written, training.folder.nonfinite_file.exists())
+    assert training._stop_not_finite() == train.NOT_FINITE
+    assert ranks.told == [False, ("checkpoint", True)]
+
+
+def test_steps_are_settled_but_for_the_first_sheet(tmp_path: Path) -> None:
+    """Which a checkpoint is not."""
+    ranks = _Pair(0)
+    training = _training(tmp_path / "run", ranks)
+    settled: list[object] = []
+    for _ in range(6):
+        training.advance_one()
+        ranks.told.clear()
+        training._settle()
+        settled += [one for one in ranks.told if one is not None]
+    assert settled == [True]
+    ranks.told.clear()
+    training._checkpoint()
+    training._writer.finish()
+    assert ranks.told == [None, True]
+    ranks.told.clear()
+    training._row_clock = 0.0
+    for _ in range(2):
+        training._sheet()
+    assert ranks.told == [False, True, True]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_chooses_the_kernel_of_k_for_all(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Each rank computes k for itself, and two kernels may differ in its last bit."""
+    told: list[str] = []
+    step = _step(_Pair(rank))
+    monkeypatch.setattr(Equilibrium, "update", lambda *_: told.append("choose"))
+    monkeypatch.setattr(tuning, "adopt", lambda *_: told.append("adopt"))
+    step.adopt_kernels()
+    assert told == ["choose", "adopt"][rank:]
 
 
 def test_a_checkpoint_hardly_holds_up_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from fastbegan.bench.plan import all_reduce_seconds
 from fastbegan.checkpoint import list_checkpoints
 from fastbegan.ranks import _roll_call
 from fastbegan.run import RunFolder
+from fastbegan.stop import StopRequest
 from tests.conftest import ROOT, environment
 from tests.two_nodes import NOT_HERE
 
@@ -89,8 +90,21 @@ def _errors(output: str) -> list[str]:
 def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+        if process.poll() is not None or time.monotonic() > until:
+            process.terminate()  # torchrun ends its ranks, which are in sessions of their own
+            pytest.fail(process.communicate(timeout=60)[0])
         time.sleep(0.05)
+
+
+def _ranks_of(run: subprocess.Popen[str]) -> dict[str, int]:
+    """The processes of torchrun's ranks."""
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    return {
+        value.partition("=")[2]: int(child)
+        for child in children
+        for value in Path(f"/proc/{child}/environ").read_text().split("\0")
+        if value.startswith("RANK=")
+    }
 
 
 @pytest.mark.slow
@@ -129,6 +143,24 @@ def test_a_rank_that_dies(tmp_path: Path, torchrun: Start, restarts: int) -> Non
         "error: rank 1 (): no sign of life for 6 seconds, at step 15"
     ], output
     assert _state(out)["step"] == 10
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_while_it_starts(tmp_path: Path, torchrun: Start) -> None:
+    """The other one waits for it; or loads, and hears torchrun's SIGTERM there."""
+    run = torchrun(2, *FLAGS, "--steps", 25, "--out", tmp_path / "a", fault="load 1 kill 1")
+    output = run.communicate(timeout=200)[0]
+    (message,) = _errors(output)
+    assert message.startswith("error: rank 1 (on ") and "no sign of life for 6 seconds" in message
+    assert "KeyboardInterrupt" not in output and "interrupted" not in output
+    out = tmp_path / "b"
+    run = torchrun(2, *FLAGS, "--steps", 25, "--out", out, fault=f"load 1 hang:{tmp_path / 'here'} 0")
+    _wait_for((tmp_path / "here").exists, run)
+    os.kill(_ranks_of(run)["1"], signal.SIGKILL)
+    output = run.communicate(timeout=200)[0]
+    (message,) = _errors(output)
+    assert message.startswith("error: rank 1 (on ") and "no sign of life for 20 seconds" in message
+    assert "KeyboardInterrupt" not in output and "interrupted" not in output
 
 
 @pytest.mark.slow
@@ -172,12 +204,16 @@ def test_nan_in_one_rank_stops_all_before_any_weight_changes(tmp_path: Path, tor
 
 
 @pytest.mark.slow
-def test_ranks_that_drift_apart_save_nothing(tmp_path: Path, torchrun: Start) -> None:
-    run = torchrun(2, *FLAGS, "--steps", 40, "--out", tmp_path / "run", fault="step 17 drift 1")
+@pytest.mark.parametrize(("step", "noticed", "saved"), [(1, 1, 0), (17, 20, 10)])
+def test_ranks_that_drift_apart_save_nothing(
+    tmp_path: Path, torchrun: Start, step: int, noticed: int, saved: int
+) -> None:
+    run = torchrun(2, *FLAGS, "--steps", 40, "--out", tmp_path / "run", fault=f"step {step} drift 1")
     output = run.communicate(timeout=200)[0]
     (message,) = _errors(output)
-    assert run.returncode != 0 and "step 20: the weights of rank 1 are no longer those of rank 0" in message
-    assert _state(tmp_path / "run")["step"] == 10
+    assert run.returncode != 0 and f"step {noticed}: the weights of rank 1 are no longer those of rank 0" in message
+    found = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [int(one.name) for one in found] == [saved][: bool(saved)]
 
 
 @pytest.mark.slow
@@ -186,15 +222,8 @@ def test_a_signal_to_any_rank_stops_all_at_one_step(tmp_path: Path, torchrun: St
     out = tmp_path / "run"
     run = torchrun(2, *FLAGS, "--steps", 100_000, "--out", out)
     _wait_for((out / "checkpoints" / "000000010").exists, run)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    ranks = {
-        value.partition("=")[2]: int(child)
-        for child in children
-        for value in Path(f"/proc/{child}/environ").read_text().split("\0")
-        if value.startswith("RANK=")
-    }
     sent = time.monotonic()
-    os.kill(ranks["1"], number)
+    os.kill(_ranks_of(run)["1"], number)
     output = run.communicate(timeout=60)[0]
     assert time.monotonic() - sent < 15 and run.returncode == 0, output
     state = _state(out)
@@ -251,7 +280,18 @@ def test_bad_input_is_said_once(tmp_path: Path, torchrun: Start) -> None:
         output = run.communicate(timeout=200)[0]
         assert run.returncode != 0 and "Traceback" not in output.partition("torch/distributed")[0], output
         assert sum(message in line for line in output.splitlines()) == 1, output
-        assert "exitcode  : 2" in output
+        assert "exitcode  : 2" in output and "interrupted" not in output
+
+
+def test_of_several_ranks_only_an_interrupt_ends_a_start() -> None:
+    with StopRequest(ranks=True) as stop:
+        signal.raise_signal(signal.SIGTERM)  # torchrun's, since another rank died: it has yet to be named
+        assert stop.signal == signal.SIGTERM
+        stop.ignore()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+    with StopRequest(ranks=True), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_ranks_that_start_again_do_not_take_what_was_left_for_their_own() -> None:
@@ -271,6 +311,7 @@ def test_ranks_that_start_again_do_not_take_what_was_left_for_their_own() -> Non
 THIRTY_FIVE = [*FLAGS, "--steps", "35", "--checkpoint-every", "5", "--deterministic"]
 # with the step of the checkpoint that must be there afterwards
 POINTS = {
+    "config 1": 0, "config+ 1": 0,
     "step 1": 0, "step 14": 5, "step+ 10": 0, "metrics 2": 0, "sheet 1": 0, "copy 1": 0, "copy 2": 0, "weights 1": 0,
     "weights 2": 5, "save 1": 0, "save 2": 5, "save+ 2": 5, "fsync 5": 0, "fsync 6": 0, "sum 2": 5, "manifest 2": 5,
     "rename 1": 0, "rename 2": 5, "rename+ 2": 10, "sync 2": 10, "purge 1": 15,

@@ -51,6 +51,11 @@ def open_loader(
     return loader, f"{catalogue.description}; loader {asked}: {why}", known
 
 
+def same_images(one: dict[str, object], other: dict[str, object]) -> bool:
+    """Whether what `open_loader` knows of two sets of images is no contradiction: loaders know different things."""
+    return all(None in (value, other[name]) or value == other[name] for name, value in one.items())
+
+
 def _from_pack(images: ImageSet, batching: Batching, asked: str) -> tuple[Loader, str]:
     needed = images.images.nbytes
     if asked == "resident" or (asked == "auto" and batching.device.type == "cuda"):

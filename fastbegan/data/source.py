@@ -147,6 +147,12 @@ def absolute(data: str) -> str:
     return data if kind == "faces" else str(Path(data).resolve())
 
 
+def without_folders(data: str) -> str:
+    """`data` with the last part of its path only, to be shown to others."""
+    kind, _, rest = data.partition(":")
+    return f"{kind}:{Path(rest).name}" if kind in arrays.NAMES else Path(data).name or data
+
+
 def find_source(data: str) -> Source:
     """The source that `data` names. Raises UserError where there is none."""
     kind, _, rest = data.partition(":")

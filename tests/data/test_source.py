@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastbegan import UserError
 from fastbegan.data.prepare import load_images
-from fastbegan.data.source import Files, absolute, find_source
+from fastbegan.data.source import Files, absolute, find_source, without_folders
 
 
 def _images(data: object, size: int = 16, **options: object) -> np.ndarray:
@@ -165,6 +165,20 @@ def _idx(path: Path, values: np.ndarray) -> None:
     header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
     with gzip.open(path, "wb") as file:
         file.write(header + values.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        ("faces:64", "faces:64"),
+        ("/home/me/photos/", "photos"),
+        ("/a/b:c/faces.pack", "faces.pack"),
+        ("cifar10:/home/me/sets", "cifar10:sets"),
+        (".", "."),
+    ],
+)
+def test_data_is_shown_without_its_folders(data: str, shown: str) -> None:
+    assert without_folders(data) == shown
 
 
 def test_fashion_mnist_from_its_files(tmp_path: Path) -> None:
