@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from tyro.conf import subcommand
 
@@ -121,9 +122,33 @@ def main(arguments: list[str] | None = None) -> int:
         if speaks or command is not None:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _means_out_of_memory(error):
+            raise
+        print(f"error: {_first_line(error)}{_less_memory(command)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _means_out_of_memory(error: Exception) -> bool:
+    # torch has a type for a GPU's memory only
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or "out of memory"
+
+
+def _less_memory(command: object) -> str:
+    if not isinstance(command, Train):
+        return ""
+    return (
+        "; less is needed with --recompute, with --accumulate PARTS, or with a smaller --batch-size in a new --out; "
+        f"what fits: fastbegan doctor --preset {command.preset}"
+    )
 
 
 def _ignore_warning(*_: object, **__: object) -> None:

@@ -46,10 +46,10 @@ class Sample:
     """How many images; with --interpolate, how many rows of the strip."""
     seed: int = 0
     """Which latents."""
-    columns: int = 8
-    """Images in a row of the sheet."""
+    columns: int | None = None
+    """Images in a row of the sheet. Default: 8."""
     single: bool = False
-    """Write each image as a PNG of its own too."""
+    """Write each image as a PNG of its own too, into seed-SEED/ beside the sheet."""
     interpolate: int = 0
     """Steps on the way from each image to the next: writes a strip instead of a sheet."""
     gif: bool = False
@@ -73,7 +73,7 @@ class Evaluate:
     against: str | None = None
     """The data set, as train takes it. Default: what the run was trained on."""
     count: int = 5000
-    """How many images of each side, or all there are. Below 2,000 the Frechet distance comes out too high."""
+    """How many images of each side, or all there are. Below 10,000 the Frechet distance comes out clearly too high."""
     size: int | None = None
     """Height and width to which both sides are scaled. Default: the run's, else 64."""
     crop: str | None = None
@@ -141,6 +141,8 @@ class Experiment:
     """As for evaluate."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    any_code: bool = False
+    """Go on with what another version of the code, or another kind of device, has made; the report then says so."""
 
     def run(self) -> int:
         from .experiments import experiment

@@ -29,6 +29,11 @@ def _require(ok: bool, field: str, value: object, accepted: str) -> None:
         raise UserError(f"{field} is {value!r}; accepted: {accepted}")
 
 
+def require_seed(seed: int) -> None:
+    """Raises UserError for a seed that torch does not take."""
+    _require(0 <= seed < 2**63, "seed", seed, "whole numbers from 0 to 2^63 - 1")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of both networks (paper §3.5). Raises UserError for values that no network can have."""
@@ -181,7 +186,7 @@ class TrainConfig:
         _require(self.lr_floor >= 0, "lr_floor", self.lr_floor, "numbers from 0")
         _require(self.lambda_k >= 0, "lambda_k", self.lambda_k, "numbers from 0")
         _require(self.ema_half_life >= 0, "ema_half_life", self.ema_half_life, "numbers from 0")
-        _require(self.seed >= 0, "seed", self.seed, "whole numbers from 0")
+        require_seed(self.seed)
         _require(self.lr_window >= 0, "lr_window", self.lr_window, "whole numbers from 0")
         _require(self.carry_steps >= 1, "carry_steps", self.carry_steps, "whole numbers from 1")
         _require(self.keep >= 2, "keep", self.keep, "whole numbers from 2")

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoint import load_latest
-from .config import ModelConfig, TrainConfig
+from .config import ModelConfig, TrainConfig, require_seed
 from .data.prepare import ImageSet, load_images
+from .data.source import without_folders
 from .device import pick_device
 from .errors import UserError
 from .files import atomic, make_folder, read_json
@@ -77,8 +78,7 @@ def explore(
     are looked for in `data`, by default where the run had them; where they are not, the page says so. Raises UserError
     for bad input, among it no generator yet, and a given `data` that cannot be read.
     """
-    if seed < 0:
-        raise UserError(f"seed is {seed}; accepted: whole numbers from 0")
+    require_seed(seed)
     run = RunFolder(run_folder)
     config = run.read_config()
     target = run.path / "explore.html" if out is None else out
@@ -90,7 +90,7 @@ def explore(
     plan = _Plan.of(config.model.size)
     with Report() as report:
         ways, square, samples = _draw(generator, config.model, plan, seed, place, report)
-        rows, problem = _metrics(run)
+        rows, damaged = _metrics(run)
         sheets, lost = _sheets(run, config, 0.38 * plan.room)
         state = _checkpoint(run)
         near, line = _nearest(samples, config, data, seed, state, 0.14 * plan.room, place, report)
@@ -102,17 +102,18 @@ def explore(
             "sheets": sheets,
             "curves": _curves(rows),
         }
-        command = ["fastbegan", "explore", str(run_folder), "--seed", str(seed)]
-        command += [] if data is None else ["--data", data]
+        name = run.path.resolve().name or str(run.path)
+        command = ["fastbegan", "explore", name, "--seed", str(seed)]
+        command += [] if data is None else ["--data", without_folders(data)]
         page = _fill(
             values,
-            title=html.escape(run.path.resolve().name or str(run.path)),
-            facts=_listed(_facts(run, config, rows, state, sheets)),
-            training=_training_note(rows, sheets, problem, lost),
+            title=html.escape(name),
+            facts=_listed([("folder", name), *_facts(run, config, rows, state, sheets)]),
+            training=_training_note(rows, sheets, lost, damaged=damaged),
             nearest=near,
             command=html.escape(shlex.join(command)),
-            ends=str(plan.ends),
-            corners=f"{plan.ends + 1} to {plan.ends + _CORNERS}",
+            ends=f"0 to {plan.ends - 1}",
+            corners=f"{plan.ends} to {plan.ends + _CORNERS - 1}",
             version=html.escape(__version__),
         )
     with atomic(target) as file:
@@ -180,13 +181,13 @@ def _evenly(count: int, most: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(count - 1, 0, min(count, most))})
 
 
-def _metrics(run: RunFolder) -> tuple[list[dict[str, Any]], str | None]:
-    """Rows that say where they belong, and what is wrong with the file."""
+def _metrics(run: RunFolder) -> tuple[list[dict[str, Any]], bool]:
+    """Rows that say where they belong, and whether the file is damaged."""
     try:
         rows = run.read_metrics()
-    except UserError as error:
-        return [], str(error)
-    return [row for row in rows if all(isinstance(row.get(name), int) for name in ("step", "images"))], None
+    except UserError:
+        return [], True
+    return [row for row in rows if all(isinstance(row.get(name), int) for name in ("step", "images"))], False
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -286,14 +287,15 @@ def _nearest(
     except (UserError, OSError) as error:
         if data is not None:
             raise
-        line = f"no nearest training images, since the run's data cannot be read: {error}; --data names another place"
-        return _note(line), line
+        line = "no nearest training images, since the run's data cannot be read"
+        # the page may be passed on: what is wrong, with its path, is only printed
+        return _note(f"{line}; --data names another place"), f"{line}: {error}; --data names another place"
     line = None if _same(found, state) else "these images are not those that the run was trained on (other pixels)"
     seen = compare(
         samples, found.images, _NEIGHBOURS, flip=train.flip, seed=seed, device=place, progress=report.preparing
     )
     files = iter(_encoded([picture for row in seen.pictures for picture in row], room))
-    items = [_row(number, row, [next(files) for _ in range(1 + len(row))]) for number, row in enumerate(seen.rows, 1)]
+    items = [_row(number, row, [next(files) for _ in range(1 + len(row))]) for number, row in enumerate(seen.rows)]
     words = _words(seen, train)
     return f'{_note(line) if line else ""}{words}<ol class="nearest">{"".join(items)}</ol>', line
 
@@ -344,12 +346,12 @@ def _note(line: str) -> str:
 def _facts(
     run: RunFolder, config: RunConfig, rows: list[dict[str, Any]], state: dict[str, Any], sheets: dict[str, Any] | None
 ) -> list[tuple[str, str]]:
-    """What the run is and how far it came."""
+    """What the run is and how far it came; no folders of this machine, for a page may be passed on."""
     model, train = config.model, config.train
     reached = [rows[-1]["step"]] if rows else []
     reached += [state["step"]] if "step" in state else []
     reached += [sheets["list"][-1]["step"]] if sheets else []
-    facts = [("folder", str(run.path.resolve())), ("data", train.data), ("preset", config.preset)]
+    facts = [("data", without_folders(train.data)), ("preset", config.preset)]
     facts += [("images", f"{model.size} px"), ("n", f"{model.filters}"), ("gamma", f"{train.gamma:g}")]
     if reached:
         facts += [("steps", f"{max(reached):,}"), ("images seen", f"{max(reached) * train.batch_size:,}")]
@@ -371,10 +373,11 @@ def _listed(facts: list[tuple[str, str]]) -> str:
     return "".join(items)
 
 
-def _training_note(rows: list[dict[str, Any]], sheets: dict[str, Any] | None, problem: str | None, lost: int) -> str:
+def _training_note(rows: list[dict[str, Any]], sheets: dict[str, Any] | None, lost: int, *, damaged: bool) -> str:
     notes = [] if sheets or lost else ["there are no sheets yet: samples/ of the run holds none"]
     notes += [f"{lost} of the sheets could not be read and {'is' if lost == 1 else 'are'} left out"] if lost else []
-    notes += [] if rows else [f"there are no curves: {problem or 'metrics.jsonl of the run has no rows yet'}"]
+    problem = "is damaged" if damaged else "has no rows yet"
+    notes += [] if rows else [f"there are no curves: metrics.jsonl of the run {problem}"]
     return "".join(map(_note, notes))
 
 

@@ -116,7 +116,7 @@ def _extra() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except ImportError as error:
-        raise UserError(f"evaluate needs a package that is missing ({error}): pip install 'fastbegan[eval]'") from None
+        raise UserError(f"a package of the extra eval is missing ({error}): pip install 'fastbegan[eval]'") from None
 
 
 def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from fastbegan import TrainStep
 from fastbegan.cli import main
 
 from .conftest import environment
@@ -63,6 +65,9 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
         (["train", "--data", "faces:4"], "has only 4 images; a batch needs 16"),
         (["train", "--device", "tpu"], "device is 'tpu'; accepted: auto, cpu, cuda"),
         (["train", "--crop", "left"], "crop is 'left'; accepted: center, none"),
+        (["train", "--seed", "-1"], "seed is -1; accepted: whole numbers from 0 to 2^63 - 1"),
+        (["train", "--seed", str(2**64)], f"seed is {2**64}; accepted: whole numbers from 0 to 2^63 - 1"),
+        (["sample", "--seed", str(2**63)], f"seed is {2**63}; accepted: whole numbers from 0 to 2^63 - 1"),
         (["sample", "/nowhere"], "/nowhere is no run folder"),
         (["evaluate", "/nowhere"], "against is missing, and '/nowhere' is no run folder"),
         (["evaluate", "faces", "--against", "faces", "--count", "9"], "count is 9; accepted: whole numbers from 10"),
@@ -121,8 +126,8 @@ def test_sample_sheet_and_single_images(run_folder: Path, tmp_path: Path, capsys
     assert printed[0] == str(tmp_path / "sheet-5.png")
     with Image.open(tmp_path / "sheet-5.png") as sheet:
         assert sheet.size == (3 * 64, 2 * 64)
-    singles = sorted(tmp_path.glob("5-*.png"))
-    assert len(singles) == 6
+    singles = sorted((tmp_path / "seed-5").iterdir())  # nothing else in it
+    assert [path.name for path in singles] == [f"{number:05d}.png" for number in range(6)]
     with Image.open(singles[0]) as image:
         assert image.size == (32, 32)
     first = singles[0].read_bytes()
@@ -144,6 +149,10 @@ def test_sample_interpolation(run_folder: Path, capsys: pytest.CaptureFixture[st
         (["--count", "0"], "count is 0; accepted: whole numbers from 1"),
         (["--interpolate", "1"], "interpolate is 1; accepted: 0 for a sheet"),
         (["--gif"], "gif needs interpolate"),
+        (["--count", "10000000000000"], "count is 10000000000000; accepted: whole numbers from 1 to 100000"),
+        (["--interpolate", "10000", "--count", "64"], "interpolate is 10000; accepted with count 64: steps up to 1562"),
+        (["--interpolate", "5", "--single"], "single is True; accepted with a sheet only, not with interpolate 5"),
+        (["--interpolate", "5", "--columns", "4"], "columns is 4; accepted with a sheet only"),
     ],
 )
 def test_wrong_sample_options(
@@ -151,6 +160,34 @@ def test_wrong_sample_options(
 ) -> None:
     assert main(["sample", str(run_folder), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB\nmore"), MemoryError()])
+def test_too_little_memory_is_one_clear_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TrainStep, "__call__", full)
+    flags = ["--steps", "4", "--filters", "2", "--data", "faces:32", "--device", "cpu"]
+    assert main(["train", *flags, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "out of memory" in said
+    for words in ("--recompute", "--accumulate", "--batch-size", "fastbegan doctor --preset demo"):
+        assert words in said
+    monkeypatch.setattr(TrainStep, "__call__", lambda *_: bool(torch.zeros(2)))
+    with pytest.raises(RuntimeError, match="ambiguous"):  # a mistake of the program is not hidden
+        main(["train", *flags, "--out", str(tmp_path / "run")])
+
+
+def test_a_missing_extra_is_named_and_no_other_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    assert main(["evaluate", "faces:20", "--against", "faces:20"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: a package of the extra eval is missing (") and "fastbegan[eval]" in error
 
 
 def test_info(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,9 +143,20 @@ def test_curves_are_the_rows(run: Path, page: str) -> None:
 
 def test_facts_and_nearest_images_can_be_read_without_a_script(run: Path, page: str) -> None:
     reader = _Reader(page)
-    for words in ("demo", "32 px", "gamma", "320", f"fastbegan explore {run} --seed 0", "of all 64 training images"):
+    for words in (
+        "demo",
+        "32 px",
+        "gamma",
+        "320",
+        f"fastbegan explore {run.name} --seed 0",
+        "of all 64 training images",
+    ):
         assert words in reader.text, words
+    assert str(run.parent) not in page  # it may be passed on
     tiles = reader.of("img")
+    # as `fastbegan sample --single` counts
+    assert [tile["alt"] for tile in tiles[::6]] == [f"generated image {number}" for number in range(12)]
+    assert "Images 8 to 11 stand at the corners" in reader.text and "0 to 7 are the ends" in reader.text
     assert len(tiles) == 12 * 6 and all(tile["alt"] and (tile["src"] or "").startswith("data:") for tile in tiles)
     assert re.search(r"a training image is \d+\.\d from the nearest other one", reader.text)
     first = pixels(tiles[0]["src"] or "")
@@ -187,12 +198,12 @@ def test_the_same_run_and_seed_give_the_same_page(run: Path, page: str, tmp_path
 
 @pytest.mark.parametrize("name", ["a <b> & \"c\" 'd' <", "]]> $x @@data ${y} ü 脸", "two\nlines"])
 def test_odd_names_are_only_text(run: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = Path(shutil.copytree(run, tmp_path / name / "script> <!--"))  # together: </script>
+    folder = Path(shutil.copytree(run, tmp_path / f"{name} script> <!--"))
     assert main(["explore", str(folder)]) == 0
     assert capsys.readouterr().out.endswith(f"{folder / 'explore.html'}\n")
     reader = _Reader((folder / "explore.html").read_text(encoding="utf-8"))
     assert len(reader.scripts) == 2 and not reader.of("b")
-    assert str(folder) in reader.text and "script> <!-- · fastbegan explore" in reader.text
+    assert "script> <!-- · fastbegan explore" in reader.text and str(folder) not in reader.text
     assert json.loads(reader.scripts[0])["ways"]["frames"] == 25
 
 
@@ -209,13 +220,14 @@ def test_a_run_that_has_only_a_generator(copy: Path, capsys: pytest.CaptureFixtu
     shutil.rmtree(copy / "checkpoints")
     (copy / "metrics.jsonl").unlink()
     config = json.loads((copy / "config.json").read_text())
-    config["train"]["data"] = "/gone/<i>photos"
+    config["train"]["data"] = "/gone/<i>photos"  # and the page says its last part only
     (copy / "config.json").write_text(json.dumps(config))
     assert explore(copy) == 0
     said = capsys.readouterr().out
     assert "no nearest training images, since the run's data cannot be read: data '/gone/<i>photos' does not" in said
     reader = _Reader((copy / "explore.html").read_text(encoding="utf-8"))
     data = json.loads(reader.scripts[0])
+    assert "<i>photos" in reader.text and "/gone" not in reader.text
     assert data["sheets"] is None and data["curves"] is None and not reader.of("img") and not reader.of("i")
     for words in (
         "There are no sheets yet",
@@ -225,6 +237,13 @@ def test_a_run_that_has_only_a_generator(copy: Path, capsys: pytest.CaptureFixtu
     ):
         assert words in reader.text
     assert "steps" not in reader.text.partition("From one image")[0]
+
+
+def test_a_damaged_log_is_no_way_to_the_folder(copy: Path) -> None:
+    (copy / "metrics.jsonl").write_text('{"step": 3, }\n')
+    assert explore(copy) == 0
+    page = (copy / "explore.html").read_text(encoding="utf-8")
+    assert "metrics.jsonl of the run is damaged" in _Reader(page).text and str(copy.parent) not in page
 
 
 def test_data_that_was_given_has_to_be_there(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,10 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     assert explore(run, out=full) == 0
     copy = Path(shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("samples", "metrics.jsonl")))
     assert explore(copy, out=bare) == 0
+    names = ("convergence", "loss_real", "loss_fake", "k")
+    rows = [{"step": at, "images": 1_000_000 * at, **dict.fromkeys(names, 0.1 * at)} for at in (1, 2, 3)]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert explore(copy, out=tmp_path / "long.html") == 0
     images, browser = samples(run, 12), _Browser(tmp_path)
     try:
         browser.open(full)
@@ -91,6 +96,11 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
             resources = browser.js("return performance.getEntriesByType('resource').map((entry) => entry.name)")
             assert [name for name in resources if not name.startswith("data:")] == []
         assert browser.js("return find('sheets').hidden && find('curves').hidden")
+        browser.open(tmp_path / "long.html")
+        browser.wait("find('chart').childElementCount")
+        labels = browser.js("return [...document.querySelectorAll('#chart text')].map((one) => one.textContent)")
+        assert {"1", "2", "3", "million images seen"} <= set(labels)
+        browser.open(bare)
         ask = "const done = arguments[0]; fetch('data:,x').then(() => done('loaded'), () => done('refused'))"
         assert browser.driver.execute_async_script(ask) == "refused"
     finally:
