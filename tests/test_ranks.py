@@ -314,7 +314,7 @@ POINTS = {
     "config 1": 0, "config+ 1": 0,
     "step 1": 0, "step 14": 5, "step+ 10": 0, "metrics 2": 0, "sheet 1": 0, "copy 1": 0, "copy 2": 0, "weights 1": 0,
     "weights 2": 5, "save 1": 0, "save 2": 5, "save+ 2": 5, "fsync 5": 0, "fsync 6": 0, "sum 2": 5, "manifest 2": 5,
-    "rename 1": 0, "rename 2": 5, "rename+ 2": 10, "sync 2": 10, "purge 1": 15,
+    "rename 1": 0, "rename 2": 5, "rename+ 2": 10, "sync 1": 0, "sync 3": 10, "purge 1": 15,
 }  # fmt: skip
 
 
