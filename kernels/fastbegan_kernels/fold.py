@@ -46,12 +46,30 @@ def fold(
             raise ValueError(f"weight is {large[0]}; impl 'fused' accepts kernels of 1x1 and 3x3")
         mode = None
     if mode is None or mode == "algebraic":
-        plain = (_PLAIN[kind](weight).to(dtype) for weight, kind in zip(weights, kinds, strict=True))
-        return [weight.contiguous(memory_format=torch.channels_last) for weight in plain]
+        return [_plain(weight, kind, dtype) for weight, kind in zip(weights, kinds, strict=True)]
     flat = _fold(list(weights), " ".join(kinds), dtype, mode)
     shapes = [packed_shape(w.shape, kind) for w, kind in zip(weights, kinds, strict=True)]
     parts = flat.split([a * h * w * b for a, b, h, w in shapes])
     return [part.view(a, h, w, b).permute(0, 3, 1, 2) for part, (a, b, h, w) in zip(parts, shapes, strict=True)]
+
+
+def _plain(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    if kind == "conv":
+        return weight.to(dtype=dtype, memory_format=torch.channels_last)
+    return _PlainFold.apply(weight, kind, dtype)
+
+
+class _PlainFold(torch.autograd.Function):
+    """With its transpose written out: autograd's, of every slice and sum by itself, takes three times as long."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+        ctx.kind, ctx.dtype = kind, weight.dtype
+        return _PLAIN[kind](weight).to(dtype=dtype, memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _TRANSPOSES[ctx.kind](grads[0].to(ctx.dtype)), None, None
 
 
 def packed_shape(shape: Sequence[int], kind: str) -> tuple[int, int, int, int]:
@@ -67,7 +85,8 @@ def fold_upsample(weight: Tensor) -> Tensor:
 
     Exact and linear, hence differentiable by its transpose, in the weight's own dtype, under autocast too.
     """
-    return _fold_taps(_fold_taps(weight, 2), 3).transpose(0, 1)
+    taps = weight.permute(1, 2, 3, 0).contiguous()  # as channels_last has the result in memory
+    return _fold_taps(_fold_taps(taps, 1), 2).permute(0, 3, 1, 2)
 
 
 def fold_skip(weight: Tensor) -> Tensor:
@@ -89,7 +108,7 @@ def _fold_taps(weight: Tensor, dim: int) -> Tensor:
 
 def _unfold_upsample(grad: Tensor) -> Tensor:
     """The transpose of `fold_upsample`."""
-    return _unfold_taps(_unfold_taps(grad, 2), 3).transpose(0, 1)
+    return _unfold_taps(_unfold_taps(grad.permute(0, 2, 3, 1), 1), 2).permute(3, 0, 1, 2)
 
 
 def _unfold_taps(grad: Tensor, dim: int) -> Tensor:

@@ -8,6 +8,7 @@ around them; anything else names the tile of a fused kernel. Weights are packed 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,9 @@ def forward(
             x, weight, bias, skip, kind=kind, activation=activation, alpha=alpha, tile=tiles.tile_named(how)
         )
     inside = bias.to(x.dtype) if bias is not None and how == "plain" else None
-    if kind == "up":
+    if _to_few(x, weight, kind):
+        y = _convolve_to_few(x, weight, inside)
+    elif kind == "up":
         y = F.conv_transpose2d(x, weight, inside, stride=2, padding=1)
     elif kind == "down_end":
         y = F.conv2d(F.pad(x, reference.END), weight, inside, 2)
@@ -74,20 +77,25 @@ def _add_phase_table(y: Tensor, table: Tensor) -> None:
 
 
 def activation_backward(
-    grad: Tensor, y: Tensor, *, activation: str, alpha: float, how: str
+    grad: Tensor, y: Tensor, *, activation: str, alpha: float, how: str, own: bool = False
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """grad * act'(y), both [N, K, H, W], and its sum [K] in float32 (float64 for float64)."""
+    """grad * act'(y), both [N, K, H, W], and its sum [K] in float32 (float64 for float64). `own`: grad may be lost."""
     if how != "plain":
         return _fused()[0].activation_backward(grad, y, activation=activation, alpha=alpha)
-    dz = _DERIVATIVE[activation](grad, y, alpha).contiguous(memory_format=torch.channels_last)
+    dz = grad
+    if activation != "none":
+        derivative, given = _DERIVATIVE[activation]
+        in_place = own and not torch.compiler.is_compiling()
+        numbers = given(grad, y, alpha)
+        dz = derivative.grad_input(*numbers, grad_input=grad) if in_place else derivative(*numbers)
+    dz = dz.contiguous(memory_format=torch.channels_last)
     return dz, bias_gradient(dz)
 
 
-_DERIVATIVE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "elu": lambda grad, y, alpha: torch.ops.aten.elu_backward(grad, alpha, 1.0, 1.0, True, y),
-    "relu": lambda grad, y, alpha: torch.ops.aten.threshold_backward(grad, y, 0),
-    "leaky_relu": lambda grad, y, alpha: torch.ops.aten.leaky_relu_backward(grad, y, alpha, True),
-    "none": lambda grad, y, alpha: grad,
+_DERIVATIVE: dict[str, tuple[Any, Callable[[Tensor, Tensor, float], tuple]]] = {
+    "elu": (torch.ops.aten.elu_backward, lambda grad, y, alpha: (grad, alpha, 1.0, 1.0, True, y)),
+    "relu": (torch.ops.aten.threshold_backward, lambda grad, y, alpha: (grad, y, 0)),
+    "leaky_relu": (torch.ops.aten.leaky_relu_backward, lambda grad, y, alpha: (grad, y, alpha, True)),
 }
 
 
@@ -105,10 +113,13 @@ def input_gradient(
         return launch.input_gradient(
             dz, weight, y_prev, kind=kind, size=size, activation=activation or "none", alpha=alpha, tile=tile
         )
-    dx = _library(dz, x, weight, kind, [True, False, False])[0]
+    if _to_few(dz, across := weight.transpose(0, 1), kind):
+        dx = _convolve_to_few(dz, across.flip(2, 3), None)
+    else:
+        dx = _library(dz, x, weight, kind, [True, False, False])[0]
     if activation is None:
         return dx.contiguous(memory_format=torch.channels_last), None
-    return activation_backward(dx, x, activation=activation, alpha=alpha, how=how)
+    return activation_backward(dx, x, activation=activation, alpha=alpha, how=how, own=True)
 
 
 def bias_gradient(dz: Tensor) -> Tensor:
@@ -118,8 +129,8 @@ def bias_gradient(dz: Tensor) -> Tensor:
 
 def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, *, kind: str) -> Tensor:
     """The gradient of a layer's packed weight, like it; always the library's."""
-    if kind == "same" and x.device.type == "cpu" and weight.shape[0] < 8 <= weight.shape[1]:
-        # oneDNN is twice as fast with the few channels at the input: the same sums, taps in reverse
+    if kind == "same" and x.device.type == "cpu" and 1 < weight.shape[0] < 8 <= weight.shape[1]:
+        # oneDNN is two to four times as fast with the few channels at the input: the same sums, taps in reverse
         swapped = _library(x, dz, weight.transpose(0, 1), kind, [False, True, False])[1]
         dw = swapped.transpose(0, 1).flip(2, 3)
     else:
@@ -135,6 +146,30 @@ def skip_gradient(dz: Tensor, size: int, *, how: str) -> Tensor:
     rows = torch.stack((cells[:, :, 0], cells[:, :, 1:-1].sum(2), cells[:, :, -1]), 1)
     rows = rows.unflatten(3, (size, -1))  # [N, 3, S, S, cell, K]
     return torch.stack((rows[..., 0, :], rows[..., 1:-1, :].sum(4), rows[..., -1, :]), 2)
+
+
+def to_few(inputs: int, outputs: int) -> bool:
+    """Whether a 3x3 convolution gives so few channels (an image's) that a CPU's library computes mostly padding."""
+    return 3 * outputs <= 16 < inputs
+
+
+def _to_few(x: Tensor, weight: Tensor, kind: str) -> bool:
+    few = kind == "same" and weight.shape[2:] == (3, 3) and to_few(weight.shape[1], weight.shape[0])
+    return few and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _convolve_to_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """conv2d of x [N, C, H, W] with weight [K, C, 3, 3], each row of taps in channels of its own: [3 K, C, 1, 3].
+
+    oneDNN fills up output channels to 16 with nothing. What each row gives is moved to its line and added afterwards.
+    """
+    count = weight.shape[0]
+    rows = weight.permute(2, 0, 1, 3).flatten(0, 1).unsqueeze(2).contiguous(memory_format=torch.channels_last)
+    above, own, below = F.conv2d(x, rows, padding=(0, 1)).split(count, 1)
+    y = own.contiguous(memory_format=torch.channels_last) if bias is None else own + bias[:, None, None]
+    y[:, :, 1:] += above[:, :, :-1]
+    y[:, :, :-1] += below[:, :, 1:]
+    return y
 
 
 def _library(dz: Tensor, x: Tensor, weight: Tensor, kind: str, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
