@@ -66,8 +66,7 @@ class _Net(nn.Module, ABC):
         return packed | dict(self.biases())
 
     def _chain(
-        self, x: Tensor, packed: Sequence[Packed], layers: dict[str, Conv2dELU], skip: Tensor | None = None,
-        activation: str = "elu",
+        self, x: Tensor, packed: Sequence[Packed], layers: dict[str, Conv2dELU], skip: Tensor | None = None
     ) -> Tensor:  # fmt: skip
         """Layers one after another; `skip` belongs to the last. One stage, or with a carry a stage a layer."""
         if self.carry is not None and len(layers) > 1:
@@ -81,7 +80,7 @@ class _Net(nn.Module, ABC):
             [weights[f"{name}.bias"] for weights in packed for name in layers],
             kinds=[layer.kind for layer in layers.values()],
             skip=skip,
-            activation=activation,
+            activation=[layer.activation for layer in layers.values()],
             copies=len(packed),
         )
         (*_, layer) = layers.values()
@@ -197,8 +196,7 @@ class Decoder(_Net):
             waiting[name] = layer
             if self._has_table(name):
                 x, waiting = self._chain(x, packed, waiting, self._table(h0, packed, f"{name}.skip")), {}
-        x = self._chain(x, packed, waiting) if waiting else x
-        return self._chain(x, packed, {"image": self.image}, activation="none")
+        return self._chain(x, packed, waiting | {"image": self.image})
 
     def _table(self, h0: Tensor, packed: Sequence[Packed], name: str) -> Tensor:
         parts = zip(h0.chunk(len(packed)), packed, strict=True)

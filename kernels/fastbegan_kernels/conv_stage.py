@@ -21,7 +21,7 @@ def conv_stage(
     *,
     kinds: Sequence[str] | None = None,
     skip: Tensor | None = None,
-    activation: str = "elu",
+    activation: str | Sequence[str] = "elu",
     alpha: float = 1.0,
     copies: int = 1,
     impl: str | None = None,
@@ -34,10 +34,10 @@ def conv_stage(
     (`impl="reference"`: as often as you like).
     """
     kinds = reference.check_stage(x, weights, biases, kinds, skip, copies)
-    reference.check_activation(activation, alpha)
+    activations = reference.check_activations(activation, alpha, len(kinds))
     if asked_for(impl) == "reference":
         return reference.conv_stage(
-            x, weights, biases, kinds=kinds, skip=skip, activation=activation, alpha=alpha, copies=copies
+            x, weights, biases, kinds=kinds, skip=skip, activation=activations, alpha=alpha, copies=copies
         )  # fmt: skip
     shape: Sequence[int] = x.shape
     for number, kind in enumerate(kinds):
@@ -50,19 +50,20 @@ def conv_stage(
         if mode == "fused":
             raise ValueError(f"weight is {odd[0]}; impl 'fused' accepts kernels of 1x1 and 3x3")
         mode = "plain"
-    if activation != "silu":
-        return _run(x, weights, biases, skip, kinds, activation, alpha, mode, copies)
-    for number, kind in enumerate(kinds):  # silu's derivative needs what went in: that is kept as an output
+    if "silu" not in activations:
+        return _run(x, weights, biases, skip, kinds, activations, alpha, mode, copies)
+    for number, (kind, name) in enumerate(zip(kinds, activations, strict=True)):
         own = slice(number, None, len(kinds))
         table = skip if number == len(kinds) - 1 else None
-        x = _run(x, weights[own], None if biases is None else biases[own], table, [kind], "none", 1.0, mode, copies)
-        x = F.silu(x)
+        inside = "none" if name == "silu" else name  # silu's derivative needs what went in: that is kept as an output
+        x = _run(x, weights[own], None if biases is None else biases[own], table, [kind], [inside], alpha, mode, copies)
+        x = F.silu(x) if name == "silu" else x
     return x
 
 
 def _run(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, skip: Tensor | None, kinds: list[str],
-    activation: str, alpha: float, impl: str, copies: int,
+    activations: list[str], alpha: float, impl: str, copies: int,
 ) -> Tensor:  # fmt: skip
     """The operation, with weights packed for it; `impl` is "plain" or what `op_impl` gives."""
     (x,) = autocast(x)
@@ -75,9 +76,10 @@ def _run(
         else:
             packed.append(weight.to(dtype=x.dtype, memory_format=torch.channels_last))
     skip = None if skip is None else skip.to(x.dtype)
+    names = " ".join(kinds), " ".join(activations)
     if impl == "plain":
-        return _Plain.apply(x, skip, " ".join(kinds), activation, alpha, copies, len(packed), *packed, *(biases or ()))
-    return _conv_stage(x, packed, list(biases or ()), skip, " ".join(kinds), activation, alpha, impl, copies)[-1]
+        return _Plain.apply(x, skip, *names, alpha, copies, len(packed), *packed, *(biases or ()))
+    return _conv_stage(x, packed, list(biases or ()), skip, *names, alpha, impl, copies)[-1]
 
 
 def _how(
@@ -101,14 +103,14 @@ def _pointwise(op: str, x: Tensor, impl: str) -> str:
 
 
 def _outputs(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], skip: Tensor | None, kinds: str, activation: str,
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], skip: Tensor | None, kinds: str, activations: str,
     alpha: float, impl: str,
 ) -> list[Tensor]:  # fmt: skip
     """The output of every layer: all are kept for the backward, the last is the result."""
     x = x.contiguous(memory_format=torch.channels_last)
     outputs: list[Tensor] = []
-    layers = kinds.split()
-    for number, kind in enumerate(layers):
+    layers = list(zip(kinds.split(), activations.split(), strict=True))
+    for number, (kind, activation) in enumerate(layers):
         weight, bias = weights[number], biases[number] if biases else None
         table = skip if number == len(layers) - 1 else None
         how = _how(
@@ -122,13 +124,13 @@ def _outputs(
 
 def _gradients(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], outputs: Sequence[Tensor], skip_size: int, has_bias: bool,
-    kinds: str, activation: str, alpha: float, impl: str, copies: int, needs: Sequence[bool],
+    kinds: str, activations: str, alpha: float, impl: str, copies: int, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, the skip table, each weight and each bias (float32); those that `needs` does not name are empty.
 
     `needs`: x, skip, then one a weight, then one a bias (none without biases), copy by copy. `weights` are one copy's.
     """
-    layers = kinds.split()
+    layers, names = kinds.split(), activations.split()
     count = len(layers)
     need_w, need_b = needs[2 : 2 + count * copies], needs[2 + count * copies :] or [False] * count * copies
     dx, d_skip = x.new_empty(0), x.new_empty(0)
@@ -137,7 +139,7 @@ def _gradients(
     x = x.contiguous(memory_format=torch.channels_last)
     pointwise = _pointwise("activation_backward", grad, impl)
     dz, total = tiers.activation_backward(
-        grad.contiguous(memory_format=torch.channels_last), outputs[-1], activation=activation, alpha=alpha,
+        grad.contiguous(memory_format=torch.channels_last), outputs[-1], activation=names[-1], alpha=alpha,
         how=pointwise,
     )  # fmt: skip
     if needs[1]:
@@ -153,7 +155,7 @@ def _gradients(
                 dw[own] = tiers.weight_gradient(part, below, weight, kind=kind)
         if not (needs[0] or any(_lower(need_w, count, number)) or any(_lower(need_b, count, number))):
             break
-        inner = activation if number else None
+        inner = names[number - 1] if number else None
         if impl == "fused" and (kind == "down_end" or (kind == "down" and weight.shape[2] != 3)):
             how = pointwise  # no kernel of ours, whatever is asked for
         else:
@@ -173,14 +175,15 @@ def _lower(needs: Sequence[bool], count: int, number: int) -> list[bool]:
     return [needed for own, needed in enumerate(needs) if own % count < number]
 
 
-def _kept(outputs: list[Tensor], activation: str) -> list[Tensor]:
+def _kept(outputs: list[Tensor], activations: str) -> list[Tensor]:
     """What the backward reads of the outputs; without an activation not the last one, which others may then change."""
-    return outputs[:-1] if activation == "none" else outputs
+    return outputs[:-1] if activations.endswith("none") else outputs
 
 
-def _restored(kept: Sequence[Tensor], grad: Tensor, activation: str) -> list[Tensor]:
+def _restored(kept: Sequence[Tensor], grad: Tensor, activations: str) -> list[Tensor]:
     """The outputs again; for the last one, of which nothing is read, a tensor of its shape."""
-    return [*kept, grad.contiguous(memory_format=torch.channels_last)] if activation == "none" else list(kept)
+    last = activations.endswith("none")
+    return [*kept, grad.contiguous(memory_format=torch.channels_last)] if last else list(kept)
 
 
 class _Plain(torch.autograd.Function):
@@ -188,13 +191,13 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, skip: Tensor | None, kinds: str, activation: str, alpha: float, copies: int, count: int,
+        ctx, x: Tensor, skip: Tensor | None, kinds: str, activations: str, alpha: float, copies: int, count: int,
         *weights_and_biases: Tensor,
     ) -> Tensor:  # fmt: skip
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
-        outputs = _outputs(x, weights, biases, skip, kinds, activation, alpha, "plain")
-        ctx.save_for_backward(x, *weights[: count // copies], *_kept(outputs, activation))
-        ctx.settings = (kinds, activation, alpha, "plain", copies)
+        outputs = _outputs(x, weights, biases, skip, kinds, activations, alpha, "plain")
+        ctx.save_for_backward(x, *weights[: count // copies], *_kept(outputs, activations))
+        ctx.settings = (kinds, activations, alpha, "plain", copies)
         ctx.skip_size, ctx.count = 0 if skip is None else skip.shape[3], count
         ctx.bias_dtypes = [bias.dtype for bias in biases]
         return outputs[-1]
@@ -206,11 +209,11 @@ class _Plain(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         need_x, need_skip, *_ = needed = ctx.needs_input_grad
         needs = [need_x, need_skip, *needed[7:]]
-        kinds, activation, alpha, impl, copies = ctx.settings
-        outputs = _restored(saved[own:], grads[0], activation)
+        kinds, activations, alpha, impl, copies = ctx.settings
+        outputs = _restored(saved[own:], grads[0], activations)
         dx, d_skip, *rest = _gradients(
-            grads[0], x, saved[:own], outputs, ctx.skip_size, len(ctx.bias_dtypes) > 0, kinds, activation, alpha, impl,
-            copies, needs,
+            grads[0], x, saved[:own], outputs, ctx.skip_size, len(ctx.bias_dtypes) > 0, kinds, activations, alpha,
+            impl, copies, needs,
         )  # fmt: skip
         dtypes = [x.dtype] * ctx.count + ctx.bias_dtypes
         rest = [value.to(dtype) if keep else None for value, keep, dtype in zip(rest, needs[2:], dtypes, strict=True)]
@@ -219,15 +222,15 @@ class _Plain(torch.autograd.Function):
 
 @torch.library.custom_op("fastbegan::conv_stage", mutates_args=())
 def _conv_stage(  # no defaults: torch 2.7 leaves such values out and then misses their gradients
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activation: str,
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activations: str,
     alpha: float, impl: str, copies: int,
 ) -> list[Tensor]:  # fmt: skip
-    return _outputs(x, weights, biases, skip, kinds, activation, alpha, impl)
+    return _outputs(x, weights, biases, skip, kinds, activations, alpha, impl)
 
 
 @_conv_stage.register_fake
 def _(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activation: str,
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activations: str,
     alpha: float, impl: str, copies: int,
 ) -> list[Tensor]:  # fmt: skip
     outputs: list[Tensor] = []
@@ -242,17 +245,17 @@ def _(
 @torch.library.custom_op("fastbegan::conv_stage_backward", mutates_args=())
 def _conv_stage_backward(
     grad: Tensor, x: Tensor, weights: list[Tensor], outputs: list[Tensor], skip_size: int, has_bias: bool,
-    kinds: str, activation: str, alpha: float, impl: str, copies: int, needs: list[bool],
+    kinds: str, activations: str, alpha: float, impl: str, copies: int, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     return _gradients(
-        grad, x, weights, outputs, skip_size, has_bias, kinds, activation, alpha, impl, copies, needs
+        grad, x, weights, outputs, skip_size, has_bias, kinds, activations, alpha, impl, copies, needs
     )  # fmt: skip
 
 
 @_conv_stage_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, weights: list[Tensor], outputs: list[Tensor], skip_size: int, has_bias: bool,
-    kinds: str, activation: str, alpha: float, impl: str, copies: int, needs: list[bool],
+    kinds: str, activations: str, alpha: float, impl: str, copies: int, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     def like(tensor: Tensor, needed: bool) -> Tensor:
         if not needed:

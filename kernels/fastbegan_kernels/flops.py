@@ -41,7 +41,7 @@ def conv_stage_flops(x: Shape, weights: Sequence[Shape], biases: Any, skip: Any,
 @register_flop_formula(_OPS.conv_stage_backward)
 def conv_stage_backward_flops(
     grad: Shape, x: Shape, weights: Sequence[Shape], outputs: Any, skip_size: int, has_bias: bool, kinds: str,
-    activation: str, alpha: float, impl: str, copies: int, needs: Sequence[bool], **_: Any,
+    activations: str, alpha: float, impl: str, copies: int, needs: Sequence[bool], **_: Any,
 ) -> int:  # fmt: skip
     """An input gradient for every layer behind the first that needs anything, a weight gradient where it is needed."""
     flops = _layer_flops(x, weights, kinds)

@@ -86,17 +86,17 @@ class DownsampleConv2dELU(Conv2dELU):
 class ConvStage(nn.Sequential):
     """Layers of the kinds above, one after another, as one operation with one backward; keys as in nn.Sequential.
 
-    Raises ValueError for other modules, and for layers that differ in activation, alpha or in having a bias.
+    Raises ValueError for other modules, and for layers that differ in alpha or in having a bias.
     """
 
     def __init__(self, *layers: Conv2dELU) -> None:
         for number, layer in enumerate(layers):
             if not isinstance(layer, Conv2dELU):
                 raise ValueError(f"layer {number} is a {type(layer).__name__}; accepted: Conv2dELU and its kinds")
-        facts = {(layer.activation, layer.alpha, layer.bias is None) for layer in layers}
+        facts = {(layer.alpha, layer.bias is None) for layer in layers}
         if len(facts) != 1:
             found = f"{len(layers)} layers of {len(facts)} sorts"
-            raise ValueError(f"a stage of {found}; accepted: one activation, alpha and bias or none for all")
+            raise ValueError(f"a stage of {found}; accepted: one alpha, and biases or none for all")
         super().__init__(*layers)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class ConvStage(nn.Sequential):
         biases = [layer.bias for layer in layers if layer.bias is not None]
         return conv_stage(
             input, [layer.weight for layer in layers], biases or None, kinds=[layer.kind for layer in layers],
-            activation=layers[0].activation, alpha=layers[0].alpha,
+            activation=[layer.activation for layer in layers], alpha=layers[0].alpha,
         )  # fmt: skip
 
 

@@ -22,6 +22,16 @@ def check_activation(activation: str, alpha: float) -> None:
         raise ValueError(f"alpha is {alpha}; accepted: numbers >= 0")
 
 
+def check_activations(activation: str | Sequence[str], alpha: float, layers: int) -> list[str]:
+    """One name a layer, from one for all or a list. Raises ValueError as `check_activation`, and for another length."""
+    found = [activation] * layers if isinstance(activation, str) else list(activation)
+    if len(found) != layers:
+        raise ValueError(f"activation has {len(found)} entries for {layers} layers; accepted: one for all, or one each")
+    for name in found:
+        check_activation(name, alpha)
+    return found
+
+
 def activate(x: Tensor, activation: str = "elu", alpha: float = 1.0) -> Tensor:
     """Apply one of ACTIVATIONS. `alpha` is ELU's scale or leaky_relu's negative slope, both >= 0; else ValueError."""
     check_activation(activation, alpha)
@@ -175,19 +185,21 @@ def conv_stage(
     *,
     kinds: Sequence[str] | None = None,
     skip: Tensor | None = None,
-    activation: str = "elu",
+    activation: str | Sequence[str] = "elu",
     alpha: float = 1.0,
     copies: int = 1,
 ) -> Tensor:
     """Layers one after another: "same", "down" and "down_end" are conv2d_elu, the first of stride 1, the others of
     stride 2, the last one padded at the end only; "up" is upsample_conv2d_elu.
 
-    weights and biases as those take them; `kinds` is "same" for all where None; `skip` belongs to the last layer, which
-    then must be "up". With `copies`, weights and biases hold as many copies of all layers', one after another, and the
-    batch has as many parts: each part's gradients go to its own copy. Raises ValueError for lists of unequal length,
-    unknown kinds and a batch that `copies` do not divide.
+    weights and biases as those take them; `kinds` is "same" for all where None; `activation` is one for all or one a
+    layer; `skip` belongs to the last layer, which then must be "up". With `copies`, weights and biases hold as many
+    copies of all layers', one after another, and the batch has as many parts: each part's gradients go to its own copy.
+    Raises ValueError for lists of unequal length, unknown kinds and activations, and a batch that `copies` do not
+    divide.
     """
     kinds = check_stage(x, weights, biases, kinds, skip, copies)
+    activations = check_activations(activation, alpha, len(kinds))
     if copies > 1:
         count = len(kinds)
         tables = [None] * copies if skip is None else skip.chunk(copies)
@@ -196,10 +208,10 @@ def conv_stage(
             own = slice(number * count, (number + 1) * count)
             bias = None if biases is None else biases[own]
             parts.append(
-                conv_stage(part, weights[own], bias, kinds=kinds, skip=table, activation=activation, alpha=alpha)
+                conv_stage(part, weights[own], bias, kinds=kinds, skip=table, activation=activations, alpha=alpha)
             )
         return torch.cat(parts)
-    for number, (weight, kind) in enumerate(zip(weights, kinds, strict=True)):
+    for number, (weight, kind, activation) in enumerate(zip(weights, kinds, activations, strict=True)):
         bias = None if biases is None else biases[number]
         if kind == "up":
             table = skip if number == len(kinds) - 1 else None

@@ -84,6 +84,43 @@ def test_few_outputs_of_many_channels(window: int) -> None:
     _check_exactly(got, _values(_stage(reference.conv_stage, ["same"], activation="none"), inputs))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (6, 7)])
+@pytest.mark.parametrize("outputs", [1, 2, 5, 6])
+def test_images_of_many_channels(outputs: int, size: tuple[int, int]) -> None:
+    """To few channels a CPU's float32 takes each row of taps by itself, forward and, from few, back to the image."""
+    weights = [random_tensor(b, a, 3, 3, seed=a, scale=0.2) for a, b in ((outputs, 20), (20, outputs))]
+    inputs = [random_tensor(2, outputs, *size, seed=1), *weights]
+    inputs += [random_tensor(20, seed=3), random_tensor(outputs, seed=4)]
+    kinds, activation = ["same", "same"], ["elu", "none"]
+    check(
+        _stage(conv_stage, kinds, activation=activation), _stage(reference.conv_stage, kinds, activation=activation),
+        inputs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", [None, "algebraic", "fused"])
+@pytest.mark.parametrize("activation", [["relu", "elu", "none"], ["none", "silu", "leaky_relu"]])
+def test_an_activation_for_each_layer(activation: list[str], impl: str | None) -> None:
+    if impl:
+        pytest.importorskip("triton")
+    kinds, options = ["up", "same", "down"], {"activation": activation, "alpha": 0.3}
+    inputs = _inputs(kinds, 0, torch.float32)
+    check(_stage(conv_stage, kinds, impl=impl, **options), _stage(reference.conv_stage, kinds, **options), inputs)
+    if impl is None:
+        inputs = _inputs(kinds, 0, torch.float64)
+        got = _values(_stage(conv_stage, kinds, **options), inputs)
+        _check_exactly(got, _values(_stage(reference.conv_stage, kinds, **options), inputs))
+
+
+def test_activations_that_do_not_fit_are_named() -> None:
+    x, weight = torch.zeros(1, 2, 4, 4, device=DEVICE), torch.zeros(2, 2, 3, 3, device=DEVICE)
+    for op in (conv_stage, reference.conv_stage):
+        with pytest.raises(ValueError, match="activation has 1 entries for 2 layers; accepted: one for all, or one ea"):
+            op(x, [weight] * 2, activation=["elu"])
+        with pytest.raises(ValueError, match="activation is 'gelu'; accepted: elu"):
+            op(x, [weight] * 2, activation=["elu", "gelu"])
+
+
 @pytest.mark.parametrize("wanted", [1, 2, 3, 4, 5, 6])
 def test_each_gradient_alone(wanted: int) -> None:
     """Going back ends where nothing below is asked for, and not before."""

@@ -30,10 +30,10 @@ def test_formulas_are_those_of_the_algebraic_tier(kinds: str, window: int, neede
             folded = fold([weight], ["up" if kind == "up" else "conv"])[0].detach()
             weights.append(folded.requires_grad_(wanted))
             biases.append(torch.empty(widths[number + 1], device="meta", requires_grad=wanted or last))
-    counts = []
+    counts, elu = [], " ".join(["elu"] * len(names))
     for op in (
         lambda: conv_stage(x, weights, biases, kinds=names, copies=copies),
-        lambda: torch.ops.fastbegan.conv_stage(x, weights, biases, None, kinds, "elu", 1.0, "auto", copies)[-1],
+        lambda: torch.ops.fastbegan.conv_stage(x, weights, biases, None, kinds, elu, 1.0, "auto", copies)[-1],
     ):
         with FlopCounterMode(display=False) as forward:
             result = op()

@@ -68,9 +68,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
         lambda: _Plain(nn.Conv2d(4, 6, 3, 2), _end, _same),
     ),
     "stage": (
-        lambda: ConvStage(Conv2dELU(4, 5), UpsampleConv2dELU(5, 6), DownsampleConv2dELU(6, 4, padding="end")),
+        lambda: ConvStage(
+            Conv2dELU(4, 5, activation="relu"), UpsampleConv2dELU(5, 6), DownsampleConv2dELU(6, 4, padding="end")
+        ),
         lambda: nn.Sequential(
-            _Plain(nn.Conv2d(4, 5, 3, padding=1), _same, F.elu),
+            _Plain(nn.Conv2d(4, 5, 3, padding=1), _same, F.relu),
             _Plain(nn.Conv2d(5, 6, 3, padding=1), _double, F.elu),
             _Plain(nn.Conv2d(6, 4, 3, 2), _end, F.elu),
         ),
