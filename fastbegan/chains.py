@@ -13,6 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastbegan_kernels import conv_stage
 from fastbegan_kernels.reference import activate
+from fastbegan_kernels.tiers import to_few
 
 from .follow import Followed, hooked
 from .writes import Writes
@@ -63,8 +64,9 @@ class Chain:
     kinds: list[str]
     paddings: list[int]
     """What a convolution pads by itself, or for "down_end" what is padded before it."""
-    activation: str
-    alpha: float
+    activations: list[str]
+    alpha: float | None
+    """None without an activation."""
     places: list[str]
     modules: list[nn.Module] = field(default_factory=list)
     """Those whose own forward is not called any more."""
@@ -117,6 +119,8 @@ class _Convolution:
     window: tuple[int, int] | None
     stride: Any
     padding: Any
+    channels: tuple[int, int]
+    """In and out; 0 of weights that the forward makes."""
     words: str
     modules: list[nn.Module]
 
@@ -138,10 +142,11 @@ def _convolution(node: fx.Node, place: str, modules: dict[str, nn.Module]) -> _C
         given |= {"input": _arguments(node, ["input"])["input"], "weight": place}
         given["bias"] = place if _has_bias(conv) else None
         window, used = (conv.kernel_size[0], conv.kernel_size[1]), [cast(nn.Module, conv)]
-        words = f"{conv.in_channels} -> {conv.out_channels}"
+        channels = conv.in_channels, conv.out_channels
+        words = f"{channels[0]} -> {channels[1]}"
     else:
         given = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1} | _arguments(node, _CONV)
-        window, words, used = None, "weights made by the forward", []
+        window, channels, words, used = None, (0, 0), "weights made by the forward", []
     if _pair(given["dilation"]) != (1, 1) or given["groups"] != 1:
         raise _NotTakenError("it is dilated or in groups")
     if window is not None and window not in ((3, 3), (1, 1)):
@@ -153,7 +158,7 @@ def _convolution(node: fx.Node, place: str, modules: dict[str, nn.Module]) -> _C
     if not isinstance(given["input"], fx.Node):
         raise _NotTakenError("its input is not a tensor of the forward")
     return _Convolution(
-        given["input"], given["weight"], given["bias"], window, _pair(given["stride"]), padding, words, used
+        given["input"], given["weight"], given["bias"], window, _pair(given["stride"]), padding, channels, words, used
     )
 
 
@@ -184,7 +189,7 @@ def _chain(node: fx.Node, place: str, modules: dict[str, nn.Module], writes: Wri
             x, used = doubled.x, used + doubled.owners
         else:
             why_not = doubled
-    activation, alpha = "none", 1.0
+    activation, alpha = "none", None
     user = next(iter(node.users)) if _alone(node) else None
     after = None if user is None else _activation(user, node, modules)
     # what is changed where it is must not be what the gradient is told from
@@ -192,14 +197,15 @@ def _chain(node: fx.Node, place: str, modules: dict[str, nn.Module], writes: Wri
         activation, alpha, owners = after
         nodes, used = [*nodes, user], used + owners
         words.append(activation)
-    if activation == "none" and kind in ("same", "down"):
+    image = kind == "same" and conv.window == (3, 3) and to_few(*conv.channels)
+    if activation == "none" and kind in ("same", "down") and not image:
         raise _NotTakenError(why_not or "nothing to join: no nearest x2 before it, no activation after it")
     if kind == "down_end" and writes.later(x, nodes[0]):
         raise _NotTakenError("what is padded before it is written to later")
     if writes.between(nodes):
         raise _NotTakenError("something is written to between its parts")
     return Chain(
-        x, nodes, [conv.weight], [conv.bias], [kind], [0 if conv.window == (1, 1) else 1], activation, alpha, [place],
+        x, nodes, [conv.weight], [conv.bias], [kind], [0 if conv.window == (1, 1) else 1], [activation], alpha, [place],
         used, [", ".join(words)],
     )  # fmt: skip
 
@@ -279,20 +285,21 @@ def _activation(
 
 
 def _joined(chains: list[Chain], writes: Writes) -> list[Chain]:
-    """Chains whose value only the next one takes, with the same activation, as one."""
+    """Chains whose value only the next one takes, of one alpha, as one; SiLU's layers run one by one anyway."""
     found: list[Chain] = []
     for chain in chains:
         for number, before in enumerate(found):
-            same = (before.activation, before.alpha) == (chain.activation, chain.alpha) != ("silu", 1.0)
+            alphas = [one.alpha for one in (before, chain) if one.alpha is not None]
+            same = len({*alphas}) < 2 and "silu" not in before.activations + chain.activations
             biased = [None not in one.biases for one in (before, chain)]
             none = [one.biases.count(None) == len(one.biases) for one in (before, chain)]
             calm = not writes.between([*before.nodes, *chain.nodes])
             if before.nodes[-1] is chain.x and _alone(chain.x) and same and calm and (all(biased) or all(none)):
                 merged = {
                     name: getattr(before, name) + getattr(chain, name)
-                    for name in "nodes weights biases kinds paddings places modules words".split()
+                    for name in "nodes weights biases kinds paddings activations places modules words".split()
                 }
-                found[number] = Chain(before.x, activation=chain.activation, alpha=chain.alpha, **merged)
+                found[number] = Chain(before.x, alpha=alphas[0] if alphas else None, **merged)
                 break
         else:
             found.append(chain)
@@ -314,8 +321,8 @@ def put(followed: Followed, chains: list[Chain]) -> Callable[..., Any]:
                 biases,
                 chain.kinds,
                 chain.paddings,
-                chain.activation,
-                chain.alpha,
+                chain.activations,
+                1.0 if chain.alpha is None else chain.alpha,
             )
             call = graph.call_function(run, given)
         last.replace_all_uses_with(call)
@@ -343,7 +350,7 @@ def settings(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
 def run(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], kinds: Sequence[str],
-    paddings: Sequence[int], activation: str, alpha: float,
+    paddings: Sequence[int], activations: Sequence[str], alpha: float,
 ) -> Tensor:  # fmt: skip
     """The layers of a chain; on what the fast layers do not take, in the operations that were there."""
     sizes = [(2 * padding + 1, 2 * padding + 1) for padding in paddings]
@@ -354,9 +361,10 @@ def run(
     alike = cast or all(weight.dtype == x.dtype for weight in weights)
     given = [bias for bias in biases if bias is not None]
     if x.dim() == 4 and fits and real and alike and known and len(given) in (0, len(weights)):
-        y = conv_stage(x, weights, given or None, kinds=kinds, activation=activation, alpha=alpha)
+        y = conv_stage(x, weights, given or None, kinds=kinds, activation=activations, alpha=alpha)
         return y if any(map(_is_last, (x, *weights))) else y.contiguous()  # as torch's convolution does
-    for weight, bias, kind, padding in zip(weights, biases, kinds, paddings, strict=True):
+    layers = zip(weights, biases, kinds, paddings, activations, strict=True)
+    for weight, bias, kind, padding, activation in layers:
         if kind == "up":
             x = F.interpolate(x, scale_factor=2.0)
         x = F.pad(x, (0, 1, 0, 1)) if kind == "down_end" else x

@@ -9,13 +9,14 @@ import statistics
 import time
 import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbegan import compare
+from fastbegan import chains, compare
 from fastbegan.convert import Report, accelerate, restore
 
 from .families import FAMILIES, Interpolating, Latent, images, sequential
@@ -155,6 +156,20 @@ def test_the_report_says_what_and_why() -> None:
         "14": "stride (1, 1), padding (0, 0) is none of ours",
     }
     assert "2 of 10 convolutions on fast layers; checked: largest relative error" in str(report)
+
+
+def test_a_convolution_that_makes_an_image_is_taken_too() -> None:
+    """With what is before it as one stage, of two activations; to more channels, or from few, there is no gain."""
+    up = (nn.Upsample(scale_factor=2), nn.Conv2d(4, 17, 3, padding=1), nn.LeakyReLU(0.2))
+    model = nn.Sequential(*up, nn.Conv2d(17, 5, 3, padding=1), nn.Tanh())
+    with mock.patch.object(chains, "conv_stage", side_effect=chains.conv_stage) as counted:
+        accelerate(model, check=images(2, 4, 4, 4))
+        counted.reset_mock()
+        model(images(2, 4, 4, 4))
+    assert _report(model).replaced["3"] == "3x3 convolution 17 -> 5" and counted.call_count == 1
+    for channels in ((17, 6), (16, 5)):
+        other = nn.Sequential(*copy.deepcopy(up), nn.Conv2d(4, 4, 1), nn.Conv2d(*channels, 3, padding=1))
+        assert _report(accelerate(other)).left["4"].startswith("nothing to join")
 
 
 @pytest.mark.parametrize("odd", [False, True])
