@@ -101,9 +101,11 @@ def test_upsampling_weights_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(kind: str) -> None:
-    weight = _double(2, 2, 3, 3, seed=1).requires_grad_()
+def test_gradients(kind: str) -> None:
+    """The transposes are written out: against finite differences, once and twice."""
+    weight = _double(3, 2, 3, 3, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda w: fold([w], [kind])[0], weight)
+    assert torch.autograd.gradgradcheck(lambda w: fold([w], [kind])[0].sin(), weight)
 
 
 def test_wrong_arguments_are_named() -> None:
