@@ -13,7 +13,6 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastbegan_kernels import conv_stage
 from fastbegan_kernels.reference import activate
-from fastbegan_kernels.tiers import to_few
 
 from .follow import Followed, hooked
 from .writes import Writes
@@ -22,18 +21,18 @@ _INTERPOLATE = "input size scale_factor mode align_corners recompute_scale_facto
 _CONV = "input weight bias stride padding dilation groups".split()
 _PAD = "input pad mode value".split()
 # names of what an activation is given, and which of them is alpha, with its default
-_ACTIVATIONS: dict[Any, tuple[str, str, float]] = {
+_ACTIVATIONS: dict[Any, tuple[str, str, float | None]] = {
     F.elu: ("elu", "input alpha inplace", 1.0),
     F.elu_: ("elu", "input alpha", 1.0),
-    F.relu: ("relu", "input inplace", 1.0),
-    F.relu_: ("relu", "input", 1.0),
-    torch.relu: ("relu", "input", 1.0),
-    torch.relu_: ("relu", "input", 1.0),
+    F.relu: ("relu", "input inplace", None),
+    F.relu_: ("relu", "input", None),
+    torch.relu: ("relu", "input", None),
+    torch.relu_: ("relu", "input", None),
     F.leaky_relu: ("leaky_relu", "input negative_slope inplace", 0.01),
     F.leaky_relu_: ("leaky_relu", "input negative_slope", 0.01),
-    F.silu: ("silu", "input inplace", 1.0),
-    "relu": ("relu", "input", 1.0),
-    "relu_": ("relu", "input", 1.0),
+    F.silu: ("silu", "input inplace", None),
+    "relu": ("relu", "input", None),
+    "relu_": ("relu", "input", None),
 }
 _ACTIVATION_MODULES: dict[type, tuple[str, str | None]] = {
     nn.ELU: ("elu", "alpha"), nn.ReLU: ("relu", None), nn.LeakyReLU: ("leaky_relu", "negative_slope"),
@@ -66,18 +65,21 @@ class Chain:
     """What a convolution pads by itself, or for "down_end" what is padded before it."""
     activations: list[str]
     alpha: float | None
-    """None without an activation."""
+    """None where no activation takes one."""
     places: list[str]
     modules: list[nn.Module] = field(default_factory=list)
     """Those whose own forward is not called any more."""
     words: list[str] = field(default_factory=list)
+    alone: str | None = None
+    """Why it is left where no chain before it takes it along."""
 
 
 def find(followed: Followed) -> tuple[list[Chain], dict[str, str]]:
     """The chains in the order of the forward, neighbours joined, and by place why a convolution is left alone."""
     modules = dict(followed.root.named_modules(remove_duplicate=False))
     writes = Writes(followed.graph, modules)
-    chains, left = [], {}
+    chains: list[Chain] = []
+    left: dict[str, str] = {}
     for node in followed.graph.nodes:
         if not _is_convolution(node, modules):
             continue
@@ -86,8 +88,10 @@ def find(followed: Followed) -> tuple[list[Chain], dict[str, str]]:
             chains.append(_chain(node, place, modules, writes))
         except _NotTakenError as error:
             left[place] = str(error)
-    taken = {place for chain in chains for place in chain.places}
-    return _joined(chains, writes), {place: why for place, why in left.items() if place not in taken}
+    found = _joined(chains, writes)
+    taken = {place for chain in found for place in chain.places}
+    left |= {place: chain.alone for chain in chains for place in chain.places if chain.alone}
+    return found, {place: why for place, why in left.items() if place not in taken}
 
 
 def _is_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -119,8 +123,6 @@ class _Convolution:
     window: tuple[int, int] | None
     stride: Any
     padding: Any
-    channels: tuple[int, int]
-    """In and out; 0 of weights that the forward makes."""
     words: str
     modules: list[nn.Module]
 
@@ -142,11 +144,10 @@ def _convolution(node: fx.Node, place: str, modules: dict[str, nn.Module]) -> _C
         given |= {"input": _arguments(node, ["input"])["input"], "weight": place}
         given["bias"] = place if _has_bias(conv) else None
         window, used = (conv.kernel_size[0], conv.kernel_size[1]), [cast(nn.Module, conv)]
-        channels = conv.in_channels, conv.out_channels
-        words = f"{channels[0]} -> {channels[1]}"
+        words = f"{conv.in_channels} -> {conv.out_channels}"
     else:
         given = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1} | _arguments(node, _CONV)
-        window, channels, words, used = None, (0, 0), "weights made by the forward", []
+        window, words, used = None, "weights made by the forward", []
     if _pair(given["dilation"]) != (1, 1) or given["groups"] != 1:
         raise _NotTakenError("it is dilated or in groups")
     if window is not None and window not in ((3, 3), (1, 1)):
@@ -158,7 +159,7 @@ def _convolution(node: fx.Node, place: str, modules: dict[str, nn.Module]) -> _C
     if not isinstance(given["input"], fx.Node):
         raise _NotTakenError("its input is not a tensor of the forward")
     return _Convolution(
-        given["input"], given["weight"], given["bias"], window, _pair(given["stride"]), padding, channels, words, used
+        given["input"], given["weight"], given["bias"], window, _pair(given["stride"]), padding, words, used
     )
 
 
@@ -171,7 +172,8 @@ def _chain(node: fx.Node, place: str, modules: dict[str, nn.Module], writes: Wri
     conv = _convolution(node, place, modules)
     x, nodes, used = conv.x, [node], list(conv.modules)
     around: Any = conv.padding
-    if around == (0, 0) and conv.window != (1, 1) and (padded := _zero_padding(x, modules)):
+    padded = _zero_padding(x, modules) if around == (0, 0) and conv.window != (1, 1) else None
+    if padded:
         around, nodes = padded.numbers, [x, node]
         x, used = padded.x, used + padded.owners
     kind = (_KINDS_1X1 if conv.window == (1, 1) else _KINDS).get((conv.stride, around))
@@ -197,16 +199,17 @@ def _chain(node: fx.Node, place: str, modules: dict[str, nn.Module], writes: Wri
         activation, alpha, owners = after
         nodes, used = [*nodes, user], used + owners
         words.append(activation)
-    image = kind == "same" and conv.window == (3, 3) and to_few(*conv.channels)
-    if activation == "none" and kind in ("same", "down") and not image:
-        raise _NotTakenError(why_not or "nothing to join: no nearest x2 before it, no activation after it")
-    if kind == "down_end" and writes.later(x, nodes[0]):
+    if activation == "none" and kind in ("same", "down"):
+        why_not = why_not or "nothing to join before or behind it"
+    else:
+        why_not = None
+    if padded and kind != "up" and writes.later(x, nodes[0]):
         raise _NotTakenError("what is padded before it is written to later")
     if writes.between(nodes):
         raise _NotTakenError("something is written to between its parts")
     return Chain(
         x, nodes, [conv.weight], [conv.bias], [kind], [0 if conv.window == (1, 1) else 1], [activation], alpha, [place],
-        used, [", ".join(words)],
+        used, [", ".join(words)], why_not,
     )  # fmt: skip
 
 
@@ -270,18 +273,23 @@ def _doubling(node: fx.Node, modules: dict[str, nn.Module]) -> _Before | str | N
 
 def _activation(
     node: fx.Node, x: fx.Node, modules: dict[str, nn.Module]
-) -> tuple[str, float, list[nn.Module]] | None:  # fmt: skip
+) -> tuple[str, float | None, list[nn.Module]] | None:  # fmt: skip
+    """Its name, its alpha (None where it takes none) and the modules that compute it."""
+    owners: list[nn.Module] = []
     if owner := _owner(node, modules, tuple(_ACTIVATION_MODULES)):
-        name, attribute = _ACTIVATION_MODULES[type(owner)]
-        alpha = 1.0 if attribute is None else getattr(owner, attribute)
-        return (name, alpha, [owner]) if alpha >= 0 else None
-    if node.op not in ("call_function", "call_method") or node.target not in _ACTIVATIONS:
+        (name, attribute), owners = _ACTIVATION_MODULES[type(owner)], [owner]
+        alpha = None if attribute is None else getattr(owner, attribute)
+    elif node.op in ("call_function", "call_method") and node.target in _ACTIVATIONS:
+        name, names, alpha = _ACTIVATIONS[node.target]
+        given = _arguments(node, names.split())
+        alpha = given.get("alpha", given.get("negative_slope", alpha))
+        if not {*names.split()} >= {*given} or given.get("input") is not x:
+            return None
+    else:
         return None
-    name, names, alpha = _ACTIVATIONS[node.target]
-    given = _arguments(node, names.split())
-    alpha = given.get("alpha", given.get("negative_slope", alpha))
-    known = {*names.split()} >= {*given} and given.get("input") is x
-    return (name, float(alpha), []) if known and isinstance(alpha, int | float) and alpha >= 0 else None
+    if alpha is None:
+        return name, None, owners
+    return (name, float(alpha), owners) if isinstance(alpha, int | float) and alpha >= 0 else None
 
 
 def _joined(chains: list[Chain], writes: Writes) -> list[Chain]:
@@ -302,7 +310,8 @@ def _joined(chains: list[Chain], writes: Writes) -> list[Chain]:
                 found[number] = Chain(before.x, alpha=alphas[0] if alphas else None, **merged)
                 break
         else:
-            found.append(chain)
+            if not chain.alone:
+                found.append(chain)
     return found
 
 

@@ -54,7 +54,7 @@ def accelerate(model: Model, *, check: Any = None) -> Model:
 
     Taken are 3x3 convolutions (1x1 with an activation) with zero padding, of stride 1 or 2, with a nearest x2 before
     them (nn.Upsample, F.interpolate) or one of ELU, ReLU, LeakyReLU and SiLU behind them, or padded (0, 1, 0, 1), or
-    giving the few channels of an image; what is anything else is left as it is. Class, modules, parameters, hooks and
+    right behind such a layer; what is anything else is left as it is. Class, modules, parameters, hooks and
     state dict are untouched: only the instance's `forward` is another one, which goes back to the model's own whenever
     the model is not what it was (replaced layers, new hooks, changed attributes, other arguments), with a warning.
 

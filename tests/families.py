@@ -198,9 +198,9 @@ def images(*shape: int) -> Tensor:
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "sequential": (sequential, (3, 6), 4),
-    "interpolating": (Interpolating, (2, 6, 4, 6), 3),
+    "interpolating": (Interpolating, (2, 6, 4, 6), 4),
     "residual": (Residual, (2, 3, 8, 8), 4),
-    "unet": (UNet, (2, 3, 8, 12), 5),
+    "unet": (UNet, (2, 3, 8, 12), 6),
     "normalised": (Normalised, (3, 6, 4, 4), 3),
     "reparametrised": (Reparametrised, (2, 4, 6, 6), 3),
     "latent": (Latent, (2, 3, 8, 8), 2),

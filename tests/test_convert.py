@@ -158,18 +158,19 @@ def test_the_report_says_what_and_why() -> None:
     assert "2 of 10 convolutions on fast layers; checked: largest relative error" in str(report)
 
 
-def test_a_convolution_that_makes_an_image_is_taken_too() -> None:
-    """With what is before it as one stage, of two activations; to more channels, or from few, there is no gain."""
+def test_a_convolution_without_activation_goes_with_the_layer_before_it() -> None:
+    """As one stage of several activations, if they take one alpha; behind nothing there is nothing to gain."""
     up = (nn.Upsample(scale_factor=2), nn.Conv2d(4, 17, 3, padding=1), nn.LeakyReLU(0.2))
-    model = nn.Sequential(*up, nn.Conv2d(17, 5, 3, padding=1), nn.Tanh())
+    ends = (nn.Conv2d(17, 17, 3, padding=1), nn.ReLU(), nn.Conv2d(17, 5, 3, padding=1), nn.Tanh())
+    alone = (nn.Conv2d(5, 17, 3, padding=1), nn.Conv2d(17, 5, 1))
+    elus = [(nn.Conv2d(5, 5, 3, padding=1), nn.ELU(alpha)) for alpha in (0.5, 2.0)]
+    model = nn.Sequential(*up, *ends, *alone, *elus[0], *elus[1])
     with mock.patch.object(chains, "conv_stage", side_effect=chains.conv_stage) as counted:
         accelerate(model, check=images(2, 4, 4, 4))
         counted.reset_mock()
         model(images(2, 4, 4, 4))
-    assert _report(model).replaced["3"] == "3x3 convolution 17 -> 5" and counted.call_count == 1
-    for channels in ((17, 6), (16, 5)):
-        other = nn.Sequential(*copy.deepcopy(up), nn.Conv2d(4, 4, 1), nn.Conv2d(*channels, 3, padding=1))
-        assert _report(accelerate(other)).left["4"].startswith("nothing to join")
+    assert _report(model).replaced["5"] == "3x3 convolution 17 -> 5" and counted.call_count == 3
+    assert _report(model).left == dict.fromkeys(("7", "8"), "nothing to join before or behind it")
 
 
 @pytest.mark.parametrize("odd", [False, True])
@@ -238,7 +239,8 @@ def test_parts_of_a_forward_that_cannot_be_followed() -> None:
     model = _Parts()
     accelerate(model, check=images(2, 3, 8, 8))
     report = _report(model)
-    assert set(report.replaced) == {"encoder.0", "encoder.2", *(f"decoder.convs.{number}" for number in range(3))}
+    decoder = ("decoder.last", *(f"decoder.convs.{number}" for number in range(3)))
+    assert set(report.replaced) == {"encoder.0", "encoder.2", *decoder}
     assert report.left["project"] == "the model (_Parts) cannot be followed: it branches on values or shapes"
     assert "forward" not in vars(model) and "forward" in vars(model.decoder)
     restore(model)

@@ -102,11 +102,25 @@ def _hypernetwork(m: Any, x: Tensor) -> Tensor:
     return F.relu(F.conv2d(x, weight, padding=1))
 
 
+def _padded_then_written(m: Any, x: Tensor) -> Any:
+    x = x * 1
+    y = m.act(F.conv2d(F.pad(x, (1, 1, 1, 1)), m.conv.weight, m.conv.bias))
+    x.mul_(2)
+    return y, x
+
+
+def _plain_end_written(m: Any, x: Tensor) -> Tensor:
+    y = m.convs[1](m.act(m.convs[0](x)))
+    y.mul_(2)
+    return y
+
+
 @pytest.mark.parametrize(
     "forward",
     [
         _alias_written, _skip_relu, _view_written, _written_after, _added_in_place, _written_view, _written_list,
-        _written_data, _flattened, _sliced, _makes_a_module, _numpy_gain, _hypernetwork,
+        _written_data, _flattened, _sliced, _makes_a_module, _numpy_gain, _hypernetwork, _padded_then_written,
+        _plain_end_written,
     ],
 )  # fmt: skip
 def test_the_same_whatever_a_forward_does(forward: Forward) -> None:

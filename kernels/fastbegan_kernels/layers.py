@@ -86,25 +86,27 @@ class DownsampleConv2dELU(Conv2dELU):
 class ConvStage(nn.Sequential):
     """Layers of the kinds above, one after another, as one operation with one backward; keys as in nn.Sequential.
 
-    Raises ValueError for other modules, and for layers that differ in alpha or in having a bias.
+    Activations may differ. Raises ValueError for other modules, and for layers that differ in alpha (where elu or
+    leaky_relu takes it) or in having a bias.
     """
 
     def __init__(self, *layers: Conv2dELU) -> None:
         for number, layer in enumerate(layers):
             if not isinstance(layer, Conv2dELU):
                 raise ValueError(f"layer {number} is a {type(layer).__name__}; accepted: Conv2dELU and its kinds")
-        facts = {(layer.alpha, layer.bias is None) for layer in layers}
-        if len(facts) != 1:
-            found = f"{len(layers)} layers of {len(facts)} sorts"
-            raise ValueError(f"a stage of {found}; accepted: one alpha, and biases or none for all")
+        alphas = {layer.alpha for layer in layers if layer.activation in ("elu", "leaky_relu")}
+        if not layers or len(alphas) > 1 or len({layer.bias is None for layer in layers}) > 1:
+            found = f"{len(layers)} layers with alpha {sorted(alphas)}, biases {[x.bias is not None for x in layers]}"
+            raise ValueError(f"a stage of {found}; accepted: one or more, of one alpha, all with a bias or none")
         super().__init__(*layers)
+        self.alpha = max(alphas, default=1.0)
 
     def forward(self, input: Tensor) -> Tensor:
         layers = [layer for layer in self if isinstance(layer, Conv2dELU)]
         biases = [layer.bias for layer in layers if layer.bias is not None]
         return conv_stage(
             input, [layer.weight for layer in layers], biases or None, kinds=[layer.kind for layer in layers],
-            activation=[layer.activation for layer in layers], alpha=layers[0].alpha,
+            activation=[layer.activation for layer in layers], alpha=self.alpha,
         )  # fmt: skip
 
 

@@ -148,13 +148,9 @@ def skip_gradient(dz: Tensor, size: int, *, how: str) -> Tensor:
     return torch.stack((rows[..., 0, :], rows[..., 1:-1, :].sum(4), rows[..., -1, :]), 2)
 
 
-def to_few(inputs: int, outputs: int) -> bool:
-    """Whether a 3x3 convolution gives so few channels (an image's) that a CPU's library computes mostly padding."""
-    return 3 * outputs <= 16 < inputs
-
-
 def _to_few(x: Tensor, weight: Tensor, kind: str) -> bool:
-    few = kind == "same" and weight.shape[2:] == (3, 3) and to_few(weight.shape[1], weight.shape[0])
+    """Whether a 3x3 convolution gives so few channels, an image's, that oneDNN computes mostly padding."""
+    few = kind == "same" and weight.shape[2:] == (3, 3) and 3 * weight.shape[0] <= 16 < weight.shape[1]
     return few and x.device.type == "cpu" and x.dtype == torch.float32
 
 
@@ -163,10 +159,11 @@ def _convolve_to_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     oneDNN fills up output channels to 16 with nothing. What each row gives is moved to its line and added afterwards.
     """
-    count = weight.shape[0]
     rows = weight.permute(2, 0, 1, 3).flatten(0, 1).unsqueeze(2).contiguous(memory_format=torch.channels_last)
-    above, own, below = F.conv2d(x, rows, padding=(0, 1)).split(count, 1)
-    y = own.contiguous(memory_format=torch.channels_last) if bias is None else own + bias[:, None, None]
+    # not conv2d: it would be cast where a backward runs under autocast
+    found = torch.ops.aten.convolution(x, rows, None, [1, 1], [0, 1], [1, 1], False, [0, 0], 1)
+    above, own, below = found.split(weight.shape[0], 1)
+    y = own.clone(memory_format=torch.channels_last) if bias is None else own + bias[:, None, None]
     y[:, :, 1:] += above[:, :, :-1]
     y[:, :, :-1] += below[:, :, 1:]
     return y

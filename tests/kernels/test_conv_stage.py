@@ -84,18 +84,34 @@ def test_few_outputs_of_many_channels(window: int) -> None:
     _check_exactly(got, _values(_stage(reference.conv_stage, ["same"], activation="none"), inputs))
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (6, 7)])
 @pytest.mark.parametrize("outputs", [1, 2, 5, 6])
-def test_images_of_many_channels(outputs: int, size: tuple[int, int]) -> None:
+def test_images_of_many_channels(outputs: int, size: tuple[int, int], bias: bool) -> None:
     """To few channels a CPU's float32 takes each row of taps by itself, forward and, from few, back to the image."""
-    weights = [random_tensor(b, a, 3, 3, seed=a, scale=0.2) for a, b in ((outputs, 20), (20, outputs))]
-    inputs = [random_tensor(2, outputs, *size, seed=1), *weights]
-    inputs += [random_tensor(20, seed=3), random_tensor(outputs, seed=4)]
-    kinds, activation = ["same", "same"], ["elu", "none"]
-    check(
-        _stage(conv_stage, kinds, activation=activation), _stage(reference.conv_stage, kinds, activation=activation),
-        inputs,
-    )  # fmt: skip
+    widths = (outputs, 20, outputs)
+    inputs = [random_tensor(1 if size == (1, 1) else 2, outputs, *size, seed=1)]
+    inputs += [random_tensor(b, a, 3, 3, seed=a, scale=0.2) for a, b in pairwise(widths)]
+    inputs += [random_tensor(b, seed=3 + b) for b in widths[1:]] if bias else []
+    inputs = [value.cpu() for value in inputs]
+
+    def run(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, a, b, *biases: op(x, [a, b], biases or None, activation=["elu", "none"]).mul_(2)
+
+    check(run(conv_stage), run(reference.conv_stage), inputs)
+
+
+@pytest.mark.parametrize("widths", [(3, 20), (20, 3, 20), (3, 20, 3)])
+def test_a_backward_under_autocast_is_as_exact(widths: tuple[int, ...]) -> None:
+    """The forward was not: nothing may be cast on the way back, and nothing mixed."""
+    x = random_tensor(2, widths[0], 5, 6, seed=1).cpu().requires_grad_()
+    weights = [random_tensor(b, a, 3, 3, seed=a, scale=0.2).cpu().requires_grad_() for a, b in pairwise(widths)]
+    y = conv_stage(x, weights)
+    expected = torch.autograd.grad(y.sum(), [x, *weights], retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y.sum(), [x, *weights])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("impl", [None, "algebraic", "fused"])
@@ -106,6 +122,9 @@ def test_an_activation_for_each_layer(activation: list[str], impl: str | None) -
     kinds, options = ["up", "same", "down"], {"activation": activation, "alpha": 0.3}
     inputs = _inputs(kinds, 0, torch.float32)
     check(_stage(conv_stage, kinds, impl=impl, **options), _stage(reference.conv_stage, kinds, **options), inputs)
+    x, *rest = inputs
+    copied, twice = [x, *rest[:3] * 2, *rest[3:] * 2], {**options, "copies": 2}
+    check(_stage(conv_stage, kinds, impl=impl, **twice), _stage(reference.conv_stage, kinds, **twice), copied)
     if impl is None:
         inputs = _inputs(kinds, 0, torch.float64)
         got = _values(_stage(conv_stage, kinds, **options), inputs)

@@ -100,12 +100,23 @@ def test_upsampling_weights_by_hand() -> None:
     assert not folded[:, [0, 3]].any()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # forward mode's own
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind: str) -> None:
     """The transposes are written out: against finite differences, once and twice."""
     weight = _double(3, 2, 3, 3, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda w: fold([w], [kind])[0], weight)
     assert torch.autograd.gradgradcheck(lambda w: fold([w], [kind])[0].sin(), weight)
+
+    def energy(w: Tensor) -> Tensor:
+        return fold([w], [kind])[0].square().sum()
+
+    expected = torch.autograd.grad(energy(weight), weight)[0]
+    torch.testing.assert_close(torch.func.grad(energy)(weight.detach()), expected)
+    found = torch.func.jvp(energy, (weight.detach(),), (expected,))[1]
+    torch.testing.assert_close(found, expected.square().sum())
+    half = weight.detach()[:, :1].contiguous(memory_format=torch.channels_last).expand(-1, 2, -1, -1)[:, :1]
+    assert fold([half], ["conv"])[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_wrong_arguments_are_named() -> None:

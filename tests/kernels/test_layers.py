@@ -142,7 +142,7 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: Conv2dELU(4, 4, activation="gelu"), "activation is 'gelu'; accepted: elu"),
         (lambda: DownsampleConv2dELU(4, 4, padding="end", kernel_size=5), "kernel_size is 5"),
         (lambda: ConvStage(nn.Conv2d(4, 4, 3)), "layer 0 is a Conv2d; accepted: Conv2dELU and its kinds"),  # pyright: ignore
-        (lambda: ConvStage(Conv2dELU(4, 4), Conv2dELU(4, 4, bias=False)), "a stage of 2 layers of 2 sorts"),
+        (lambda: ConvStage(Conv2dELU(4, 4), Conv2dELU(4, 4, bias=False)), "a stage of 2 layers with alpha"),
         (lambda: ConvStage(), "a stage of 0 layers"),
         (lambda: HingeLoss(0.0), "margin is 0.0; accepted: numbers above 0"),
         (lambda: PullAwayTerm()(torch.zeros(1, 3)), r"codes is \[1, 3\]; accepted"),
