@@ -94,7 +94,7 @@ def _graphs(model: ModelConfig, train: TrainConfig) -> dict[str, int]:
         return graph
 
     real, z = inputs(model, train, torch.device("cpu"))
-    with mock.patch.object(objective, "_compiled", lambda net, mode: torch.compile(net, dynamic=False, backend=keep)):
+    with mock.patch.object(objective, "_compiled", lambda net, *_: torch.compile(net, dynamic=False, backend=keep)):
         step = TrainStep(*build(model, seed=0), train, None, "default")
         for _ in range(2):
             step(real, z, z)

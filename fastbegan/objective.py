@@ -61,7 +61,7 @@ class Objective(ABC):
         self.compiled = compile_mode is not None
         nets = self._nets()
         self.generate, self.reconstruct = (
-            net if compile_mode is None else _compiled(net, compile_mode) for net in nets
+            net if compile_mode is None else _compiled(net, compile_mode, dtype) for net in nets
         )
 
     def _nets(self) -> tuple[Any, Any]:
@@ -86,10 +86,17 @@ class Objective(ABC):
         """Gradient of L_G on G, through both sides of |v - D(v)|; returns L(G(z))."""
 
 
-def _compiled(net: nn.Module, mode: str) -> Any:
+def _compiled(net: nn.Module, mode: str, dtype: torch.dtype | None) -> Any:
     # Inductor's own CUDA graphs do not nest in ours
     name = {"max-autotune": "max-autotune-no-cudagraphs"}.get(mode, mode)
-    return torch.compile(net, fullgraph=True, dynamic=False, mode=name)
+    chosen: dict[str, Any] = {"mode": name}
+    on_cpu = next(net.parameters()).device.type == "cpu"
+    if on_cpu and dtype is not None and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        from torch._inductor import list_mode_options  # here, as it takes a while
+
+        # g++ 12 at -O3 breaks what Inductor writes for a half type's maps in two memory formats: gradients of NaN
+        chosen = {"options": {**list_mode_options(name), "cpp.simdlen": 256}}
+    return torch.compile(net, fullgraph=True, dynamic=False, **chosen)
 
 
 class Textbook(Objective):

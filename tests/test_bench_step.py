@@ -77,7 +77,7 @@ def test_what_torch_compile_changes_or_cannot_do_is_no_row(monkeypatch: pytest.M
     model, train, modes = ModelConfig(size=32, filters=2), TrainConfig(batch_size=2), ["textbook", "textbook+compile"]
     given = (model, train, modes, ["float32"], torch.device("cpu"), "default", 1)
 
-    def broken(net: torch.nn.Module, mode: str) -> Any:
+    def broken(net: torch.nn.Module, mode: str, dtype: torch.dtype | None) -> Any:
         def run(*given: Any) -> Any:
             raise RuntimeError("no compiler\nand more")
 
@@ -87,7 +87,7 @@ def test_what_torch_compile_changes_or_cannot_do_is_no_row(monkeypatch: pytest.M
     with pytest.warns(UserWarning, match="torch.compile failed, going on without it: no compiler"):
         (row,) = bench.measure(*given)
     assert row.mode == "textbook" and row.ratio_compile is None
-    monkeypatch.setattr(objective, "_compiled", lambda net, mode: lambda *given: 1.1 * net(*given))
+    monkeypatch.setattr(objective, "_compiled", lambda net, mode, dtype: lambda *given: 1.1 * net(*given))
     with pytest.raises(UserError, match=r"textbook\+compile in float32 has losses 0.\d+ from those without; not timed"):
         bench.measure(*given)
 
