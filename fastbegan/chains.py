@@ -370,8 +370,7 @@ def run(
     alike = cast or all(weight.dtype == x.dtype for weight in weights)
     given = [bias for bias in biases if bias is not None]
     if x.dim() == 4 and fits and real and alike and known and len(given) in (0, len(weights)):
-        y = conv_stage(x, weights, given or None, kinds=kinds, activation=activations, alpha=alpha)
-        return y if any(map(_is_last, (x, *weights))) else y.contiguous()  # as torch's convolution does
+        return conv_stage(x, weights, given or None, kinds=kinds, activation=activations, alpha=alpha)
     layers = zip(weights, biases, kinds, paddings, activations, strict=True)
     for weight, bias, kind, padding, activation in layers:
         if kind == "up":
@@ -380,7 +379,3 @@ def run(
         stride, padding = 1 if kind in ("same", "up") else 2, 0 if kind == "down_end" else padding
         x = activate(F.conv2d(x, weight, bias, stride, padding), activation, alpha)
     return x
-
-
-def _is_last(value: Tensor) -> bool:
-    return value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()

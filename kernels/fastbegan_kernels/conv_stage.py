@@ -10,8 +10,10 @@ from torch import Tensor
 
 from . import reference, tiers, tuning
 from .dispatch import allows_tf32, asked_for, autocast, op_impl
-from .fold import fold
+from .fold import fold, pack, unpack_gradient
+from .layout import is_channels_last, lay_out
 from .problems import Layer
+from .recorded import recorded_gradients
 
 
 def conv_stage(
@@ -26,12 +28,14 @@ def conv_stage(
     copies: int = 1,
     impl: str | None = None,
 ) -> Tensor:
-    """As `reference.conv_stage`: x [N, C, H, W] through layers of kinds same, down, down_end and up, channels_last.
+    """As `reference.conv_stage`: x [N, C, H, W] through layers of kinds same, down, down_end and up.
 
     On a GPU all layers are one operation. Going back, a layer's input gradient, the derivative of the activation before
     it and that layer's bias gradient are one kernel; only each layer's output is kept. Weights of kind "up" may come
-    folded (`fold`), [C, K, 4, 4]. Of several `copies` the first one's values serve the whole batch. Differentiable once
-    (`impl="reference"`: as often as you like).
+    folded (`fold`), [C, K, 4, 4]. Of several `copies` the first one's values serve the whole batch. Inside, all is
+    channels_last; the output is if x or a weight is, the gradient of x if x or the first weight is (`layout`).
+    A gradient that is itself differentiated (create_graph=True) comes from plain operations, which take as long as
+    PyTorch's own; with a skip table it raises RuntimeError (`impl="reference"` gives it).
     """
     kinds = reference.check_stage(x, weights, biases, kinds, skip, copies)
     activations = reference.check_activations(activation, alpha, len(kinds))
@@ -50,36 +54,44 @@ def conv_stage(
         if mode == "fused":
             raise ValueError(f"weight is {odd[0]}; impl 'fused' accepts kernels of 1x1 and 3x3")
         mode = "plain"
+    output_last = is_channels_last(x, *weights)
+    gradient_last = is_channels_last(x, weights[0])
     if "silu" not in activations:
-        return _run(x, weights, biases, skip, kinds, activations, alpha, mode, copies)
+        y = _run(x, weights, biases, skip, kinds, activations, alpha, mode, copies, gradient_last)
+        return lay_out(y, output_last)
     for number, (kind, name) in enumerate(zip(kinds, activations, strict=True)):
         own = slice(number, None, len(kinds))
         table = skip if number == len(kinds) - 1 else None
         inside = "none" if name == "silu" else name  # silu's derivative needs what went in: that is kept as an output
-        x = _run(x, weights[own], None if biases is None else biases[own], table, [kind], [inside], alpha, mode, copies)
+        x = _run(
+            x, weights[own], None if biases is None else biases[own], table, [kind], [inside], alpha, mode, copies,
+            gradient_last or number > 0,
+        )  # fmt: skip
         x = F.silu(x) if name == "silu" else x
-    return x
+    return lay_out(x, output_last)
 
 
 def _run(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, skip: Tensor | None, kinds: list[str],
-    activations: list[str], alpha: float, impl: str, copies: int,
+    activations: list[str], alpha: float, impl: str, copies: int, gradient_last: bool,
 ) -> Tensor:  # fmt: skip
-    """The operation, with weights packed for it; `impl` is "plain" or what `op_impl` gives."""
+    """The operation, channels_last; `impl` is "plain" or what `op_impl` gives."""
     (x,) = autocast(x)
-    packed: list[Tensor] = []
-    for weight, kind in zip(weights, kinds * copies, strict=True):
-        if kind == "up" and weight.shape[2] == 3:
-            packing = {"auto": None, "plain": "reference"}.get(impl, impl)
-            packing = packing if weight.dtype == torch.float32 else "reference"
-            packed += fold([weight], ["up"], dtype=x.dtype, impl=packing)
-        else:
-            packed.append(weight.to(dtype=x.dtype, memory_format=torch.channels_last))
     skip = None if skip is None else skip.to(x.dtype)
-    names = " ".join(kinds), " ".join(activations)
+    settings = " ".join(kinds), " ".join(activations), alpha, impl, copies, gradient_last
     if impl == "plain":
-        return _Plain.apply(x, skip, *names, alpha, copies, len(packed), *packed, *(biases or ()))
-    return _conv_stage(x, packed, list(biases or ()), skip, *names, alpha, impl, copies)[-1]
+        return _Plain.apply(x, skip, *settings, len(weights), *weights, *(biases or ()))
+    weights = list(weights)
+    for number, (weight, kind) in enumerate(zip(weights, kinds * copies, strict=True)):
+        if _packing(weight, kind) == "up":
+            packing = {"auto": None}.get(impl, impl) if weight.dtype == torch.float32 else "reference"
+            weights[number : number + 1] = fold([weight], ["up"], dtype=x.dtype, impl=packing)
+    return _conv_stage(x, weights, list(biases or ()), skip, *settings)[-1]
+
+
+def _packing(weight: Tensor, kind: str) -> str:
+    """How a layer's weight is still to be packed, a kind of `fold`."""
+    return "up" if kind == "up" and weight.shape[2] == 3 else "conv"
 
 
 def _how(
@@ -128,7 +140,8 @@ def _gradients(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, the skip table, each weight and each bias (float32); those that `needs` does not name are empty.
 
-    `needs`: x, skip, then one a weight, then one a bias (none without biases), copy by copy. `weights` are one copy's.
+    `needs`: x, skip, then one a weight, then one a bias (none without biases), copy by copy. `weights` are one copy's,
+    packed, and so are their gradients. All maps are channels_last.
     """
     layers, names = kinds.split(), activations.split()
     count = len(layers)
@@ -186,52 +199,103 @@ def _restored(kept: Sequence[Tensor], grad: Tensor, activations: str) -> list[Te
     return [*kept, grad.contiguous(memory_format=torch.channels_last)] if last else list(kept)
 
 
+def _recorded(
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], kinds: str, activations: str,
+    alpha: float, copies: int, needs: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of x, weights and biases in plain operations."""
+
+    def stage(x: Tensor, *rest: Tensor) -> Tensor:
+        own, biases = [weight.to(x.dtype) for weight in rest[: len(weights)]], rest[len(weights) :]
+        return reference.conv_stage(
+            x, own, biases or None, kinds=kinds.split(), activation=activations.split(), alpha=alpha, copies=copies
+        )
+
+    return recorded_gradients(stage, (x, *weights, *biases), needs, grad)
+
+
+def _refuse_skip(size: int) -> None:
+    # the table is not kept: a second derivative would need it
+    if size:
+        raise RuntimeError(
+            "conv_stage with a skip table can be differentiated once; for create_graph=True give impl='reference'"
+        )
+
+
 class _Plain(torch.autograd.Function):
     """The same in plain operations, which torch.compile sees through: on the CPU, without Triton, for float64."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, skip: Tensor | None, kinds: str, activations: str, alpha: float, copies: int, count: int,
-        *weights_and_biases: Tensor,
+        ctx, x: Tensor, skip: Tensor | None, kinds: str, activations: str, alpha: float, impl: str, copies: int,
+        gradient_last: bool, count: int, *weights_and_biases: Tensor,
     ) -> Tensor:  # fmt: skip
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
-        outputs = _outputs(x, weights, biases, skip, kinds, activations, alpha, "plain")
-        ctx.save_for_backward(x, *weights[: count // copies], *_kept(outputs, activations))
-        ctx.settings = (kinds, activations, alpha, "plain", copies)
-        ctx.skip_size, ctx.count = 0 if skip is None else skip.shape[3], count
-        ctx.bias_dtypes = [bias.dtype for bias in biases]
+        packed = [
+            pack(weight, _packing(weight, kind), x.dtype) for weight, kind in zip(weights, kinds.split(), strict=False)
+        ]
+        outputs = _outputs(x, packed, biases, skip, kinds, activations, alpha, impl)
+        ctx.save_for_backward(x, *weights_and_biases, *packed, *_kept(outputs, activations))
+        ctx.settings, ctx.count, ctx.given = (kinds, activations, alpha, impl, copies), count, len(weights_and_biases)
+        ctx.gradient_last, ctx.skip_size = gradient_last, 0 if skip is None else skip.shape[3]
         return outputs[-1]
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple:
-        _refuse_create_graph()
-        own = ctx.count // ctx.settings[4]
         x, *saved = ctx.saved_tensors
-        need_x, need_skip, *_ = needed = ctx.needs_input_grad
-        needs = [need_x, need_skip, *needed[7:]]
+        weights, biases, saved = saved[: ctx.count], saved[ctx.count : ctx.given], saved[ctx.given :]
         kinds, activations, alpha, impl, copies = ctx.settings
-        outputs = _restored(saved[own:], grads[0], activations)
+        needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[9:]]
+        if torch.is_grad_enabled():
+            _refuse_skip(ctx.skip_size)
+            wanted = [needs[0], *needs[2:]]
+            dx, *rest = _recorded(grads[0], x, weights, biases, kinds, activations, alpha, copies, wanted)
+            return (dx, *[None] * 8, *rest)
+        packed, outputs = saved[: ctx.count // copies], saved[ctx.count // copies :]
+        outputs = _restored(outputs, grads[0], activations)
         dx, d_skip, *rest = _gradients(
-            grads[0], x, saved[:own], outputs, ctx.skip_size, len(ctx.bias_dtypes) > 0, kinds, activations, alpha,
-            impl, copies, needs,
-        )  # fmt: skip
-        dtypes = [x.dtype] * ctx.count + ctx.bias_dtypes
-        rest = [value.to(dtype) if keep else None for value, keep, dtype in zip(rest, needs[2:], dtypes, strict=True)]
-        return (dx if need_x else None, d_skip if need_skip else None, *[None] * 5, *rest)
+            grads[0], x, packed, outputs, ctx.skip_size, len(biases) > 0, *ctx.settings, needs
+        )
+        dx = lay_out(dx, ctx.gradient_last) if needs[0] else None
+        rest = _as_given(rest, weights, biases, kinds, needs[2:])
+        return (dx, d_skip if needs[1] else None, *[None] * 7, *rest)
+
+
+def _as_given(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], kinds: str, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of packed weights and of biases as those of what was given: in its dtype and memory format."""
+    layers = kinds.split()
+    found: list[Tensor | None] = []
+    for number, (gradient, given, needed) in enumerate(zip(gradients, (*weights, *biases), needs, strict=True)):
+        if not needed:
+            found.append(None)
+        elif number < len(weights):
+            packing = _packing(given, layers[number % len(layers)])
+            last = is_channels_last(given)
+            found.append(unpack_gradient(gradient, packing, given.dtype, channels_last=last))
+        else:
+            found.append(gradient.to(given.dtype))
+    return found
 
 
 @torch.library.custom_op("fastbegan::conv_stage", mutates_args=())
 def _conv_stage(  # no defaults: torch 2.7 leaves such values out and then misses their gradients
     x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activations: str,
-    alpha: float, impl: str, copies: int,
+    alpha: float, impl: str, copies: int, gradient_last: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return _outputs(x, weights, biases, skip, kinds, activations, alpha, impl)
+    """Weights [K, C, k, k] in any dtype and layout, of kind "up" folded; outputs are channels_last.
+
+    `gradient_last`: whether the gradient of x is to be channels_last.
+    """
+    packed = [pack(weight, "conv", x.dtype) for weight in weights[: len(weights) // copies]]
+    return _outputs(x, packed, biases, skip, kinds, activations, alpha, impl)
 
 
 @_conv_stage.register_fake
 def _(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activations: str,
-    alpha: float, impl: str, copies: int,
+    alpha: float, impl: str, copies: int, gradient_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     outputs: list[Tensor] = []
     size: Sequence[int] = x.shape[2:]
@@ -247,9 +311,8 @@ def _conv_stage_backward(
     grad: Tensor, x: Tensor, weights: list[Tensor], outputs: list[Tensor], skip_size: int, has_bias: bool,
     kinds: str, activations: str, alpha: float, impl: str, copies: int, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    return _gradients(
-        grad, x, weights, outputs, skip_size, has_bias, kinds, activations, alpha, impl, copies, needs
-    )  # fmt: skip
+    packed = [pack(weight, "conv", x.dtype) for weight in weights]
+    return _gradients(grad, x, packed, outputs, skip_size, has_bias, kinds, activations, alpha, impl, copies, needs)
 
 
 @_conv_stage_backward.register_fake
@@ -260,7 +323,7 @@ def _(
     def like(tensor: Tensor, needed: bool) -> Tensor:
         if not needed:
             return x.new_empty(0)
-        options = {"dtype": tensor.dtype, "device": tensor.device, "memory_format": torch.channels_last}
+        options = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
         return torch.empty(tensor.shape, **options)
 
     count = len(weights) * copies
@@ -278,41 +341,34 @@ def _(
 
 
 def _setup(ctx, inputs: tuple, output: list[Tensor]) -> None:
-    x, weights, biases, skip, *ctx.settings = inputs
+    x, weights, biases, skip, *settings, ctx.gradient_last = inputs
     ctx.set_materialize_grads(False)  # nobody asks for the gradients of the inner outputs
-    ctx.own = len(weights) // ctx.settings[-1]
-    ctx.save_for_backward(x, *weights[: ctx.own], *_kept(output, ctx.settings[1]))
-    ctx.count = len(weights)
-    ctx.bias_dtypes = [bias.dtype for bias in biases]
-    ctx.skip = (0, x.dtype) if skip is None else (skip.shape[3], skip.dtype)
-
-
-def _refuse_create_graph() -> None:
-    # the inner outputs are saved without their graph: a second derivative would be wrong without a word
-    if torch.is_grad_enabled():
-        raise RuntimeError("conv_stage can be differentiated once; for create_graph=True give impl='reference'")
+    ctx.settings, ctx.count, ctx.given = settings, len(weights), len(weights) + len(biases)
+    ctx.save_for_backward(x, *weights, *biases, *_kept(output, settings[1]))
+    ctx.skip_size, ctx.skip_dtype = (0, x.dtype) if skip is None else (skip.shape[3], skip.dtype)
 
 
 def _backward(ctx, grads: list[Tensor | None]) -> tuple:
-    _refuse_create_graph()
     x, *saved = ctx.saved_tensors
-    weights, outputs = saved[: ctx.own], saved[ctx.own :]
+    weights, biases, outputs = saved[: ctx.count], saved[ctx.count : ctx.given], saved[ctx.given :]
     need_x, need_w, need_b, need_skip = ctx.needs_input_grad[:4]
     grad = grads[-1]
     if grad is None:
-        return (None, [None] * ctx.count, [None] * len(need_b), *[None] * 6)
+        return (None, [None] * len(weights), [None] * len(biases), *[None] * 7)
+    kinds, activations, alpha, _, copies = ctx.settings
+    if torch.is_grad_enabled():
+        _refuse_skip(ctx.skip_size)
+        wanted = [need_x, *need_w, *need_b]
+        dx, *rest = _recorded(grad, x, weights, biases, kinds, activations, alpha, copies, wanted)
+        return (dx, rest[: ctx.count], rest[ctx.count :], *[None] * 7)
     needs = [need_x, need_skip, *need_w, *need_b]
-    outputs = _restored(outputs, grad, ctx.settings[1])
-    skip_size, skip_dtype = ctx.skip
+    outputs = _restored(outputs, grad, activations)
     dx, d_skip, *rest = _conv_stage_backward(
-        grad, x, weights, outputs, skip_size, len(need_b) > 0, *ctx.settings, needs
-    )  # fmt: skip
-    dw = [value if needed else None for value, needed in zip(rest, need_w, strict=False)]
-    db = [
-        value.to(dtype) if needed else None
-        for value, needed, dtype in zip(rest[ctx.count :], need_b, ctx.bias_dtypes, strict=True)
-    ]
-    return (dx if need_x else None, dw, db, d_skip.to(skip_dtype) if need_skip else None, *[None] * 5)
+        grad, x, weights[: ctx.count // copies], outputs, ctx.skip_size, len(biases) > 0, *ctx.settings, needs
+    )
+    dx = lay_out(dx, ctx.gradient_last) if need_x else None
+    rest = _as_given(rest, weights, biases, kinds, needs[2:])
+    return (dx, rest[: ctx.count], rest[ctx.count :], d_skip.to(ctx.skip_dtype) if need_skip else None, *[None] * 6)
 
 
 _conv_stage.register_autograd(_backward, setup_context=_setup)

@@ -19,13 +19,16 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def asked_for(impl: str | None) -> str | None:
-    """`impl`, else FASTBEGAN_IMPL, else None. Raises ValueError for what is not in IMPLS, naming where it came from."""
+    """`impl`, else FASTBEGAN_IMPL, else None; under torch.jit.trace "reference", whose operations can be saved.
+
+    Raises ValueError for what is not in IMPLS, naming where it came from.
+    """
     source = "impl"
     if impl is None:
         impl, source = os.environ.get("FASTBEGAN_IMPL") or None, "FASTBEGAN_IMPL"
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"{source} is {impl!r}; accepted: {', '.join(IMPLS)}")
-    return impl
+    return "reference" if torch.jit.is_tracing() else impl
 
 
 def op_impl(impl: str | None, tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype] = DTYPES) -> str | None:

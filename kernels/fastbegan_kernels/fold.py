@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import tuning
 from .dispatch import op_impl
+from .layout import is_channels_last, lay_out
 
 KINDS = ("conv", "up", "skip")
 
@@ -22,7 +23,7 @@ KINDS = ("conv", "up", "skip")
 def fold(
     weights: Sequence[Tensor], kinds: Sequence[str], *, dtype: torch.dtype | None = None, impl: str | None = None
 ) -> list[Tensor]:
-    """Packed forms, channels_last, of weights [K, C, k, k]; gradients flow back to the weights in their own dtype.
+    """Packed forms, channels_last, of weights [K, C, k, k]; gradients flow back in the weights' own dtype and format.
 
     Sums are taken in the weights' dtype, then cast to `dtype` (None: kept): fold float32 masters. The fused tier packs
     all weights in one launch, and their gradients in another; it takes float32 weights of up to 3x3 on a GPU, in any
@@ -47,18 +48,24 @@ def fold(
         mode = None
     if mode is None or mode == "algebraic":
         return [_plain(weight, kind, dtype) for weight, kind in zip(weights, kinds, strict=True)]
-    flat = _fold(list(weights), " ".join(kinds), dtype, mode)
-    shapes = [packed_shape(w.shape, kind) for w, kind in zip(weights, kinds, strict=True)]
-    parts = flat.split([a * h * w * b for a, b, h, w in shapes])
-    return [part.view(a, h, w, b).permute(0, 3, 1, 2) for part, (a, b, h, w) in zip(parts, shapes, strict=True)]
+    return _packed_parts(_fold(list(weights), " ".join(kinds), dtype, mode), weights, kinds)
 
 
 def _plain(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    if kind == "conv" or torch.compiler.is_compiling():  # which finds the transpose itself, and knows no jvp
-        packed = _PLAIN[kind](weight).to(dtype)
-    else:
-        packed = _PlainFold.apply(weight, kind, dtype)
-    return packed.contiguous(memory_format=torch.channels_last)
+    if kind == "conv" and weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
+        return weight
+    function = _PlainFold if torch.compiler.is_compiling() else _PlainFoldForward  # Dynamo takes no jvp
+    return function.apply(weight, kind, dtype)
+
+
+def pack(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """The packed form of a weight in plain operations: in `dtype`, channels_last."""
+    return _PLAIN[kind](weight).to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def unpack_gradient(gradient: Tensor, kind: str, dtype: torch.dtype, *, channels_last: bool) -> Tensor:
+    """The transpose of `pack`: from the gradient of the packed form that of the weight, in its dtype and format."""
+    return lay_out(_TRANSPOSES[kind](gradient.to(dtype)), channels_last)
 
 
 class _PlainFold(torch.autograd.Function):
@@ -66,20 +73,24 @@ class _PlainFold(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-        return _PLAIN[kind](weight).to(dtype)
+        return pack(weight, kind, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, str, torch.dtype], output: Tensor) -> None:
         weight, ctx.kind, ctx.packed = inputs
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.channels_last = weight.dtype, is_channels_last(weight)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _TRANSPOSES[ctx.kind](grads[0].to(ctx.dtype)), None, None
+        return unpack_gradient(grads[0], ctx.kind, ctx.dtype, channels_last=ctx.channels_last), None, None
+
+
+class _PlainFoldForward(_PlainFold):
+    """In forward mode as well."""
 
     @staticmethod
     def jvp(ctx, *tangents: Tensor) -> Tensor:
-        return _PLAIN[ctx.kind](tangents[0]).to(ctx.packed)
+        return pack(tangents[0], ctx.kind, ctx.packed)
 
 
 def packed_shape(shape: Sequence[int], kind: str) -> tuple[int, int, int, int]:
@@ -88,6 +99,13 @@ def packed_shape(shape: Sequence[int], kind: str) -> tuple[int, int, int, int]:
     if kind == "up":
         return channels, out, 4, 4
     return (25 * out, channels, 1, 1) if kind == "skip" else (out, channels, height, width)
+
+
+def _packed_parts(flat: Tensor, weights: Sequence[Tensor], kinds: Sequence[str]) -> list[Tensor]:
+    """Packed forms, channels_last, that stand one after another in `flat`."""
+    shapes = [packed_shape(w.shape, kind) for w, kind in zip(weights, kinds, strict=True)]
+    parts = flat.split([a * h * w * b for a, b, h, w in shapes])
+    return [part.view(a, h, w, b).permute(0, 3, 1, 2) for part, (a, b, h, w) in zip(parts, shapes, strict=True)]
 
 
 def fold_upsample(weight: Tensor) -> Tensor:
@@ -157,12 +175,10 @@ def unfold_flat(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str], *
         from .fused import packing
 
         return packing.fold_backward(grad, weights, kinds)
-    found, start = [], 0
-    for weight, kind in zip(weights, kinds, strict=True):
-        a, b, h, w = packed_shape(weight.shape, kind)
-        part = grad[start : start + a * b * h * w].to(weight.dtype).view(a, h, w, b).permute(0, 3, 1, 2)
-        start += part.numel()
-        found.append(torch.empty_like(weight).copy_(_TRANSPOSES[kind](part)).as_strided((weight.numel(),), (1,)))
+    found = []
+    for part, kind, weight in zip(_packed_parts(grad, weights, kinds), kinds, weights, strict=True):
+        gradient = _TRANSPOSES[kind](part.to(weight.dtype))
+        found.append(torch.empty_like(weight).copy_(gradient).as_strided((weight.numel(),), (1,)))
     return torch.cat(found)
 
 
@@ -197,7 +213,10 @@ def _setup(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx, grad: Tensor) -> tuple[list[Tensor], None, None, None]:
-    weights = ctx.saved_tensors
+    weights, kinds = ctx.saved_tensors, ctx.kinds.split()
+    if torch.is_grad_enabled():  # in operations that can be differentiated again
+        parts = zip(_packed_parts(grad, weights, kinds), kinds, weights, strict=True)
+        return [_TRANSPOSES[kind](part.to(w.dtype)) for part, kind, w in parts], None, None, None
     parts = _fold_backward(grad, list(weights), ctx.kinds, ctx.impl).split([w.numel() for w in weights])
     gradients = [
         part.as_strided(w.shape, torch.empty_like(w).stride(), part.storage_offset())

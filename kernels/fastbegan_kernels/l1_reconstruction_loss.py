@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import reference, tuning
 from .dispatch import op_impl
+from .recorded import recorded_gradients
 
 
 def l1_reconstruction_loss(
@@ -152,6 +155,9 @@ def _setup(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     prediction, target = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        plain = functools.partial(reference.l1_reconstruction_loss, eta=ctx.eta)
+        return (*recorded_gradients(plain, (prediction, target), ctx.needs_input_grad[:2], grad), None, None)
     to_target = ctx.needs_input_grad[1]
     d_prediction, d_target = _l1_reconstruction_loss_backward(
         grad, prediction, target, ctx.eta, to_target, ctx.impl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -165,17 +166,18 @@ def upsample_conv2d_elu(
 ) -> Tensor:
     """Nearest-neighbour upsampling by 2, then conv2d_elu with a 3x3 kernel.
 
-    x [N, C, H, W] -> [N, K, 2H, 2W]; weight [K, C, 3, 3]. `skip` is a phase table [N, 3, 3, S, S, K] as
+    x [N, C, H, W] -> [N, K, 2H, 2W]; weight [K, C, 3, 3], or folded [C, K, 4, 4] (`fold`). `skip` is a phase table [N, 3, 3, S, S, K] as
     `skip_phase_table` makes it, expanded and added before the activation. `carry` blends with the upsampled x.
     """
     check_layer(x, weight, bias, kind="up", skip=skip, carry=carry)
+    doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
     if weight.shape[2] == 4:
-        raise ValueError(f"weight is {list(weight.shape)}; the reference accepts [out, in, 3, 3] only")
-    x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    y = F.conv2d(x, weight, _like(bias, weight), padding=1)
+        y = F.conv_transpose2d(x, weight, _like(bias, weight), stride=2, padding=1)
+    else:
+        y = F.conv2d(doubled, weight, _like(bias, weight), padding=1)
     if skip is not None:
         y = y + expand_phase_table(skip, y.shape[2], y.shape[3])
-    return blend(x, activate(y, activation, alpha), carry)
+    return blend(doubled, activate(y, activation, alpha), carry)
 
 
 def conv_stage(
@@ -294,7 +296,8 @@ def l1_reconstruction_loss(prediction: Tensor, target: Tensor, *, eta: int = 1, 
     wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     difference = prediction.to(wide) - (target.detach() if detach_target else target).to(wide)
     error = difference.abs() if eta == 1 else difference.square()
-    return error.flatten(1).mean(1)
+    # neither flattened nor by mean: gradients would be contiguous whatever the inputs are
+    return error if error.dim() == 1 else error.sum(tuple(range(1, error.dim()))) / prod(error.shape[1:])
 
 
 def equilibrium_update(

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import reference
 from .dispatch import asked_for
 from .fold import fold
+from .layout import is_channels_last, lay_out
 
 
 def skip_phase_table(h: Tensor, weight: Tensor, *, impl: str | None = None) -> Tensor:
@@ -17,10 +18,12 @@ def skip_phase_table(h: Tensor, weight: Tensor, *, impl: str | None = None) -> T
     weight is [K, C, 3, 3], or folded once for many calls (`fold`, kind "skip"), [25 K, C, 1, 1]. Sums of taps that read
     one pixel are taken before multiplying; what belongs to the pixel above or beside is then moved there.
     """
-    if asked_for(impl) == "reference":
+    if asked_for(impl) == "reference" and weight.shape[2] == 3:
         return reference.skip_phase_table(h, weight)
     if weight.shape[2] == 3:
+        channels_last = is_channels_last(h, weight)
         (weight,) = fold([weight], ["skip"], dtype=h.dtype, impl=impl)
+        weight = weight if channels_last else lay_out(weight, False)  # by its strides h's gradient is laid out
     sums = F.conv2d(h, weight).permute(0, 2, 3, 1).unflatten(3, (5, 5, -1))  # [N, S, S, 5, 5, K]
     return _join(_join(sums, 1, 3), 2, 4).permute(0, 3, 4, 1, 2, 5)
 

@@ -61,7 +61,6 @@ def test_plain_operations(kinds: list[str], skip: int, activation: str) -> None:
     inputs = _inputs(kinds, skip, torch.float64)
     options = {"activation": activation, "alpha": 0.3}
     got = _values(_stage(conv_stage, kinds, **options), inputs)
-    assert got[0].is_contiguous(memory_format=torch.channels_last)
     _check_exactly(got, _values(_stage(reference.conv_stage, kinds, **options), inputs))
 
 
@@ -162,9 +161,56 @@ def test_bias_gradients_of_half_precision_are_summed_in_float32() -> None:
     assert bias.grad.tolist() == [1024.0 + 1032.0] * 2
 
 
-def test_a_second_derivative_is_refused_but_for_the_reference() -> None:
+def _penalty(function: Callable[..., Tensor], inputs: list[Tensor], made: Sequence[int] = (0,)) -> tuple[Tensor, ...]:
+    """Gradients of a gradient's size, as WGAN-GP and R1 have it, where the weights `made` are made of the input."""
+    x, *rest = leaves = [value.detach().requires_grad_() for value in inputs]
+    for number in made:
+        rest[number] = rest[number] * x.mean()
+    (slope,) = torch.autograd.grad(function(x * 1, *rest).sin().sum(), x, create_graph=True)
+    return torch.autograd.grad(slope.square().sum(), leaves)
+
+
+@pytest.mark.parametrize("activation", ["elu", "relu", "silu", "none"])
+@pytest.mark.parametrize(("kinds", "copies"), [(["same", "up"], 1), (["down", "same"], 2), (["up", "down_end"], 1)])
+def test_second_derivatives(kinds: list[str], copies: int, activation: str) -> None:
+    x, *rest = _inputs(kinds, 0, torch.float64)
+    parts = len(kinds)
+    inputs = [x, *rest[:parts] * copies, *rest[parts:] * copies]
+    options = {"activation": activation, "copies": copies}
+    ops = _stage(conv_stage, kinds, **options), _stage(reference.conv_stage, kinds, **options)
+    got, expected = (list(_penalty(op, inputs, range(0, parts * copies, parts))) for op in ops)
+    _check_exactly(got, expected)
+
+
+def test_second_derivatives_of_finite_differences() -> None:
+    inputs = [value.requires_grad_() for value in _inputs(["same", "up"], 0, torch.float64, batch=1)]
+    assert torch.autograd.gradgradcheck(_stage(conv_stage, ["same", "up"]), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("impl", ["algebraic", "fused"])
+@pytest.mark.parametrize("kinds", [["same", "up"], ["down", "same"]])
+def test_second_derivatives_in_the_tiers(kinds: list[str], impl: str) -> None:
+    pytest.importorskip("triton")
+    inputs = _inputs(kinds, 0, torch.float32)
+    got = _penalty(_stage(conv_stage, kinds, impl=impl), inputs)
+    expected = _penalty(_stage(reference.conv_stage, kinds), [value.double() for value in inputs])
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+
+
+def test_a_weight_given_twice() -> None:
+    x, weight = random_tensor(2, 4, 5, 6, seed=1).double(), random_tensor(4, 4, 3, 3, seed=2, scale=0.2).double()
+    found = []
+    for op in (conv_stage, reference.conv_stage):
+        leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+        (slope,) = torch.autograd.grad(op(leaves[0], [leaves[1]] * 2).sum(), leaves[0], create_graph=True)
+        found.append([slope, *torch.autograd.grad(slope.square().sum(), leaves)])
+    _check_exactly(*found)
+
+
+def test_a_second_derivative_with_a_skip_table_is_refused_but_for_the_reference() -> None:
     inputs = [value.requires_grad_() for value in _inputs(["same", "up"], 4, torch.float64, batch=1)]
-    with pytest.raises(RuntimeError, match="conv_stage can be differentiated once; for create_graph=True give impl"):
+    with pytest.raises(RuntimeError, match="with a skip table can be differentiated once; for create_graph=True give"):
         torch.autograd.grad(_stage(conv_stage, ["same", "up"])(*inputs).sum(), inputs, create_graph=True)
     own = _stage(conv_stage, ["same", "up"], impl="reference")
     assert torch.autograd.gradgradcheck(own, inputs, fast_mode=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastbegan_kernels import l1_reconstruction_loss
+from tests.kernels.oracle import random_tensor
 
 
 def test_values_and_gradients_by_hand() -> None:
@@ -46,3 +47,18 @@ def test_wrong_arguments_are_named() -> None:
         l1_reconstruction_loss(torch.zeros(1, 1), torch.zeros(1, 1), eta=3)
     with pytest.raises(ValueError, match=r"prediction is \[1, 1\] but target is \[2, 1\]"):
         l1_reconstruction_loss(torch.zeros(1, 1), torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("impl", [None, "algebraic", "fused"])
+@pytest.mark.parametrize("eta", [1, 2])
+def test_second_derivatives(eta: int, impl: str | None) -> None:
+    if impl:
+        pytest.importorskip("triton")
+    x = random_tensor(2, 3, 4, 5, seed=1).requires_grad_()
+    seconds = []
+    for tier in (impl, "reference"):
+        (slope,) = torch.autograd.grad(
+            l1_reconstruction_loss(x**3, x.sin(), eta=eta, impl=tier).sum(), x, create_graph=True
+        )  # fmt: skip
+        seconds += torch.autograd.grad(slope.square().sum(), x)
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-5)

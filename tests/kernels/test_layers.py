@@ -111,7 +111,7 @@ def test_compiled_copied_and_pickled(kind: str) -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for one in (compiled, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         torch.testing.assert_close(one(x), expected)
-    assert "activation=" in repr(layer) and expected.is_contiguous(memory_format=torch.channels_last)
+    assert "activation=" in repr(layer)
 
 
 @EVERY
