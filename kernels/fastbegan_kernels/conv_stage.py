@@ -236,15 +236,15 @@ class _Plain(torch.autograd.Function):
         ]
         outputs = _outputs(x, packed, biases, skip, kinds, activations, alpha, impl)
         ctx.save_for_backward(x, *weights_and_biases, *packed, *_kept(outputs, activations))
-        ctx.settings, ctx.count, ctx.given = (kinds, activations, alpha, impl, copies), count, len(weights_and_biases)
-        ctx.gradient_last, ctx.skip_size = gradient_last, 0 if skip is None else skip.shape[3]
+        ctx.settings, ctx.gradient_last = (kinds, activations, alpha, copies), gradient_last
+        ctx.count, ctx.given, ctx.skip_size = count, len(weights_and_biases), 0 if skip is None else skip.shape[3]
         return outputs[-1]
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple:
         x, *saved = ctx.saved_tensors
         weights, biases, saved = saved[: ctx.count], saved[ctx.count : ctx.given], saved[ctx.given :]
-        kinds, activations, alpha, impl, copies = ctx.settings
+        kinds, activations, alpha, copies = ctx.settings
         needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[9:]]
         if torch.is_grad_enabled():
             _refuse_skip(ctx.skip_size)
@@ -254,8 +254,9 @@ class _Plain(torch.autograd.Function):
         packed, outputs = saved[: ctx.count // copies], saved[ctx.count // copies :]
         outputs = _restored(outputs, grads[0], activations)
         dx, d_skip, *rest = _gradients(
-            grads[0], x, packed, outputs, ctx.skip_size, len(biases) > 0, *ctx.settings, needs
-        )
+            grads[0], x, packed, outputs, ctx.skip_size, len(biases) > 0, kinds, activations, alpha, "plain", copies,
+            needs,
+        )  # fmt: skip
         dx = lay_out(dx, ctx.gradient_last) if needs[0] else None
         rest = _as_given(rest, weights, biases, kinds, needs[2:])
         return (dx, d_skip if needs[1] else None, *[None] * 7, *rest)

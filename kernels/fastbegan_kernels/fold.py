@@ -60,12 +60,15 @@ def _plain(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
 
 def pack(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """The packed form of a weight in plain operations: in `dtype`, channels_last."""
-    return _PLAIN[kind](weight).to(dtype=dtype, memory_format=torch.channels_last)
+    packed = _PLAIN[kind](weight)
+    if packed.dtype != dtype:
+        packed = packed.to(dtype=dtype, memory_format=torch.channels_last)
+    return packed.contiguous(memory_format=torch.channels_last)
 
 
 def unpack_gradient(gradient: Tensor, kind: str, dtype: torch.dtype, *, channels_last: bool) -> Tensor:
     """The transpose of `pack`: from the gradient of the packed form that of the weight, in its dtype and format."""
-    return lay_out(_TRANSPOSES[kind](gradient.to(dtype)), channels_last)
+    return lay_out(_TRANSPOSES[kind](gradient.to(dtype), channels_last), channels_last)
 
 
 class _PlainFold(torch.autograd.Function):
@@ -134,9 +137,11 @@ def _fold_taps(weight: Tensor, dim: int) -> Tensor:
     return torch.stack((last, middle + last, first + middle, first), dim)
 
 
-def _unfold_upsample(grad: Tensor) -> Tensor:
-    """The transpose of `fold_upsample`."""
-    return _unfold_taps(_unfold_taps(grad.permute(0, 2, 3, 1), 1), 2).permute(3, 0, 1, 2)
+def _unfold_upsample(grad: Tensor, channels_last: bool = True) -> Tensor:
+    """The transpose of `fold_upsample`, made in the order in which the result lies in memory."""
+    if not channels_last:
+        return _unfold_taps(_unfold_taps(grad.transpose(0, 1), 2), 3)
+    return _unfold_taps(_unfold_taps(grad.permute(1, 2, 3, 0), 1), 2).permute(0, 3, 1, 2)
 
 
 def _unfold_taps(grad: Tensor, dim: int) -> Tensor:
@@ -144,10 +149,12 @@ def _unfold_taps(grad: Tensor, dim: int) -> Tensor:
     return torch.stack((c + d, b + c, a + b), dim)
 
 
-def _unfold_skip(grad: Tensor) -> Tensor:
-    """The transpose of `fold_skip`."""
-    sums = grad.flatten(1).unflatten(0, (5, 5, -1)).permute(2, 3, 0, 1)
-    return _unfold_sums(_unfold_sums(sums, 2), 3)
+def _unfold_skip(grad: Tensor, channels_last: bool = True) -> Tensor:
+    """The transpose of `fold_skip`, made in the order in which the result lies in memory."""
+    sums = grad.flatten(1).unflatten(0, (5, 5, -1))
+    if not channels_last:
+        return _unfold_sums(_unfold_sums(sums.permute(2, 3, 0, 1), 2), 3)
+    return _unfold_sums(_unfold_sums(sums.permute(2, 0, 1, 3), 1), 2).permute(0, 3, 1, 2)
 
 
 def _unfold_sums(grad: Tensor, dim: int) -> Tensor:
@@ -156,7 +163,7 @@ def _unfold_sums(grad: Tensor, dim: int) -> Tensor:
 
 
 _PLAIN = {"conv": lambda weight: weight, "up": fold_upsample, "skip": fold_skip}
-_TRANSPOSES = {"conv": lambda grad: grad, "up": _unfold_upsample, "skip": _unfold_skip}
+_TRANSPOSES = {"conv": lambda grad, channels_last=True: grad, "up": _unfold_upsample, "skip": _unfold_skip}
 
 
 def fold_flat(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtype, *, fused: bool) -> Tensor:

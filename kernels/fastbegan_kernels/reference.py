@@ -166,8 +166,9 @@ def upsample_conv2d_elu(
 ) -> Tensor:
     """Nearest-neighbour upsampling by 2, then conv2d_elu with a 3x3 kernel.
 
-    x [N, C, H, W] -> [N, K, 2H, 2W]; weight [K, C, 3, 3], or folded [C, K, 4, 4] (`fold`). `skip` is a phase table [N, 3, 3, S, S, K] as
-    `skip_phase_table` makes it, expanded and added before the activation. `carry` blends with the upsampled x.
+    x [N, C, H, W] -> [N, K, 2H, 2W]; weight [K, C, 3, 3], or folded [C, K, 4, 4] (`fold`). `skip` is a phase table
+    [N, 3, 3, S, S, K] as `skip_phase_table` makes it, expanded and added before the activation. `carry` blends with the
+    upsampled x.
     """
     check_layer(x, weight, bias, kind="up", skip=skip, carry=carry)
     doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
