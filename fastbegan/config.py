@@ -6,6 +6,8 @@ The string under a field is its `--help` text.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,9 +31,55 @@ def _require(ok: bool, field: str, value: object, accepted: str) -> None:
         raise UserError(f"{field} is {value!r}; accepted: {accepted}")
 
 
+def _ranged(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
+    """A field of numbers from `low` (or `above` it) to `high`; its type says whether they are whole, or may be None."""
+    return dataclasses.field(default=default, metadata={"range": (low, high, above)})
+
+
+def _check_fields(config: Any) -> None:
+    """Raises UserError for the first field whose value is not of its type or out of its range."""
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), _hints(type(config))[field.name]
+        low, high, above = field.metadata.get("range", (-math.inf, math.inf, False))
+        fits = _fits(value, hint)
+        if fits and "range" in field.metadata and value is not None:
+            fits = low <= value <= high and not (above and value == low)
+        _require(fits, field.name, value, _accepted(hint, low, high, above))
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if arguments:
+        return any(_fits(value, argument) for argument in arguments)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _accepted(hint: Any, low: float, high: float, above: bool) -> str:
+    """The values of a field, in words."""
+    arguments = [one for one in typing.get_args(hint) if one is not type(None)]
+    kind = arguments[0] if arguments else hint
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(map(str, arguments))
+    if kind not in (int, float):
+        return {bool: "True, False", str: "text"}.get(kind, str(hint))
+    if high < math.inf:
+        return f"{low:g} to {high:g}"
+    numbers = "whole numbers" if kind is int else "numbers"
+    return numbers if low == -math.inf else f"{numbers} {'above' if above else 'from'} {low:g}"
+
+
 def require_seed(seed: int) -> None:
     """Raises UserError for a seed that torch does not take."""
-    _require(0 <= seed < 2**63, "seed", seed, "whole numbers from 0 to 2^63 - 1")
+    _require(_fits(seed, int) and 0 <= seed < 2**63, "seed", seed, "whole numbers from 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True)
@@ -40,15 +88,15 @@ class ModelConfig:
 
     size: int = 64
     """Image height and width in pixels: 8 * 2^k."""
-    filters: int = 128
+    filters: int = _ranged(128, 1)
     """n, the number of channels that every width is a multiple of."""
-    hidden: int = 64
+    hidden: int = _ranged(64, 1)
     """N_h, the size of the auto-encoder's code."""
-    latent: int = 64
+    latent: int = _ranged(64, 1)
     """N_z, the size of the generator's input."""
     widths: tuple[int, ...] | None = None
     """Encoder output width of each level, in multiples of filters; one a level from `size` down to 8."""
-    repeats: int = 2
+    repeats: int = _ranged(2, 1)
     """Convolutions a level."""
     skips: bool = True
     """Decoder skip connections from its 8x8 tensor (§3.5.1)."""
@@ -56,27 +104,19 @@ class ModelConfig:
     """Vanishing residuals: layers fade in over the first 16,000 steps (§3.5.1)."""
 
     def __post_init__(self) -> None:
-        levels = (self.size // 8).bit_length()
-        _require(
-            self.size >= 8 and self.size == 8 << (levels - 1),
-            "size",
-            self.size,
-            "8 * 2^k: 8, 16, 32, 64, ...",
-        )
-        for field in ("filters", "hidden", "latent", "repeats"):
-            _require(getattr(self, field) >= 1, field, getattr(self, field), "whole numbers from 1")
-        widths = STANDARD_WIDTHS.get(self.size) if self.widths is None else tuple(self.widths)
+        levels = (self.size // 8).bit_length() if _fits(self.size, int) else 0
+        sizes = "8 * 2^k: 8, 16, 32, 64, ..."
+        _require(levels > 0 and self.size == 8 << (levels - 1), "size", self.size, sizes)
+        widths = STANDARD_WIDTHS.get(self.size) if self.widths is None else self.widths
         if widths is None:
             raise UserError(
                 f"size {self.size} has no standard widths; give widths, one number for each of {levels} levels"
             )
-        _require(
-            len(widths) == levels and all(w >= 1 for w in widths),
-            "widths",
-            widths,
-            f"{levels} whole numbers from 1",
-        )
+        widths = tuple(widths) if isinstance(widths, list) else widths
+        whole = _fits(widths, tuple[int, ...]) and all(width >= 1 for width in widths)
+        _require(whole and len(widths) == levels, "widths", widths, f"{levels} whole numbers from 1")
         object.__setattr__(self, "widths", widths)
+        _check_fields(self)
 
     @property
     def level_channels(self) -> tuple[int, ...]:
@@ -94,42 +134,42 @@ class TrainConfig:
     crop: str = "center"
     """What to cut from each image before scaling: center (largest square), none (stretch), pixels (128), or celeba
     (the face in CelebA's aligned images)."""
-    max_bad: float = 1.0
+    max_bad: float = _ranged(1.0, 0, 100)
     """Percentage of broken files above which a folder is refused; below, they are named and left out."""
     flip: bool = True
     """Mirror half of the images left-right."""
-    jitter: int = 0
+    jitter: int = _ranged(0, 0)
     """Scale images to 2 * jitter pixels more than shown and show a random window of them, another one each epoch."""
     loader: Literal["auto", "resident", "packed", "dali", "torch"] = "auto"
     """Where batches come from: the packed set in the GPU's memory, the packed file, or the files themselves, by DALI
     or torch's DataLoader. auto: resident where it fits, else packed."""
-    workers: int | None = None
+    workers: int | None = _ranged(None, 1)
     """Processes or threads that decode files. Default: as many as there are cores to pack, 2 to train."""
-    prefetch: int = 2
+    prefetch: int = _ranged(2, 1)
     """Batches that the loaders dali and torch have ready."""
-    images: int | None = None
+    images: int | None = _ranged(None, 1)
     """Stop after this many images seen in all, resumed runs included."""
-    steps: int | None = None
+    steps: int | None = _ranged(None, 1)
     """Stop after this many steps in all."""
-    minutes: float | None = None
+    minutes: float | None = _ranged(None, 0, above=True)
     """Stop after this many minutes of training in all."""
-    batch_size: int = 16
+    batch_size: int = _ranged(16, 1)
     """Images a step, of all ranks together."""
-    accumulate: int = 1
+    accumulate: int = _ranged(1, 1)
     """Parts in which a rank takes its images of a step, one after another: less memory, the same step."""
-    gamma: float = 0.5
+    gamma: float = _ranged(0.5, 0, 1)
     """Diversity ratio E[L(G(z))] / E[L(x)] (§3.3)."""
-    lambda_k: float = 1e-3
+    lambda_k: float = _ranged(1e-3, 0)
     """Proportional gain of k (§3.4)."""
     eta: Literal[1, 2] = 1
     """Exponent of the pixel-wise loss (§3.1)."""
-    lr: float = 1e-4
+    lr: float = _ranged(1e-4, 0, above=True)
     """Adam's learning rate at the start."""
-    lr_floor: float = 2e-5
+    lr_floor: float = _ranged(2e-5, 0)
     """Halving stops here."""
     scaling: Literal["none", "sqrt", "linear"] = "none"
     """How lr, lr_floor and lambda_k, which are meant for 16 images a step, grow with batch_size / 16."""
-    lr_window: int = 8000
+    lr_window: int = _ranged(8000, 0)
     """Halve the learning rate when the mean of M over this many steps did not fall; 0 for never."""
     passes: Literal["single-pass", "joint", "textbook"] = "single-pass"
     """How often D runs: once for each image, once for both batches joined, or three times as the formulas stand."""
@@ -137,9 +177,9 @@ class TrainConfig:
     """Update D and G from the same parameters (paper), or D first and G through the updated D."""
     latents: Literal["shared", "independent"] = "shared"
     """Whether z_D and z_G are the same draw."""
-    ema_half_life: float = 20_000.0
+    ema_half_life: float = _ranged(20_000.0, 0)
     """Half-life of the averaged generator in images; samples come from it. 0 for no average."""
-    carry_steps: int = 16_000
+    carry_steps: int = _ranged(16_000, 1)
     """Steps over which a vanishing residual's carry goes from 1 to 0."""
     seed: int = 0
     """Everything random follows from it."""
@@ -155,48 +195,28 @@ class TrainConfig:
     """Compute the encoder's first level again going back instead of keeping it: less memory, more time."""
     deterministic: bool = False
     """Only operations whose results do not vary between runs."""
-    log_every: int = 50
+    log_every: int = _ranged(50, 1)
     """Steps between rows of metrics.jsonl."""
-    sample_every: int = 500
+    sample_every: int = _ranged(500, 1)
     """Steps between sample sheets."""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = _ranged(1000, 1)
     """Steps between checkpoints."""
-    keep: int = 2
+    keep: int = _ranged(2, 2)
     """Checkpoints kept, at least 2."""
     tensorboard: bool = False
     """Write TensorBoard events too."""
-    rank_timeout: float = 60.0
+    rank_timeout: float = _ranged(60.0, 1)
     """Seconds that one of several ranks may keep the others waiting before the run ends and names it."""
-    requeue_code: int = 0
+    requeue_code: int = _ranged(0, 0, 255)
     """Exit code of a run that SIGTERM or SIGUSR1 ended before its end, for schedulers that start such runs again."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.gamma <= 1, "gamma", self.gamma, "0 to 1")
-        _require(0 <= self.max_bad <= 100, "max_bad", self.max_bad, "0 to 100")
-        _require(self.jitter >= 0, "jitter", self.jitter, "whole numbers from 0")
-        _require(self.workers is None or self.workers >= 1, "workers", self.workers, "whole numbers from 1")
-        _require(self.prefetch >= 1, "prefetch", self.prefetch, "whole numbers from 1")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "whole numbers from 1")
-        _require(self.accumulate >= 1, "accumulate", self.accumulate, "whole numbers from 1")
+        require_seed(self.seed)
+        _check_fields(self)
         divisible = self.batch_size % self.accumulate == 0
         _require(divisible, "batch_size", self.batch_size, f"multiples of accumulate, {self.accumulate}")
-        _require(self.rank_timeout >= 1, "rank_timeout", self.rank_timeout, "numbers from 1")
-        _require(0 <= self.requeue_code <= 255, "requeue_code", self.requeue_code, "0 to 255")
-        _require(self.lr > 0, "lr", self.lr, "numbers above 0")
-        _require(self.lr_floor >= 0, "lr_floor", self.lr_floor, "numbers from 0")
-        _require(self.lambda_k >= 0, "lambda_k", self.lambda_k, "numbers from 0")
-        _require(self.ema_half_life >= 0, "ema_half_life", self.ema_half_life, "numbers from 0")
-        require_seed(self.seed)
-        _require(self.lr_window >= 0, "lr_window", self.lr_window, "whole numbers from 0")
-        _require(self.carry_steps >= 1, "carry_steps", self.carry_steps, "whole numbers from 1")
-        _require(self.keep >= 2, "keep", self.keep, "whole numbers from 2")
         textbook = self.passes == "textbook"
         _require(not (self.recompute and textbook), "recompute", True, "False with passes 'textbook', which keeps all")
-        for field in ("log_every", "sample_every", "checkpoint_every"):
-            _require(getattr(self, field) >= 1, field, getattr(self, field), "whole numbers from 1")
-        for field in ("images", "steps", "minutes"):
-            value = getattr(self, field)
-            _require(value is None or value > 0, field, value, "numbers above 0")
 
     def require_runnable(self, world: int, *, launched: bool) -> None:
         """Raises UserError for a run without an end, and for what `world` ranks, `launched` by torchrun, cannot do."""
@@ -263,7 +283,7 @@ def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
         raise UserError(f"{cls.__name__} has no field {unknown[0]!r}; accepted: {', '.join(fields)}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     checked = {}
     for name, value in values.items():
         value = tuple(value) if isinstance(value, list) else value
@@ -271,16 +291,3 @@ def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
             raise UserError(f"{cls.__name__}.{name} is {value!r}; accepted: {fields[name].type}")
         checked[name] = value
     return cls(**checked)
-
-
-def _fits(value: object, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in arguments
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
-    if arguments:
-        return any(_fits(value, argument) for argument in arguments)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

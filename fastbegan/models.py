@@ -2,7 +2,7 @@
 
 Each computes what its namesake in `plain` does, from the same state dict. A forward runs on packed weights (`pack`):
 folded, cast and laid out for the layers. Given none it packs its own; a training step packs once and gives them to
-every pass.
+every pass. Inside all maps are channels_last, and so are the images that come out and the gradients at images.
 """
 
 from __future__ import annotations

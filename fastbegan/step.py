@@ -19,6 +19,7 @@ from fastbegan_kernels import tuning
 
 from .bucket import Bucket
 from .config import TrainConfig
+from .errors import UserError
 from .layers import Equilibrium
 from .models import Discriminator, Generator
 from .objective import OBJECTIVES, Objective
@@ -27,6 +28,7 @@ from .reading import Reading
 
 # fp16 only: scale of the losses so that small gradients do not vanish, as torch.amp.GradScaler starts it
 FIRST_LOSS_SCALE, _GROW_AFTER = 2.0**16, 2000
+_LARGEST = 1.01  # of an image's values: 1, and what half precision and resizing add
 
 
 class TrainStep(nn.Module):
@@ -60,6 +62,7 @@ class TrainStep(nn.Module):
         in `config.accumulate` parts.
         """
         super().__init__()
+        self._unseen = True  # no image was looked at yet
         self.config, self.ranks = config, ranks or Ranks()
         self.generator, self.discriminator = generator, discriminator
         self.average = copy.deepcopy(generator).requires_grad_(False)
@@ -114,7 +117,11 @@ class TrainStep(nn.Module):
         return f"{words}, then once more for G (independent z)" if self.config.latents == "independent" else words
 
     def forward(self, real: Tensor, z_d: Tensor, z_g: Tensor) -> None:
-        """One step on real [N, 3, H, W], z_d and z_g [N, latent]."""
+        """One step on real [N, 3, size, size] in [-1, 1], z_d and z_g [N, latent].
+
+        Raises UserError for other shapes and types, and in the first step for images outside of [-1, 1].
+        """
+        self._check(real, z_d, z_g)
         self.number += 1
         self._fade()
         k = self.equilibrium.k
@@ -136,6 +143,24 @@ class TrainStep(nn.Module):
         self.equilibrium.update(loss_real, loss_fake, skip)
         self._move_average(real.shape[0] * self.ranks.world, skip)
         self._rescale(skip)
+
+    def _check(self, real: Tensor, z_d: Tensor, z_g: Tensor) -> None:
+        model, accepted = self.generator.config, f"[N, 3, {self.generator.config.size}, {self.generator.config.size}]"
+        count = len(real) if real.dim() else 0
+        if not real.is_floating_point() or real.shape != (count, 3, model.size, model.size) or not count:
+            found = f"{str(real.dtype).removeprefix('torch.')} {list(real.shape)}"
+            raise UserError(f"real is {found}; accepted: floating-point images {accepted} in [-1, 1]")
+        if count % self.config.accumulate:
+            raise UserError(f"real has {count} images; accepted: multiples of accumulate, {self.config.accumulate}")
+        for name, z in (("z_d", z_d), ("z_g", z_g)):
+            if not z.is_floating_point() or z.shape != (count, model.latent):
+                found = f"{str(z.dtype).removeprefix('torch.')} {list(z.shape)}"
+                raise UserError(f"{name} is {found}; accepted: floating-point latents [{count}, {model.latent}]")
+        if self._unseen and not (real.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._unseen = False  # later steps do not wait for the device
+            low, high = (float(value) for value in real.detach().aminmax())
+            if low < -_LARGEST or high > _LARGEST:
+                raise UserError(f"real has values from {low:g} to {high:g}; accepted: -1 to 1")
 
     def _gradients(self, compute: Callable[..., tuple[Tensor, ...]], *batch: Tensor) -> tuple[Tensor, ...]:
         """Losses, with gradients on the nets or in their buckets: means over the parts of the batch and over ranks."""

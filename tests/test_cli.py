@@ -60,7 +60,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
         (["train", "--size", "512"], "size 512 has no standard widths"),
         (["train", "--widths", "1", "2"], "accepted: 3 whole numbers"),
         (["train", "--keep", "1"], "keep is 1; accepted: whole numbers from 2"),
-        (["train", "--steps", "0"], "steps is 0; accepted: numbers above 0"),
+        (["train", "--steps", "0"], "steps is 0; accepted: whole numbers from 1"),
         (["train", "--data", "/nowhere/at/all"], "data '/nowhere/at/all' does not exist"),
         (["train", "--data", "faces:4"], "has only 4 images; a batch needs 16"),
         (["train", "--device", "tpu"], "device is 'tpu'; accepted: auto, cpu, cuda"),

@@ -20,6 +20,7 @@ from fastbegan import chains, compare
 from fastbegan.convert import Report, accelerate, restore
 
 from .families import FAMILIES, Interpolating, Latent, images, sequential
+from .gans import seeded
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo of torch 2.7
@@ -341,6 +342,38 @@ def test_a_failed_check_restores(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"the check failed: the error of output 0 is .* the model was restored"):
         accelerate(model, check=x)
     assert "forward" not in vars(model) and "fastbegan_report" not in vars(model)
+
+
+@pytest.mark.parametrize("name", ["f-AnoGAN's discriminator", "BEGAN's discriminator", "EBGAN's discriminator"])
+def test_gradient_penalties(name: str) -> None:
+    """WGAN-GP's and R1's: a gradient's size, differentiated, with no switch thrown."""
+    plain, x = seeded(name, 0)
+    plain, x = plain.double(), x.double()
+    fast = accelerate(copy.deepcopy(plain))
+    found = []
+    for model in (plain, fast):
+        leaf = x.detach().requires_grad_()
+        output = model(leaf)
+        output = output[0] if isinstance(output, tuple) else output
+        (slope,) = torch.autograd.grad(output.sum(), leaf, create_graph=True)
+        penalty = (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        wanted = dict(model.named_parameters())
+        gradients = torch.autograd.grad(penalty, list(wanted.values()), allow_unused=True)
+        found.append({key: value for key, value in zip(wanted, gradients, strict=True) if value is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 2
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-8, atol=1e-10, msg=key)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_traced_model_can_be_saved() -> None:
+    model, x, _ = _made("sequential")
+    expected = model(x)
+    traced = torch.jit.trace(accelerate(model), x)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), expected)
 
 
 def test_what_the_layers_do_not_take_runs_as_before() -> None:

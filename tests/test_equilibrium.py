@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from fastbegan import Equilibrium
+from fastbegan import Equilibrium, TrainConfig, UserError
 from fastbegan.schedule import StallHalving
+from fastbegan_kernels import equilibrium_update, reference
 
 
 def _update(equilibrium: Equilibrium, real: float, fake: float, skip: bool | None = None) -> None:
@@ -60,6 +63,26 @@ def test_the_window_is_apart_from_the_log() -> None:
     equilibrium.read()
     _update(equilibrium, 0.6, 0.3)
     assert equilibrium.read_window() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [("gamma", 2, "0 to 1"), ("gamma", "0.5", "0 to 1"), ("gamma", -0.1, "0 to 1"), ("gamma", float("nan"), "0 to 1"),
+     ("gamma", True, "0 to 1"), ("gamma", None, "0 to 1"), ("lambda_k", -1.0, "numbers from 0"),
+     ("lambda_k", "1e-3", "numbers from 0")],
+)  # fmt: skip
+def test_what_no_controller_can_be_is_named_alike(field: str, value: Any, accepted: str) -> None:
+    words = []
+    for make, error in ((Equilibrium, ValueError), (TrainConfig, UserError)):
+        with pytest.raises(error) as raised:
+            make(**{field: value})
+        words.append(str(raised.value))
+    assert words == [f"{field} is {value!r}; accepted: {accepted}"] * 2
+    given: dict[str, Any] = {"gamma": 0.5, "lambda_k": 1e-3, field: value}
+    zero, sums, window = torch.zeros(()), torch.zeros(6), torch.zeros(2, dtype=torch.float64)
+    for op in (equilibrium_update, reference.equilibrium_update):
+        with pytest.raises(ValueError, match=f"{field} is .*; accepted: {accepted}"):
+            op(zero, zero, zero, sums, window, **given)
 
 
 def test_learning_rate_halves_on_a_stall_down_to_the_floor() -> None:

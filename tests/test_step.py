@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.counts import OperationCount
-from fastbegan import ModelConfig, TrainConfig, TrainStep
+from fastbegan import ModelConfig, TrainConfig, TrainStep, UserError
 from fastbegan.data.faces import faces
 from fastbegan.models import build
 from fastbegan_kernels import normalize_images
@@ -240,3 +242,73 @@ def test_operations_of_a_step_grow_on_purpose_only(passes: str, most: int) -> No
     runs = {"textbook": 3, "single-pass": 2, "joint": 1}[passes]
     copies = passes == "joint"  # a table for each half
     assert count.found["convolution"] == decoder + tables + runs * discriminator + copies * tables
+
+
+class _LayoutCopies(TorchDispatchMode):
+    """Counts copies of four dimensions and more into another order in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func.__name__.partition(".")[0]
+        if name in ("clone", "copy_", "_to_copy") and isinstance(made, Tensor) and made.dim() >= 4:
+            self.count += args[name == "copy_"].stride() != made.stride()
+        return made
+
+
+@pytest.mark.parametrize(
+    ("passes", "updates", "latents", "dtype", "most"),
+    [
+        ("single-pass", "simultaneous", "shared", None, 18),
+        ("single-pass", "simultaneous", "shared", torch.bfloat16, 22),
+        ("single-pass", "alternating", "independent", None, 28),
+        ("joint", "simultaneous", "shared", None, 17),
+        ("joint", "simultaneous", "shared", torch.bfloat16, 21),
+        ("joint", "alternating", "independent", None, 27),
+    ],
+)
+def test_copies_between_memory_formats(
+    passes: str, updates: str, latents: str, dtype: torch.dtype | None, most: int
+) -> None:
+    """Weights are folded, h0 and tables change form; maps stay channels_last from end to end."""
+    step = _step(
+        replace(TRAIN, passes=passes, updates=updates, latents=latents), replace(MODEL, filters=8), dtype
+    )  # fmt: skip
+    real, z = _batch()
+    step(real, z, z)
+    with _LayoutCopies() as copies:
+        step(real, z, z)
+    assert copies.count <= most
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda x, z: (x.byte(), z, z),
+            r"real is uint8 \[4, 3, 32, 32\]; accepted: floating-point images \[N, 3, 32, 32",
+        ),
+        (lambda x, z: (127.5 * (x + 1), z, z), "real has values from .* to .*; accepted: -1 to 1"),
+        (lambda x, z: (x[:, :1], z, z), r"real is float32 \[4, 1, 32, 32\]; accepted"),
+        (lambda x, z: (x[..., :16], z, z), r"real is float32 \[4, 3, 32, 16\]; accepted"),
+        (lambda x, z: (x[0], z, z), r"real is float32 \[3, 32, 32\]; accepted"),
+        (lambda x, z: (x[:0], z[:0], z[:0]), r"real is float32 \[0, 3, 32, 32\]; accepted"),
+        (lambda x, z: (x, z[:3], z), r"z_d is float32 \[3, 8\]; accepted: floating-point latents \[4, 8\]"),
+        (lambda x, z: (x, z, z[:, :5]), r"z_g is float32 \[4, 5\]; accepted: floating-point latents \[4, 8\]"),
+        (lambda x, z: (x, z.long(), z), r"z_d is int64 \[4, 8\]; accepted"),
+        (lambda x, z: (x[:3], z[:3], z[:3]), "real has 3 images; accepted: multiples of accumulate, 2"),
+    ],
+)
+def test_a_batch_that_no_step_takes_is_named(change: Any, message: str) -> None:
+    step = _step(replace(TRAIN, accumulate=2))
+    real, z = _batch()
+    before = step.fingerprint()
+    with pytest.raises(UserError, match=message):
+        step(*change(real, z))
+    assert step.fingerprint() == before
+    step(real, z, z)
+    step(real * torch.nan, z, z)  # for the flag on the device to tell
+    assert step.found_bad.item() == 1

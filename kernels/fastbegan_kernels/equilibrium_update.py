@@ -22,6 +22,7 @@ def equilibrium_update(
     impl: str | None = None,
 ) -> None:
     """As `reference.equilibrium_update`, in place; the fused tier is one launch fed by per-sample losses [N]."""
+    reference.check_controller(gamma, lambda_k)
     if loss_real.shape != loss_fake.shape and loss_real.numel() != loss_fake.numel():
         raise ValueError(f"loss_real is {list(loss_real.shape)} but loss_fake {list(loss_fake.shape)}; they must match")
     for name, given, size, dtype in (

@@ -1,8 +1,8 @@
 """The layers as modules: nn.Conv2d with what comes before and after it, and the equilibrium of BEGAN.
 
 State dicts of convolutions are those of nn.Conv2d, so checkpoints go both ways. All take [N, C, H, W], float32, bf16,
-fp16 or float64, give channels_last, follow autocast, and are differentiated once (`create_graph` needs
-FASTBEGAN_IMPL=reference).
+fp16 or float64, and follow autocast. As with nn.Conv2d, outputs and input gradients are channels_last if and only if
+input or weight is: `model.to(memory_format=torch.channels_last)` spares layers the copies at their borders.
 """
 
 from __future__ import annotations
@@ -101,6 +101,16 @@ class ConvStage(nn.Sequential):
         super().__init__(*layers)
         self.alpha = max(alphas, default=1.0)
 
+    @property
+    def weight(self) -> Tensor:
+        """Empty, of the first layer's form: functions that initialise by class name ("Conv") find nothing to change."""
+        return next(self.parameters())[:0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Empty; None where the layers have none."""
+        return next((value[:0] for name, value in self.named_parameters() if name.endswith("bias")), None)
+
     def forward(self, input: Tensor) -> Tensor:
         layers = [layer for layer in self if isinstance(layer, Conv2dELU)]
         biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -125,6 +135,7 @@ class Equilibrium(nn.Module):
     window: Tensor
 
     def __init__(self, gamma: float = 0.5, lambda_k: float = 1e-3) -> None:
+        reference.check_controller(gamma, lambda_k)
         super().__init__()
         self.gamma, self.lambda_k = gamma, lambda_k
         self.register_buffer("k", torch.zeros(()))

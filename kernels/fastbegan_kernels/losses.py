@@ -45,8 +45,7 @@ class HingeLoss(nn.Module):
 
     def __init__(self, margin: float) -> None:
         super().__init__()
-        if not margin > 0:
-            raise ValueError(f"margin is {margin}; accepted: numbers above 0")
+        reference.require_number("margin", margin, "numbers above 0", lambda number: number > 0)
         self.margin = margin
 
     def forward(self, energy: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,17 @@ END = (0, 1, 0, 1)
 """F.pad's numbers for a column to the right and a row below."""
 
 
+def require_number(name: str, value: object, accepted: str, within: Callable[[float], bool]) -> None:
+    """Raises ValueError for what is no number, or not `within` what is `accepted`, in words."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not within(float(value)):
+        raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+
+
 def check_activation(activation: str, alpha: float) -> None:
     """Raises ValueError for an unknown name or a negative alpha (the derivative could not be told from the output)."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
-    if alpha < 0:
-        raise ValueError(f"alpha is {alpha}; accepted: numbers >= 0")
+    require_number("alpha", alpha, "numbers >= 0", lambda number: number >= 0)
 
 
 def check_activations(activation: str | Sequence[str], alpha: float, layers: int) -> list[str]:
@@ -280,9 +286,12 @@ def _phases(cell: int, device: torch.device) -> Tensor:
 
 
 def check_loss(prediction: Tensor, target: Tensor, eta: int) -> None:
-    """Raises ValueError for another exponent than 1 and 2, and for shapes that differ."""
+    """Raises ValueError for another exponent than 1 and 2, for whole numbers (stored images), shapes that differ."""
     if eta not in (1, 2):
         raise ValueError(f"eta is {eta!r}; accepted: 1, 2")
+    for name, value in (("prediction", prediction), ("target", target)):
+        if not value.is_floating_point():
+            raise ValueError(f"{name} is {value.dtype}; accepted: floating-point types (images in [-1, 1])")
     if prediction.shape != target.shape:
         raise ValueError(f"prediction is {list(prediction.shape)} but target is {list(target.shape)}; they must match")
 
@@ -299,6 +308,12 @@ def l1_reconstruction_loss(prediction: Tensor, target: Tensor, *, eta: int = 1, 
     error = difference.abs() if eta == 1 else difference.square()
     # neither flattened nor by mean: gradients would be contiguous whatever the inputs are
     return error if error.dim() == 1 else error.sum(tuple(range(1, error.dim()))) / prod(error.shape[1:])
+
+
+def check_controller(gamma: float, lambda_k: float) -> None:
+    """Raises ValueError for a diversity ratio outside of 0 to 1, and a negative gain."""
+    require_number("gamma", gamma, "0 to 1", lambda number: 0 <= number <= 1)
+    require_number("lambda_k", lambda_k, "numbers from 0", lambda number: number >= 0)
 
 
 def equilibrium_update(
@@ -318,6 +333,7 @@ def equilibrium_update(
     old k, M = L(x) + |gamma L(x) - L(G(z))|, |L(x) - L(G(z))| and 1; window [2] float64 gains M and 1. Where the bool
     scalar `skip` holds nothing changes.
     """
+    check_controller(gamma, lambda_k)
     real, fake = loss_real.mean().to(k.dtype), loss_fake.mean().to(k.dtype)
     balance = gamma * real - fake
     measure = real + balance.abs()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +80,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
         ),
     ),
 }
+IMAGES, STORED = torch.zeros(2, 3, 4, 4, device=DEVICE), torch.zeros(2, 3, 4, 4, device=DEVICE, dtype=torch.uint8)
 EVERY = pytest.mark.parametrize("kind", LAYERS)
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo of torch 2.7
 
@@ -131,6 +134,40 @@ def test_export_sees_through_them() -> None:
     torch.testing.assert_close(exported.module()(x), layer(x))
 
 
+def _initialise(module: nn.Module) -> None:
+    """As DCGAN, CycleGAN and PyTorch-GAN do, by class name."""
+    if module.__class__.__name__.find("Conv") != -1:
+        nn.init.normal_(module.weight.data, 0.0, 0.02)  # pyright: ignore[reportArgumentType]
+        if module.bias is not None:
+            nn.init.constant_(module.bias.data, 0.5)  # pyright: ignore[reportArgumentType]
+
+
+@EVERY
+def test_initialised_by_class_name(kind: str) -> None:
+    """With the same seed as the plain layers, to the same weights."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(LAYERS[kind][0](), nn.BatchNorm2d(6)).apply(_initialise)[0]
+    torch.manual_seed(0)
+    for name, value in layer.state_dict().items():
+        expected = torch.full_like(value, 0.5) if name.endswith("bias") else torch.randn(value.shape) * 0.02
+        torch.testing.assert_close(value, expected)
+
+
+@EVERY
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::FutureWarning")
+def test_traced_saved_and_loaded(kind: str, gradients: bool, tmp_path: Path) -> None:
+    """The trace holds torch's operations only, takes other sizes, and is differentiated as often as one likes."""
+    layer, plain = _pair(kind)
+    with torch.set_grad_enabled(gradients):
+        traced: Any = torch.jit.trace(layer, random_tensor(2, 4, 6, 8, seed=1))
+    torch.jit.save(traced, tmp_path / "layer.pt")
+    loaded = torch.jit.load(tmp_path / "layer.pt")
+    x = random_tensor(3, 4, 8, 10, seed=2)
+    torch.testing.assert_close(loaded(x), plain(x), atol=1e-5, rtol=1e-5)
+    assert "fastbegan" not in str(traced.inlined_graph) and "PythonOp" not in str(traced.inlined_graph)
+
+
 def test_wrong_arguments_are_named() -> None:
     for make, message in (
         (lambda: Conv2dELU(4, 4, 2), "kernel_size is 2; accepted: odd numbers"),
@@ -144,7 +181,17 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: ConvStage(nn.Conv2d(4, 4, 3)), "layer 0 is a Conv2d; accepted: Conv2dELU and its kinds"),  # pyright: ignore
         (lambda: ConvStage(Conv2dELU(4, 4), Conv2dELU(4, 4, bias=False)), "a stage of 2 layers with alpha"),
         (lambda: ConvStage(), "a stage of 0 layers"),
+        (lambda: Conv2dELU(4, 4, alpha="1"), "alpha is '1'; accepted: numbers >= 0"),  # pyright: ignore
         (lambda: HingeLoss(0.0), "margin is 0.0; accepted: numbers above 0"),
+        (lambda: HingeLoss("1"), "margin is '1'; accepted: numbers above 0"),  # pyright: ignore
+        (lambda: L1ReconstructionLoss()(IMAGES, STORED), r"target is torch.uint8; accepted: floating-point types"),
+        (lambda: L2ReconstructionLoss()(STORED, IMAGES), r"prediction is torch.uint8; accepted: floating-point types"),
+        (lambda: SqrtSumReconstructionLoss()(IMAGES, STORED), r"target is torch.uint8; accepted: floating-point types"),
+        (
+            lambda: L1ReconstructionLoss()(IMAGES, IMAGES[:1]),
+            r"prediction is \[2, 3, 4, 4\] but target is \[1, 3, 4, 4",
+        ),
+        (lambda: LatentL1Loss()(IMAGES, IMAGES[:1]), r"prediction is \[2, 3, 4, 4\] but target is \[1, 3, 4, 4"),
         (lambda: PullAwayTerm()(torch.zeros(1, 3)), r"codes is \[1, 3\]; accepted"),
     ):
         with pytest.raises(ValueError, match=message):

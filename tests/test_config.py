@@ -1,0 +1,49 @@
+"""Configs refuse, in one line, what no run can have; types too, since Python checks none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastbegan import ModelConfig, TrainConfig, UserError
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "value", "accepted"),
+    [
+        (TrainConfig, "gamma", 2, "0 to 1"),
+        (TrainConfig, "gamma", "0.5", "0 to 1"),
+        (TrainConfig, "gamma", float("nan"), "0 to 1"),
+        (TrainConfig, "lr", 0, "numbers above 0"),
+        (TrainConfig, "lr", "1e-4", "numbers above 0"),
+        (TrainConfig, "workers", 1.5, "whole numbers from 1"),
+        (TrainConfig, "batch_size", 0, "whole numbers from 1"),
+        (TrainConfig, "images", 0, "whole numbers from 1"),
+        (TrainConfig, "minutes", -1.0, "numbers above 0"),
+        (TrainConfig, "requeue_code", 256, "0 to 255"),
+        (TrainConfig, "passes", "three", "single-pass, joint, textbook"),
+        (TrainConfig, "eta", 3, "1, 2"),
+        (TrainConfig, "flip", 1, "True, False"),
+        (TrainConfig, "data", Path("faces"), "text"),
+        (TrainConfig, "seed", "0", "whole numbers from 0 to 2^63 - 1"),
+        (ModelConfig, "size", "64", "8 * 2^k: 8, 16, 32, 64, ..."),
+        (ModelConfig, "size", True, "8 * 2^k: 8, 16, 32, 64, ..."),
+        (ModelConfig, "size", 48, "8 * 2^k: 8, 16, 32, 64, ..."),
+        (ModelConfig, "filters", 2.0, "whole numbers from 1"),
+        (ModelConfig, "widths", (1, 2), "4 whole numbers from 1"),
+        (ModelConfig, "widths", (1, 2, 3, 0), "4 whole numbers from 1"),
+        (ModelConfig, "widths", 3, "4 whole numbers from 1"),
+        (ModelConfig, "skips", "yes", "True, False"),
+    ],
+)
+def test_what_no_run_can_have_is_named(make: Any, field: str, value: object, accepted: str) -> None:
+    with pytest.raises(UserError) as raised:
+        make(**{field: value})
+    assert str(raised.value) == f"{field} is {value!r}; accepted: {accepted}"
+
+
+def test_what_is_alike_is_taken() -> None:
+    assert ModelConfig(widths=[1, 2, 3, 4]).widths == (1, 2, 3, 4)  # pyright: ignore[reportArgumentType]
+    assert TrainConfig(gamma=1, lr=1, minutes=3).gamma == 1
