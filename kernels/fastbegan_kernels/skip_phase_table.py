@@ -21,9 +21,9 @@ def skip_phase_table(h: Tensor, weight: Tensor, *, impl: str | None = None) -> T
     if asked_for(impl) == "reference" and weight.shape[2] == 3:
         return reference.skip_phase_table(h, weight)
     if weight.shape[2] == 3:
-        channels_last = is_channels_last(h, weight)
+        h = lay_out(h, True) if is_channels_last(weight) else h
         (weight,) = fold([weight], ["skip"], dtype=h.dtype, impl=impl)
-        weight = weight if channels_last else lay_out(weight, False)  # by its strides h's gradient is laid out
+        weight = lay_out(weight, False)  # 1x1: its strides would say channels_last, and h's gradient be laid out so
     sums = F.conv2d(h, weight).permute(0, 2, 3, 1).unflatten(3, (5, 5, -1))  # [N, S, S, 5, 5, K]
     return _join(_join(sums, 1, 3), 2, 4).permute(0, 3, 4, 1, 2, 5)
 
