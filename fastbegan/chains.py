@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastbegan_kernels import conv_stage
-from fastbegan_kernels.reference import activate
+from fastbegan_kernels.reference import plain_layer
 
 from .follow import Followed, hooked
 from .writes import Writes
@@ -362,20 +362,22 @@ def run(
     paddings: Sequence[int], activations: Sequence[str], alpha: float,
 ) -> Tensor:  # fmt: skip
     """The layers of a chain; on what the fast layers do not take, in the operations that were there."""
+    layers = zip(weights, biases, kinds, paddings, activations, strict=True)
+    if torch.jit.is_tracing() or not _fits(x, weights, biases, paddings):
+        for weight, bias, kind, padding, activation in layers:
+            x = plain_layer(x, weight, bias, kind=kind, padding=padding, activation=activation, alpha=alpha)
+        return x
+    given = [bias for bias in biases if bias is not None]
+    return conv_stage(x, weights, given or None, kinds=kinds, activation=activations, alpha=alpha)
+
+
+def _fits(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], paddings: Sequence[int]) -> bool:
+    """Whether the fast layers take what they are given."""
     sizes = [(2 * padding + 1, 2 * padding + 1) for padding in paddings]
     fits = all(tuple(weight.shape[2:]) == size for weight, size in zip(weights, sizes, strict=True))
     real = x.is_floating_point() and all(weight.is_floating_point() for weight in weights)
     known = x.device.type in ("cpu", "cuda")
     cast = known and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     alike = cast or all(weight.dtype == x.dtype for weight in weights)
-    given = [bias for bias in biases if bias is not None]
-    if x.dim() == 4 and fits and real and alike and known and len(given) in (0, len(weights)):
-        return conv_stage(x, weights, given or None, kinds=kinds, activation=activations, alpha=alpha)
-    layers = zip(weights, biases, kinds, paddings, activations, strict=True)
-    for weight, bias, kind, padding, activation in layers:
-        if kind == "up":
-            x = F.interpolate(x, scale_factor=2.0)
-        x = F.pad(x, (0, 1, 0, 1)) if kind == "down_end" else x
-        stride, padding = 1 if kind in ("same", "up") else 2, 0 if kind == "down_end" else padding
-        x = activate(F.conv2d(x, weight, bias, stride, padding), activation, alpha)
-    return x
+    biased = sum(bias is not None for bias in biases)
+    return x.dim() == 4 and fits and real and alike and known and biased in (0, len(weights))

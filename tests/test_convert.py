@@ -361,11 +361,12 @@ def test_gradient_penalties(name: str) -> None:
         gradients = torch.autograd.grad(penalty, list(wanted.values()), allow_unused=True)
         found.append({key: value for key, value in zip(wanted, gradients, strict=True) if value is not None})
     assert found[0].keys() == found[1].keys() and len(found[0]) > 2
+    largest = max(float(value.abs().max()) for value in found[0].values())  # a bias before a norm has no gradient
     for key, value in found[0].items():
-        torch.testing.assert_close(found[1][key], value, rtol=1e-8, atol=1e-10, msg=key)
+        torch.testing.assert_close(found[1][key], value, rtol=1e-8, atol=1e-12 * largest, msg=key)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::FutureWarning")
 def test_a_traced_model_can_be_saved() -> None:
     model, x, _ = _made("sequential")
     expected = model(x)

@@ -44,10 +44,21 @@ class Conv2dELU(nn.Conv2d):
         self.residual = stride == 1 and in_channels == out_channels
 
     def forward(self, input: Tensor, carry: Tensor | None = None) -> Tensor:
+        if torch.jit.is_tracing():
+            return self._traced(input, carry)
         return conv2d_elu(
             input, self.weight, self.bias, stride=self.stride[0], padding="end" if self.kind == "down_end" else "same",
             activation=self.activation, alpha=self.alpha, carry=carry if self.residual else None,
         )  # fmt: skip
+
+    def _traced(self, x: Tensor, carry: Tensor | None) -> Tensor:
+        """In operations of torch, which can be saved."""
+        y = reference.plain_layer(
+            x, self.weight, self.bias, kind=self.kind, padding=self.kernel_size[0] // 2, activation=self.activation,
+            alpha=self.alpha,
+        )  # fmt: skip
+        x = nn.functional.interpolate(x, scale_factor=2.0) if self.kind == "up" else x
+        return reference.blend(x, y, carry if self.residual else None)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
@@ -66,6 +77,8 @@ class UpsampleConv2dELU(Conv2dELU):
         self.kind = "up"
 
     def forward(self, input: Tensor, carry: Tensor | None = None) -> Tensor:
+        if torch.jit.is_tracing():
+            return self._traced(input, carry)
         return upsample_conv2d_elu(
             input, self.weight, self.bias, activation=self.activation, alpha=self.alpha,
             carry=carry if self.residual else None,
@@ -112,6 +125,8 @@ class ConvStage(nn.Sequential):
         return next((value[:0] for name, value in self.named_parameters() if name.endswith("bias")), None)
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            return super().forward(input)
         layers = [layer for layer in self if isinstance(layer, Conv2dELU)]
         biases = [layer.bias for layer in layers if layer.bias is not None]
         return conv_stage(

@@ -147,6 +147,18 @@ def conv2d_elu(
     return blend(x, activate(y, activation, alpha), carry)
 
 
+def plain_layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, kind: str, padding: int, activation: str, alpha: float
+) -> Tensor:
+    """A layer of a kind in torch's words, with nothing asked of a shape, as tracers like it; `padding` on each side."""
+    if kind == "up":
+        x = F.interpolate(x, scale_factor=2.0)
+    elif kind == "down_end":
+        x, padding = F.pad(x, END), 0
+    y = F.conv2d(x, weight, bias, 1 if kind in ("same", "up") else 2, padding)
+    return activate(y, activation, alpha)
+
+
 def conv_kind(stride: int, padding: str = "same") -> str:
     """What `conv_stage` calls a convolution of this stride and padding. Raises ValueError where there is none."""
     if stride not in (1, 2):
