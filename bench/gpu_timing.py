@@ -20,6 +20,7 @@ from bench.gpu_candidates import Candidate, Judge, candidates, differentiable, i
 from bench.gpu_cases import DEVICE, DRY, DTYPES, ON_CPU, Case, Outcome, named
 from bench.poison import poisoned
 from fastbegan_kernels import tuning
+from fastbegan_kernels.child import Trial
 
 Run = Callable[[int], object]  # one call on the inputs of this number
 _CPU_TURN = 8e-3  # seconds that a turn takes at least; shorter ones say more of the machine than of the op
@@ -182,7 +183,9 @@ def timing(case: Case) -> Outcome:
     # forgets what earlier cases chose, which stays on disk
     tuning.adopt(DEVICE, {"environment": tuning.environment(DEVICE), "choices": {}})
     # this process may die: that every kernel is tried in a child of its own before is the part `tuning`'s to check
-    trusted = mock.patch.object(tuning, "survivors", lambda problem, device, hows: dict.fromkeys(hows))
+    trusted = mock.patch.object(
+        tuning, "survivors", lambda problem, device, hows, **_: dict.fromkeys(hows, Trial(None))
+    )
     with trusted, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for backward in (False, True) if differentiable(case) else (False,):

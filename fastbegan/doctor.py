@@ -125,12 +125,14 @@ def _no_kernels(device: torch.device, asked: str | None) -> str | None:
         return "Triton is not installed"
     if device.type != "cuda":
         return "no GPU: the kernels are for CUDA devices"
+    if dispatch.ROCM:
+        return "this torch is for ROCm: the kernels are for NVIDIA GPUs"
     return None
 
 
 def _verdict(problem: Layer | Pointwise, device: torch.device, impl: str) -> tuple[str, str]:
     hows = tuning.forms(problem, device, impl)
-    found = tuning.outcomes(problem, device, hows, always_measure=True)
+    found = tuning.outcomes(problem, device, hows, again=True)
     right = [outcome for outcome in found if outcome.fault is None]
     notes = [f"{outcome.how} {outcome.fault}" for outcome in found if outcome.fault]
     if not right:

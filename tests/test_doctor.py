@@ -10,6 +10,7 @@ import torch
 from fastbegan import doctor
 from fastbegan.cli import main
 from fastbegan_kernels import tiers, tuning
+from fastbegan_kernels.child import Trial
 from fastbegan_kernels.problems import POINTWISE, Pointwise
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def test_a_verdict_names_times_and_faults(tmp_path: Path, monkeypatch: pytest.Mo
     """What a GPU's rows say, on the interpreter: the forms of a forced tier, tried and timed."""
     pytest.importorskip("triton")
     monkeypatch.setenv("FASTBEGAN_CACHE", str(tmp_path))
-    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows: dict.fromkeys(hows))
+    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows, **_: dict.fromkeys(hows, Trial(None)))
     problem = doctor.layers("float32", 16, 4, 1)[0]
     how, why = doctor._verdict(problem, CPU, "fused")
     assert how in tuning.forms(problem, CPU, "fused") and why.startswith("right; ") and " us" in why
@@ -49,7 +50,7 @@ def test_a_verdict_names_times_and_faults(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(tiers, "forward", lambda *a, **o: forward(*a, **o) + (o["how"] != "plain"))
     how, why = doctor._verdict(problem, CPU, "fused")
     assert how == "plain PyTorch" and "gave wrong values" in why
-    monkeypatch.setattr(tuning, "survivors", lambda p, d, hows: dict.fromkeys(hows, "crashed in a trial"))
+    monkeypatch.setattr(tuning, "survivors", lambda p, d, hows, **_: dict.fromkeys(hows, Trial("crashed in a trial")))
     assert "crashed in a trial" in doctor._verdict(problem, CPU, "fused")[1]
 
 

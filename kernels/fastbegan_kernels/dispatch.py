@@ -16,6 +16,8 @@ from torch import Tensor
 IMPLS = ("reference", "algebraic", "fused")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+ROCM = torch.version.hip is not None
+"""Whether this torch is for AMD's GPUs, which call themselves cuda, and whose capability reads like an H100's."""
 
 
 def asked_for(impl: str | None) -> str | None:
@@ -44,7 +46,7 @@ def op_impl(impl: str | None, tensors: Sequence[Tensor | None], dtypes: Sequence
     if impl == "fused":
         _require_fused(given, dtypes)
         return impl
-    if HAS_TRITON and all(tensor.is_cuda and tensor.dtype in dtypes for tensor in given):
+    if HAS_TRITON and not ROCM and all(tensor.is_cuda and tensor.dtype in dtypes for tensor in given):
         return impl or "auto"
     return None
 
@@ -52,6 +54,8 @@ def op_impl(impl: str | None, tensors: Sequence[Tensor | None], dtypes: Sequence
 def _require_fused(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
     if not HAS_TRITON:
         raise RuntimeError("impl 'fused' needs Triton, which is not installed (use 'algebraic')")
+    if ROCM:
+        raise RuntimeError("impl 'fused' is for NVIDIA GPUs; this torch is for ROCm (use 'algebraic')")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for tensor in tensors:
         if not (tensor.is_cuda or interpreted):

@@ -1,48 +1,76 @@
-"""A child process in which kernels that were never run on this kind of machine are tried: they may kill it.
+"""The child process in which kernels that were never run on this kind of machine are tried: they may kill it.
 
-It writes a line as it goes: "ready" once the device does what it is told, "begin HOW", then "ran HOW", "broken HOW"
-where that raised an error, or "starved HOW" where it was for want of memory.
+It reads tasks from standard input, a JSON object a line, and answers in lines: "ready" once the device does what it is
+told; "begin HOW", then "ran HOW" or "broken HOW REASON", where another try would end the same, "failed HOW REASON",
+where it might not, "starved HOW REASON" for want of memory; "done" after each task. It ends with its parent, after a
+minute without a task, and after an error that broke the device.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import queue
 import sys
-from pathlib import Path
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .faults import in_short, is_cuda_error, is_of_the_kernel, is_out_of_memory
 from .problems import Layer, Pointwise
 
+_IDLE = 60.0  # seconds; its context holds memory of the device
+_FIELD = "\t"
 
-def trial(task: dict[str, Any], log: Path) -> None:
-    """Run each form of a problem on the inputs of a check, and write down before and after that it did."""
+
+def trial(task: dict[str, Any], say: Callable[..., None]) -> None:
+    """Run each form of a problem on the inputs of a check, and say before and after that it did."""
     device = torch.device(task["device"])
     kind = {"Layer": Layer, "Pointwise": Pointwise}[task["type"]]
     problem = kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in task["problem"].items()})
     if isinstance(problem, Layer):
         torch.backends.cudnn.allow_tf32 = problem.tf32
     torch.ones(8, device=device).sum().item()
-    _note(log, "ready")
+    say("ready")
     for how in task["hows"]:
-        _note(log, f"begin {how}")
+        say("begin", how)
         try:
             for value in problem.results(how, device):
                 value.float().sum().item()  # waits for the device
         except Exception as error:
-            starved = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-            if "CUDA error" in str(error) and not starved:
+            word = "starved" if is_out_of_memory(error) else "broken" if is_of_the_kernel(error) else "failed"
+            say(word, how, in_short(error))
+            if is_cuda_error(error):
                 raise  # the context is gone: what comes next would fail too
-            _note(log, f"{'starved' if starved else 'broken'} {how}")
         else:
-            _note(log, f"ran {how}")
+            say("ran", how)
+    say("done")
 
 
-def _note(log: Path, line: str) -> None:
-    with log.open("a") as file:
-        file.write(line + "\n")
+def main() -> None:
+    """Answer task after task."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever kernels and compilers print is no answer
+    tasks: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            tasks.put(line)
+        os._exit(0)  # the parent is gone, or needs no more, whatever a kernel is doing
+
+    def say(*fields: str) -> None:
+        print(*fields, sep=_FIELD, file=answers, flush=True)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            task = tasks.get(timeout=_IDLE)
+        except queue.Empty:
+            os._exit(0)
+        trial(json.loads(task), say)
 
 
 if __name__ == "__main__":
-    trial(json.loads(sys.argv[1]), Path(sys.argv[2]))
+    main()

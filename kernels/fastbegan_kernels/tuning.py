@@ -1,51 +1,51 @@
 """Which form of a kernel runs on this machine: verified there first, then the fastest.
 
 The first time a layer of a shape is met on a GPU, outside graph capture, the candidates run on random data; those that
-differ from the reference are dropped with a warning, and the fastest of the others is kept, in memory and on disk under
-everything that could change the answer (GPU, driver, torch, triton, the kernels' source). What was never run on this
-kind of machine is tried in a child process before, since an illegal access would take this process with it. Kernels
-without a matrix product are verified once, and not timed. With deterministic algorithms asked for, nothing is measured:
-the algebraic tier runs.
+differ from the reference are dropped with a warning, and the fastest of the others is kept (`cache`), under everything
+that could change the answer: GPU, driver, torch, triton, the kernels' source, torch's flags. What was never run on this
+kind of machine is tried in a child process before (`child`), since an illegal access would take this process with it.
+Kernels without a matrix product are verified once, and not timed. With deterministic algorithms asked for, nothing is
+measured: the algebraic tier runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
-import importlib.metadata
-import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dispatch import HAS_TRITON
+from . import cache, child
+from .cache import cache_file, environment  # noqa: F401  # where users look for them
+from .child import NoChildError, Trial
+from .faults import in_short, is_cuda_error, is_of_the_kernel, is_out_of_memory
 from .problems import Layer, Pointwise, dtype_named, excess
 
 Problem = Layer | Pointwise
-_SECONDS = 120.0  # a child that takes longer hangs
-_CHILD = "FASTBEGAN_TRIAL"  # set in the environment of children
-_UNTRIED = "could not be tried in a process of its own"
-_chosen: dict[tuple[torch.device, Problem, str], str] = {}
+Asked = tuple[torch.device, Problem, str]
+_chosen: dict[Asked, str] = {}  # the last of the key: a tier, and torch's flags
 _adopted: dict[str, str] = {}
 _warned: set[str] = set()
+_observed: dict[Asked, None] | None = None
+_on_trial: Callable[[], None] | None = None
+_no_child: set[int] = set()  # processes that could not have one
+_UNTRIED = "could not be tried in a process of its own"
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What became of one form of a problem: `fault` is None where it is right, `seconds` None where not measured.
 
-    A verdict is `lasting` where another try would end the same: no want of memory, of a process, of time.
+    A verdict is `lasting` where another try would end the same: the form killed its process, broke the device, or gave
+    wrong values. Want of memory, of time or of a compiler is none.
     """
 
     how: str
@@ -61,17 +61,15 @@ def layer(problem: Layer, device: torch.device, impl: str) -> str:
     """
     if impl == "auto" and torch.are_deterministic_algorithms_enabled():
         impl = "algebraic"
-    if (how := _chosen.get((device, problem, impl))) is not None:
+    if (how := _chosen.get((device, problem, _asked(impl)))) is not None:
         return how
-    hows = forms(problem, device, impl)
-    if impl == "fused" and not hows:
-        raise RuntimeError(f"impl 'fused' has no kernel for {problem.name} on {device} (use 'algebraic')")
-    if device.type != "cuda":
-        return hows[0] if impl == "fused" else "plain"
-    if torch.cuda.is_current_stream_capturing():
-        _warn(f"{problem.name} was first met during graph capture: it runs in its plain form; run it once before")
-        return "plain"
-    return choose(problem, device, hows, impl)
+    if device.type == "cuda":
+        how = _first_met(problem, device, impl)
+    else:
+        how = next(iter(forms(problem, device, impl)), "plain") if impl == "fused" else "plain"
+    if impl == "fused" and how == "plain" and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        raise RuntimeError(f"impl 'fused' has no kernel for {problem.name} that is right on {device} (use 'algebraic')")
+    return how
 
 
 def pointwise(op: str, dtype: torch.dtype, device: torch.device, impl: str) -> bool:
@@ -79,12 +77,71 @@ def pointwise(op: str, dtype: torch.dtype, device: torch.device, impl: str) -> b
     if impl == "fused" or device.type != "cuda":
         return impl == "fused"
     problem = Pointwise(op, str(dtype).removeprefix("torch."))
-    if (how := _chosen.get((device, problem, "auto"))) is not None:
-        return how == "fused"
-    if torch.cuda.is_current_stream_capturing():
-        _warn(f"{op} was first met during graph capture: it runs in its plain form; run it once before")
-        return False
-    return choose(problem, device, forms(problem, device, "auto"), "auto") == "fused"
+    if (how := _chosen.get((device, problem, _asked("auto")))) is None:
+        how = _first_met(problem, device, "auto")
+    return how == "fused"
+
+
+def _first_met(problem: Problem, device: torch.device, impl: str) -> str:
+    """The form for a problem that this process meets for the first time; never raises into somebody's forward."""
+    if _observed is not None and impl != "fused":
+        _observed[device, problem, impl] = None
+        return "plain"
+    try:
+        if torch.cuda.is_current_stream_capturing():
+            _warn(f"{problem.name} was first met during graph capture: it runs in its plain form; run it once before")
+            return "plain"
+        return choose(problem, device, forms(problem, device, impl), impl)
+    except Exception as error:
+        _warn(f"{problem.name}: nothing could be chosen ({in_short(error)}); the plain form runs")
+        _chosen[device, problem, _asked(impl)] = "plain"
+        return "plain"
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[dict[Asked, None]]:
+    """Inside, plain forms run where nothing was chosen yet, nothing is tried, and what was asked for is noted."""
+    global _observed
+    before, _observed = _observed, {}
+    try:
+        yield _observed
+    finally:
+        _observed = before
+
+
+def prepare(asked: Sequence[Asked], say: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Choose for problems that `observed` noted; `say` is told how many new kernels were tried, and of how many."""
+    global _on_trial
+    new = {
+        (device, problem.variant(how)): None
+        for device, problem, impl in asked
+        if (device, problem, _asked(impl)) not in _chosen and _kept(problem, device, impl) is None
+        for how in forms(problem, device, impl)
+        if problem.variant(how) not in cache.read(device)["passed"]
+    }
+    done = 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        say(min(done, len(new)), len(new))
+
+    before, _on_trial = _on_trial, tell
+    try:
+        for device, problem, impl in asked:
+            if (device, problem, _asked(impl)) not in _chosen:
+                _first_met(problem, device, impl)
+    finally:
+        _on_trial = before
+        if new:
+            say(len(new), len(new))
+
+
+def _asked(impl: str) -> str:
+    """What a choice is for: a tier, under the flags of torch that change what its library does."""
+    search = " cudnn-search" if torch.backends.cudnn.benchmark else ""
+    fixed = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    return f"{impl}{search}{' deterministic' if fixed else ''}"
 
 
 def forms(problem: Problem, device: torch.device, impl: str) -> list[str]:
@@ -98,27 +155,31 @@ def forms(problem: Problem, device: torch.device, impl: str) -> list[str]:
 
 
 def choose(problem: Problem, device: torch.device, hows: Sequence[str], impl: str) -> str:
-    """The fastest right form of `hows`, from the cache or measured; "plain" where none is right.
-
-    Raises RuntimeError instead where `impl` is "fused".
-    """
-    key = f"{problem!r} {impl}"
-    how = _adopted.get(key) or _read(device)["choices"].get(key)
+    """The fastest right form of `hows`, from the cache or measured; "plain" where none is right."""
+    how = _kept(problem, device, impl)
     if how not in (*hows, "plain"):
         how, lasting = _fastest(problem, device, hows)
         if lasting:
-            _write(device, "choices", {key: how})
-    if impl == "fused" and how == "plain":
-        raise RuntimeError(f"impl 'fused': no kernel for {problem.name} was right on {device} (use 'algebraic')")
-    _chosen[device, problem, impl] = how
+            _keep(device, "choices", {f"{problem!r} {_asked(impl)}": how})
+    _chosen[device, problem, _asked(impl)] = how
     return how
+
+
+def _kept(problem: Problem, device: torch.device, impl: str) -> Any:
+    key = f"{problem!r} {_asked(impl)}"
+    return _adopted.get(key) or cache.read(device)["choices"].get(key)
+
+
+def _keep(device: torch.device, section: str, entries: dict[str, Any]) -> None:
+    if (reason := cache.write(device, section, entries)) is not None:
+        _warn(f"choices of kernels cannot be kept for the next process: {reason}")
 
 
 def choices(device: torch.device) -> dict[str, Any]:
     """What was chosen in this process for a device, to be kept with a run or sent to other ranks."""
     device = _numbered(device)
-    found = {f"{problem!r} {impl}": how for (d, problem, impl), how in _chosen.items() if d == device}
-    return {"environment": environment(device), "choices": found}
+    chosen = {f"{problem!r} {asked}": how for (d, problem, asked), how in _chosen.items() if d == device}
+    return {"environment": environment(device), "choices": chosen}
 
 
 def adopt(device: torch.device, found: dict[str, Any]) -> None:
@@ -138,65 +199,65 @@ def _numbered(device: torch.device) -> torch.device:
 def _fastest(problem: Problem, device: torch.device, hows: Sequence[str]) -> tuple[str, bool]:
     """Of those that are right, and whether that is for good; warns of the others."""
     try:
-        found = outcomes(problem, device, hows)
+        tried = outcomes(problem, device, hows)
     except Exception as error:  # the user's forward goes on whatever happens here
-        _warn(f"{problem.name}: nothing could be tried ({_short(error)}); the plain form runs")
+        _warn(f"{problem.name}: nothing could be tried ({in_short(error)}); the plain form runs")
         return "plain", False
-    for outcome in found:
-        if outcome.fault:
+    for outcome in tried:
+        if outcome.fault and outcome.lasting:
             _warn(f"{problem.name}: {outcome.how} {outcome.fault} on this machine and is not used")
-    right = [outcome for outcome in found if outcome.fault is None]
-    lasting = all(outcome.lasting for outcome in found)
+        elif outcome.fault not in (None, _UNTRIED):  # once for each cause, not for each kernel
+            _warn(
+                f"kernels are not used for now, as one {outcome.fault}; plain forms run, the next process tries again"
+            )
+    right = [outcome for outcome in tried if outcome.fault is None]
+    lasting = all(outcome.lasting for outcome in tried)
     return min(right, key=lambda outcome: outcome.seconds or 0.0).how if right else "plain", lasting
 
 
-def outcomes(
-    problem: Problem, device: torch.device, hows: Sequence[str], *, always_measure: bool = False
-) -> list[Outcome]:
-    """Each form tried, checked and, where more than one is right (or `always_measure`), timed."""
-    trials = survivors(problem, device, hows)
-    own, exact = problem.expected(device) if None in trials.values() else ([], [])
+def outcomes(problem: Problem, device: torch.device, hows: Sequence[str], *, again: bool = False) -> list[Outcome]:
+    """Each form tried, checked and, where more than one is right, timed; `again`: whatever was found before."""
+    trials = survivors(problem, device, hows, again=again)
+    own, exact = problem.expected(device) if any(trial.fault is None for trial in trials.values()) else ([], [])
     found = {}
     for how in hows:
-        fault = trials[how]
-        try:
-            fault = _fault(problem, device, how, own, exact) if fault is None else fault
-            found[how] = Outcome(how, fault, lasting=fault != _UNTRIED)
-        except torch.OutOfMemoryError:
-            found[how] = Outcome(how, "had not enough memory to be checked", lasting=False)
+        trial = trials[how]
+        found[how] = (
+            _checked(problem, device, how, own, exact)
+            if trial.fault is None
+            else Outcome(how, trial.fault, lasting=trial.lasting)
+        )
     right = [how for how in hows if found[how].fault is None]
-    if isinstance(problem, Layer) and (len(right) > 1 or always_measure):
+    if isinstance(problem, Layer) and (len(right) > 1 or (again and right)):
         try:
             given = problem.tensors(device)
             took = measure({how: functools.partial(problem.run, how, given) for how in right}, device)
             found |= {how: Outcome(how, None, took[how]) for how in right}
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             _warn(f"{problem.name}: not enough memory to measure; it runs unmeasured")
             found |= {how: Outcome(how, None, lasting=False) for how in right}
     return list(found.values())
 
 
-def _fault(
-    problem: Problem, device: torch.device, how: str, own: list[Tensor], exact: list[Tensor]
-) -> str | None:  # fmt: skip
-    """What is wrong with a form, None where nothing is. Raises OutOfMemoryError."""
+def _checked(problem: Problem, device: torch.device, how: str, own: list[Tensor], exact: list[Tensor]) -> Outcome:
+    """A form run in this process, and held to what is right."""
     try:
         got, again = problem.results(how, device), problem.results(how, device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a compiler that gives up is a kernel that does not run
-        return f"failed ({_short(error)})"
+    except Exception as error:
+        if is_out_of_memory(error):
+            return Outcome(how, f"had not enough memory ({in_short(error)})", lasting=False)
+        if is_cuda_error(error):  # in this process: nothing will run any more
+            raise
+        return Outcome(how, f"failed ({in_short(error)})", lasting=is_of_the_kernel(error))
     tf32 = isinstance(problem, Layer) and problem.tf32
     if len(got) != len(exact) or any(excess(*three, tf32=tf32) > 1 for three in zip(got, own, exact, strict=True)):
-        return "gave wrong values"
+        return Outcome(how, "gave wrong values")
     # our own kernels add in a fixed order; the library's may not, in either form
     if how != "algebraic" and not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
-        return "gave other values the second time"
-    return None
-
-
-def _short(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return Outcome(how, "gave other values the second time")
+    return Outcome(how, None)
 
 
 def measure(runs: dict[str, Callable[[], object]], device: torch.device, rounds: int = 7) -> dict[str, float]:
@@ -226,52 +287,36 @@ def _seconds(run: Callable[[], object], device: torch.device, calls: int = 5) ->
     return begin.elapsed_time(end) / 1e3 / calls
 
 
-def survivors(problem: Problem, device: torch.device, hows: Sequence[str]) -> dict[str, str | None]:
-    """Why each form may not be run in this process, None where it may: it ran on this kind of machine before.
+def survivors(problem: Problem, device: torch.device, hows: Sequence[str], *, again: bool = False) -> dict[str, Trial]:
+    """What is known of running each form in this process; those that are new (or `again`, all) are tried in a child.
 
-    The new ones are tried in child processes. Only what ran, and what killed its child, is remembered.
+    Only what ran, and what another try would find the same, is remembered.
     """
-    passed: dict[str, bool] = _read(device)["passed"]
-    verdicts = {how: passed.get(problem.variant(how)) for how in hows}
-    starved: set[str] = set()
-    while new := [how for how in hows if verdicts[how] is None and how not in starved]:
-        told = _try_in_child(problem, device, new)
-        found = dict.fromkeys(told["ran"], True) | dict.fromkeys(told["broken"], False)
-        _write(device, "passed", {problem.variant(how): verdict for how, verdict in found.items()})
-        verdicts |= found
-        starved.update(told["starved"])
-        if not any(told.values()):  # no child, no device, no time: nothing is known, so nothing is trusted
-            break
-    faults = {True: None, False: "failed or crashed in a trial", None: _UNTRIED}
-    return {how: faults[verdicts[how]] for how in hows}
-
-
-def _try_in_child(problem: Problem, device: torch.device, hows: Sequence[str]) -> dict[str, list[str]]:
-    """Forms that "ran" in one child, that are "broken" (the last may have killed it), that were "starved" of memory."""
-    told: dict[str, list[str]] = {"ran": [], "broken": [], "starved": []}
-    if os.environ.get(_CHILD):  # a trial does not begin trials, nor does a frozen program that was started as one
-        return told
-    task = {"type": type(problem).__name__, "problem": asdict(problem), "hows": list(hows), "device": str(device)}
-    environment = {name: value for name, value in os.environ.items() if name != "FASTBEGAN_IMPL"} | {_CHILD: "1"}
-    packages = str(Path(__file__).parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (packages, os.environ.get("PYTHONPATH"))))
-    timed_out = False
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        command = [sys.executable, "-m", "fastbegan_kernels.trial", json.dumps(task), str(log)]
-        quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    inside = os.environ.get(child.VARIABLE)
+    if inside == "inside":
+        return {how: Trial(None) for how in hows}
+    passed = {} if again else cache.read(device)["passed"]
+    verdicts = {
+        how: Trial(None) if passed[problem.variant(how)] else Trial("failed or crashed in a trial")
+        for how in hows
+        if problem.variant(how) in passed
+    }
+    new = [how for how in hows if how not in verdicts]
+    if new and inside != "child" and os.getpid() not in _no_child:  # a trial does not begin trials
         try:
-            subprocess.run(command, env=environment, timeout=_SECONDS, check=False, **quiet)
-        except (subprocess.TimeoutExpired, OSError):
-            timed_out = True  # may have been compiling: no verdict
-        lines = log.read_text().splitlines() if log.exists() else []
-    begun: list[str] = []
-    for line in lines:
-        word, _, how = line.partition(" ")
-        told.get(word, begun if word == "begin" else []).append(how)
-    if begun and not timed_out and not any(begun[-1] in hows for hows in told.values()):
-        told["broken"].append(begun[-1])
-    return told
+            tried = child.tried(problem, device, new, _on_trial)
+        except NoChildError as error:
+            _no_child.add(os.getpid())
+            _warn(
+                f"kernels cannot be tried in a process of their own: {error}; plain forms run. {child.VARIABLE}=inside "
+                "tries them in this one, which a kernel that crashes takes with it"
+            )
+        else:
+            kept = {problem.variant(how): one.fault is None for how, one in tried.items() if one.lasting}
+            _keep(device, "passed", kept)
+            verdicts |= tried
+    unknown = Trial(_UNTRIED, lasting=False)
+    return {how: verdicts.get(how, unknown) for how in hows}
 
 
 def _tiles(problem: Layer, device: torch.device) -> list[str]:
@@ -293,65 +338,3 @@ def _warn(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(f"fastbegan_kernels: {message}", RuntimeWarning, stacklevel=2)
-
-
-def cache_file() -> Path:
-    """kernels.json in FASTBEGAN_CACHE, else in fastbegan/ of the user's cache folder."""
-    if chosen := os.environ.get("FASTBEGAN_CACHE"):
-        return Path(chosen) / "kernels.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbegan" / "kernels.json"
-
-
-@functools.cache
-def environment(device: torch.device) -> str:
-    """What choices depend on besides the problem."""
-    source = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        source.update(path.read_bytes())
-    facts = [f"torch {torch.__version__}", f"kernels {source.hexdigest()[:16]}"]
-    names = ("triton", "pytorch-triton", "triton-windows")
-    found = [distribution.version for name in names for distribution in importlib.metadata.distributions(name=name)]
-    facts.append(f"triton {found[0] if found else 'unknown'}" if HAS_TRITON else "no triton")
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        facts += [torch.cuda.get_device_name(device), f"sm_{major}{minor}", f"cuda {torch.version.cuda}"]
-        facts += [f"driver {_driver()}", f"cudnn {torch.backends.cudnn.version()}"]
-    return ", ".join([device.type, *facts])
-
-
-def _driver() -> str:
-    """The kernel module's version where it tells, else the CUDA version that the driver offers."""
-    try:
-        return Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()[0]
-    except (OSError, IndexError):
-        return str(torch._C._cuda_getDriverVersion())  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _file() -> dict[str, Any]:
-    """What is on disk, for all environments; nothing where it cannot be read."""
-    try:
-        found = json.loads(cache_file().read_text())
-    except (OSError, ValueError, RuntimeError):  # the last where there is no home folder
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _read(device: torch.device) -> dict[str, dict[str, Any]]:
-    found = _file().get(environment(device))
-    kept = found if isinstance(found, dict) else {}
-    return {name: value if isinstance(value := kept.get(name), dict) else {} for name in ("choices", "passed")}
-
-
-def _write(device: torch.device, section: str, entries: dict[str, Any]) -> None:
-    """Add entries; a machine whose cache cannot be written measures again next time, so may two that write at once."""
-    here = _read(device)
-    here[section].update(entries)
-    try:
-        path = cache_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".kernels.")
-        with os.fdopen(handle, "w") as file:
-            json.dump({**_file(), environment(device): here}, file, indent=1)
-        Path(name).replace(path)
-    except (OSError, RuntimeError) as error:
-        _warn(f"choices of kernels cannot be kept: {_short(error)}")

@@ -12,13 +12,16 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastbegan_kernels import problems, tiers, tuning
+from fastbegan_kernels import cache, child, problems, tiers, tuning
+from fastbegan_kernels.child import Trial
 from fastbegan_kernels.problems import Layer, Pointwise
 from tests.kernels.oracle import DEVICE
 
@@ -33,13 +36,16 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning, "_adopted", {})
     monkeypatch.setattr(tuning, "_warned", set())
+    monkeypatch.setattr(tuning, "_no_child", set())
+    monkeypatch.setattr(cache, "_here", {})
     yield
+    child.close()
 
 
 @pytest.fixture
 def _trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """No child processes: every form is taken to have run."""
-    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows: dict.fromkeys(hows))
+    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows, **_: dict.fromkeys(hows, Trial(None)))
 
 
 def _patched(monkeypatch: pytest.MonkeyPatch, how: str, change: Callable[[Tensor], Tensor]) -> None:
@@ -119,106 +125,241 @@ def test_a_form_that_does_not_compile_is_dropped(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("_trusting")
 def test_forcing_what_is_wrong_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     _patched(monkeypatch, FORMS[0], lambda y: y + 1)
-    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match=r"no kernel for same forward .* was right"):
-        tuning.choose(PROBLEM, DEVICE, FORMS[:1], "fused")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "forms", lambda *_: FORMS[:1])
+    monkeypatch.setattr(tuning, "_first_met", lambda problem, device, impl: tuning.choose(problem, DEVICE, FORMS, impl))
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(RuntimeError, match=r"no kernel for same forward .* that is right"),
+    ):
+        tuning.layer(PROBLEM, torch.device("cuda", 7), "fused")
+
+
+def _children(monkeypatch: pytest.MonkeyPatch, *bodies: str) -> list[child.Child]:
+    """Children whose kernels do what the bodies say, one after another, the last for all that follow; as they start."""
+    started: list[child.Child] = []
+
+    class Counted(child.Child):
+        def __init__(self) -> None:
+            body = bodies[min(len(started), len(bodies) - 1)] if bodies else ""
+            command = [sys.executable, "-c", f"{_CHILD_BEGIN}\n{body}\ntrial.main()"]
+            with mock.patch.object(child, "command", lambda: command):
+                super().__init__()
+            started.append(self)
+
+    monkeypatch.setattr(child, "Child", Counted)
+    return started
+
+
+_CHILD_BEGIN = """
+import os, time, torch
+from fastbegan_kernels import tiers, trial
+real, SLOW = tiers.forward, "algebraic"
+def with_change(change):
+    def forward(*arguments, **options):
+        if options["how"] == SLOW:
+            change()
+        return real(*arguments, **options)
+    tiers.forward = forward
+"""
+CRASHES = "with_change(lambda: os.kill(os.getpid(), 11))"
+KILLED = "with_change(lambda: os.kill(os.getpid(), 9))"  # by the host's want of memory, say
+
+
+def _raising(error: str) -> str:
+    return f"def fail(): raise {error}\nwith_change(fail)"
 
 
 def test_a_child_tries_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    fine = dict.fromkeys(FORMS)
-    assert tuning.survivors(PROBLEM, DEVICE, FORMS) == fine
-    monkeypatch.setattr(tuning, "_try_in_child", _unwanted)
+    started = _children(monkeypatch)
+    fine = dict.fromkeys(FORMS, Trial(None))
     assert tuning.survivors(PROBLEM, DEVICE, FORMS) == fine
     other = Layer("same", False, "float32", (4, 16, 20, 20), (16, 16, 3, 3))  # sizes are no new kernel
-    assert tuning.survivors(other, DEVICE, FORMS) == fine
-    with pytest.raises(AssertionError, match="measured again"):
-        tuning.survivors(Layer("down", False, "float32", (2, 16, 6, 6), (16, 16, 3, 3)), DEVICE, FORMS)
-
-
-CRASHING = """
-import os, sys, json
-from pathlib import Path
-from fastbegan_kernels import tiers, trial
-real = tiers.forward
-def forward(*arguments, **options):
-    if options["how"] == "algebraic":
-        os.kill(os.getpid(), 11)
-    return real(*arguments, **options)
-tiers.forward = forward
-trial.trial(json.loads(sys.argv[3]), Path(sys.argv[4]))
-"""
+    down = Layer("down", False, "float32", (2, 16, 6, 6), (16, 16, 3, 3))
+    with mock.patch.object(child, "tried", _unwanted):
+        assert tuning.survivors(PROBLEM, DEVICE, FORMS) == fine
+        assert tuning.survivors(other, DEVICE, FORMS) == fine
+        with pytest.raises(AssertionError, match="measured again"):
+            tuning.survivors(down, DEVICE, FORMS)
+    assert tuning.survivors(down, DEVICE, FORMS) == fine and len(started) == 1  # one child for all
+    assert tuning.survivors(PROBLEM, DEVICE, FORMS, again=True) == fine and len(started) == 1
+    started[0].process.kill()
+    started[0].process.wait()  # as after a minute without work
+    assert tuning.survivors(PROBLEM, DEVICE, FORMS, again=True) == fine and len(started) == 2
 
 
 def test_a_crash_is_the_childs_alone_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = subprocess.run
-    ended: list[int] = []
-
-    def child(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        done = run([command[0], "-c", CRASHING, *command[1:]], **options)  # type: ignore[call-overload]
-        ended.append(done.returncode)
-        return done
-
-    monkeypatch.setattr(subprocess, "run", child)
+    started = _children(monkeypatch, CRASHES)
     forms = [FORMS[0], "algebraic", "plain"]  # one before it and one behind
-    expected = {FORMS[0]: None, "algebraic": "failed or crashed in a trial", "plain": None}
-    assert tuning.survivors(PROBLEM, DEVICE, forms) == expected
-    assert ended == [-11, 0]
-    assert tuning.survivors(PROBLEM, DEVICE, forms) == expected and len(ended) == 2
+    fine, crash = Trial(None), Trial("killed its process (SIGSEGV)")
+    assert tuning.survivors(PROBLEM, DEVICE, forms) == {FORMS[0]: fine, "algebraic": crash, "plain": fine}
+    assert len(started) == 2
+    remembered = {FORMS[0]: fine, "algebraic": Trial("failed or crashed in a trial"), "plain": fine}
+    assert tuning.survivors(PROBLEM, DEVICE, forms) == remembered and len(started) == 2
     with pytest.warns(RuntimeWarning, match="algebraic failed or crashed in a trial"):
         assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "plain"
+
+
+LASTING = {
+    CRASHES: True,
+    KILLED: False,
+    _raising("RuntimeError('CUDA error: an illegal memory access was encountered')"): True,
+    _raising("RuntimeError('Triton Error [CUDA]: out of memory')"): False,
+    _raising("torch.OutOfMemoryError('CUDA out of memory')"): False,
+    _raising("RuntimeError('Failed to find C compiler. Please specify via CC environment variable.')"): False,
+    _raising("OSError(28, 'No space left on device')"): False,
+    _raising("type('OutOfResources', (Exception,), {})('shared memory, Required: 300000')"): True,
+}
+
+
+@pytest.mark.parametrize("body", LASTING)
+def test_only_a_kernels_own_faults_last(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a child; with the surroundings mended, the next process has its kernels back."""
+    _children(monkeypatch, body)
+    with pytest.warns(RuntimeWarning, match="algebraic .* is not used|kernels are not used for now, as one") as caught:
+        assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "plain"
+    assert len(caught) == 1
+    child.close()
+    monkeypatch.setattr(tuning, "_chosen", {})
+    _children(monkeypatch)
+    if LASTING[body]:
+        assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "plain"
+    else:
+        assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "algebraic"
+
+
+def test_one_cause_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _children(monkeypatch, _raising("RuntimeError('Failed to find C compiler')"))
+    with pytest.warns(RuntimeWarning) as caught:
+        for alpha in (0.5, 1.0, 2.0):
+            tuning.choose(replace(PROBLEM, alpha=alpha), DEVICE, ["algebraic"], "auto")
+    (words,) = {str(one.message) for one in caught}
+    assert len(caught) == 1 and "failed (RuntimeError: Failed to find C compiler)" in words
+
+
+@pytest.mark.parametrize("harm", ["hangs", "no process", "no device", "no folder"])
+def test_without_a_child_the_cause_and_a_way_on_are_named_once(
+    harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exclusive or a full GPU must not decide for good, nor cost a doomed child for each problem."""
+    cause, started = "", _children(monkeypatch, "raise RuntimeError('all CUDA-capable devices are busy')")
+    if harm == "hangs":
+        monkeypatch.setattr(child, "SECONDS", 0.0)
+        cause = "it did not answer within 0 seconds"
+    elif harm == "no process":
+        monkeypatch.setattr(subprocess, "Popen", _no_process)
+        cause = "BlockingIOError: no more processes"
+    elif harm == "no device":
+        cause = "RuntimeError: all CUDA-capable devices are busy"
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+        cause = "FileNotFoundError: .*missing"
+    with pytest.warns(RuntimeWarning, match=f"of their own: {cause}.*FASTBEGAN_TRIAL=inside") as caught:
+        for alpha in (0.5, 1.0, 2.0):
+            assert tuning.choose(replace(PROBLEM, alpha=alpha), DEVICE, FORMS, "auto") == "plain"
+    assert len(caught) == 1 and len(started) <= 1
+    kept = cache.read(DEVICE)
+    assert not kept["choices"] and not kept["passed"]
+    monkeypatch.setenv(child.VARIABLE, "inside")
+    assert tuning.choose(PROBLEM, DEVICE, FORMS[:1], "auto") == FORMS[0]
+
+
+def test_a_child_begins_no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(child.VARIABLE, "child")
+    monkeypatch.setattr(child, "tried", _unwanted)
+    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "plain"
+    assert not cache.read(DEVICE)["choices"]
 
 
 def _no_process(*_: object, **__: object) -> None:
     raise BlockingIOError("no more processes")
 
 
-@pytest.mark.parametrize("harm", ["hangs", "no process", "no device", "no folder", "is a child itself"])
-def test_what_could_not_be_tried_is_not_used_and_not_remembered(
-    harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A busy machine must not decide for good: only the plain form runs, and the next process tries again."""
-    if harm == "hangs":
-        monkeypatch.setattr(tuning, "_SECONDS", 0.0)
-    elif harm == "no process":
-        monkeypatch.setattr(subprocess, "run", _no_process)
-    elif harm == "no device":
-        monkeypatch.setattr(tuning, "asdict", lambda problem: {**vars(problem), "op": "nothing"})
-    elif harm == "no folder":
-        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    else:
-        monkeypatch.setenv(tuning._CHILD, "1")
-    with pytest.warns(RuntimeWarning, match="could not be tried|nothing could be tried"):
-        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "plain"
-    kept = tuning._read(DEVICE)
-    assert not kept["choices"] and not kept["passed"]
+@pytest.mark.usefixtures("_trusting")
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory", "Triton Error [CUDA]: out of memory", "CUDNN_STATUS_ALLOC_FAILED"]
+)
+def test_want_of_memory_is_not_remembered(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starving(*_: object) -> Tensor:
+        raise (torch.OutOfMemoryError if words.startswith("CUDA out") else RuntimeError)(words)
 
-
-def test_want_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    def starving(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows: dict.fromkeys(hows))
-    monkeypatch.setattr(tuning, "_fault", starving)
-    with pytest.warns(RuntimeWarning, match="had not enough memory"):
-        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "plain"
-    monkeypatch.setattr(tuning, "_fault", lambda *_: None)
     monkeypatch.setattr(tuning, "measure", starving)
     with pytest.warns(RuntimeWarning, match="not enough memory to measure"):
         assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == FORMS[0]
-    assert not tuning._read(DEVICE)["choices"]
+    _patched(monkeypatch, FORMS[0], starving)
+    _patched(monkeypatch, FORMS[1], starving)
+    with pytest.warns(RuntimeWarning, match="had not enough memory"):
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "plain"
+    monkeypatch.setattr(Layer, "expected", starving)
+    with pytest.warns(RuntimeWarning, match="nothing could be tried"):
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "plain"
+    assert not cache.read(DEVICE)["choices"]
 
 
-def test_the_trial_runs_as_a_program(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["benchmark", "deterministic"])
+@pytest.mark.usefixtures("_trusting")
+def test_a_choice_is_one_under_torchs_flags(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome(FORMS[0], None)])
+    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == FORMS[0]
+    monkeypatch.setattr(torch.backends.cudnn, flag, True)
+    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome(FORMS[1], None)])
+    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == FORMS[1]
+    assert len(cache.read(DEVICE)["choices"]) == 2 and getattr(torch.backends.cudnn, flag)
+
+
+def test_problems_are_observed_and_prepared_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run in plain forms tells what to try; then all is tried in one child, and counted."""
+    gpu = torch.device("cuda", 7)
+    started = _children(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "environment", lambda device: "a GPU")
+    monkeypatch.setattr(cache, "environment", lambda device: "a GPU")
+    monkeypatch.setattr(tuning, "_tiles", lambda *_: FORMS[:1])
+    with tuning.observed() as asked:
+        assert tuning.layer(PROBLEM, gpu, "auto") == "plain" and not tuning.pointwise(
+            "fold", torch.float32, gpu, "auto"
+        )
+        assert tuning.layer(PROBLEM, gpu, "auto") == "plain"
+    assert len(asked) == 2 and not tuning._chosen and not started
+    here = [(DEVICE, problem, impl) for _, problem, impl in asked]
+    told: list[tuple[int, int]] = []
+    tuning.prepare(here, lambda done, total: told.append((done, total)))
+    assert told[:3] == [(1, 3), (2, 3), (3, 3)] and len(started) == 1 and len(tuning._chosen) == 2
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(child, "tried", _unwanted)
+    tuning.prepare(here, _unwanted)  # the second start tries nothing, and says nothing
+    assert len(tuning._chosen) == 2
+
+
+def test_nothing_is_raised_into_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where torch does not tell cuDNN's version, because another card of the machine is too old."""
+
+    def raising(*_: object) -> str:
+        raise RuntimeError("cuDNN version (9, 2) is not compatible with devices with SM < 7.5")
+
+    gpu = torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "_tiles", lambda *_: FORMS)
+    monkeypatch.setattr(cache, "environment", raising)
+    with pytest.warns(RuntimeWarning, match="nothing could be chosen .RuntimeError: cuDNN version"):
+        assert tuning.layer(PROBLEM, gpu, "auto") == "plain"
+    monkeypatch.setattr(torch.backends.cudnn, "version", raising)
+    assert cache.cudnn_version() is None
+
+
+def test_the_trial_runs_as_a_program() -> None:
     task = {
         "type": "Pointwise",
         "problem": {"op": "fold", "dtype": "float32"},
         "hows": ["fused"],
         "device": str(DEVICE),
     }
-    log = tmp_path / "log"
     environment = {**os.environ, "PYTHONPATH": str(Path(tuning.__file__).parent.parent)}
-    command = [sys.executable, "-m", "fastbegan_kernels.trial", json.dumps(task), str(log)]
-    assert subprocess.run(command, env=environment, check=False).returncode == 0
-    assert log.read_text() == "ready\nbegin fused\nran fused\n"
+    words = json.dumps(task) + "\n"
+    done = subprocess.run(
+        child.command(), env=environment, input=words * 2, capture_output=True, text=True, check=False
+    )
+    assert "ready\nbegin\tfused\n" in done.stdout and done.returncode == 0  # it ends with its parent
 
 
 @pytest.mark.usefixtures("_trusting")
@@ -227,12 +368,12 @@ def test_a_spoiled_cache_is_measured_anew(text: str) -> None:
     tuning.cache_file().parent.mkdir(parents=True, exist_ok=True)
     tuning.cache_file().write_text(text)
     assert tuning.choose(PROBLEM, DEVICE, FORMS[:1], "auto") == FORMS[0]
-    assert json.loads(tuning.cache_file().read_text())[tuning.environment(DEVICE)]["choices"]
+    assert json.loads(cache.cache_file().read_text())[tuning.environment(DEVICE)]["choices"]
 
 
 @pytest.mark.parametrize("how", ["no such form", 5, None])
 def test_a_form_that_does_not_exist_is_not_taken_from_the_cache(how: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning._write(DEVICE, "choices", {f"{PROBLEM!r} auto": how})
+    cache.write(DEVICE, "choices", {f"{PROBLEM!r} auto": how})
     monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome("algebraic", None)])
     assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "algebraic"
 
@@ -243,6 +384,7 @@ def test_choices_travel_to_machines_of_the_same_kind(monkeypatch: pytest.MonkeyP
     sent = json.loads(json.dumps(tuning.choices(DEVICE)))
     tuning.cache_file().unlink()
     monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(cache, "_here", {})
     monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome(FORMS[0], None)])
     tuning.adopt(DEVICE, {**sent, "environment": "another GPU"})
     tuning.adopt(DEVICE, {"environment": sent["environment"], "choices": "spoiled"})
@@ -261,6 +403,9 @@ def test_a_cache_that_cannot_be_written_only_warns(tmp_path: Path, monkeypatch: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tuning.choose(Layer(**{**vars(PROBLEM), "alpha": 0.5}), DEVICE, FORMS, "auto") == "algebraic"
+        monkeypatch.setattr(tuning, "_chosen", {})
+        monkeypatch.setattr(tuning, "outcomes", _unwanted)
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "algebraic"  # this process knows
 
 
 @pytest.mark.usefixtures("_trusting")
@@ -344,7 +489,7 @@ def test_checks_run_the_kernel_that_they_check(op: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(packing if op == "fold" else launch, op, broken)
     problem = Pointwise(op, "float32")
     own, exact = problem.expected(DEVICE)
-    assert "this is the kernel" in (tuning._fault(problem, DEVICE, "fused", own, exact) or "")
+    assert "this is the kernel" in (tuning._checked(problem, DEVICE, "fused", own, exact).fault or "")
 
 
 def test_two_binaries_are_two_variants() -> None:

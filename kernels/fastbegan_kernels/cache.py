@@ -1,0 +1,120 @@
+"""What is known of kernels on a kind of machine: in this process, and in kernels.json for the next."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .dispatch import HAS_TRITON
+from .faults import in_short
+
+_here: dict[str, dict[str, dict[str, Any]]] = {}  # by environment: where the disk keeps nothing, this process does
+
+
+def cache_file() -> Path:
+    """kernels.json in FASTBEGAN_CACHE, else in fastbegan/ of the user's cache folder."""
+    if chosen := os.environ.get("FASTBEGAN_CACHE"):
+        return Path(chosen) / "kernels.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbegan" / "kernels.json"
+
+
+@functools.cache
+def environment(device: torch.device) -> str:
+    """What choices depend on besides the problem and torch's flags."""
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        source.update(path.read_bytes())
+    facts = [f"torch {torch.__version__}", f"kernels {source.hexdigest()[:16]}"]
+    names = ("triton", "pytorch-triton", "triton-windows")
+    versions = [distribution.version for name in names for distribution in importlib.metadata.distributions(name=name)]
+    facts.append(f"triton {versions[0] if versions else 'unknown'}" if HAS_TRITON else "no triton")
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        facts += [torch.cuda.get_device_name(device), f"sm_{major}{minor}", f"cuda {torch.version.cuda}"]
+        facts += [f"driver {_driver()}", f"cudnn {cudnn_version()}"]
+    return ", ".join([device.type, *facts])
+
+
+def cudnn_version() -> int | None:
+    """None where torch does not tell: it raises if any card of the machine, used or not, is too old for its cuDNN."""
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError:
+        return None
+
+
+def _driver() -> str:
+    """The kernel module's version where it tells, else the CUDA version that the driver offers."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()[0]
+    except (OSError, IndexError):
+        return str(torch._C._cuda_getDriverVersion())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def read(device: torch.device) -> dict[str, dict[str, Any]]:
+    """`choices` by problem and `passed` by variant: what the disk has, and this process."""
+    name = environment(device)
+    kept = _sections(_file().get(name))
+    for section, entries in _here.get(name, {}).items():
+        kept[section].update(entries)
+    return kept
+
+
+def write(device: torch.device, section: str, entries: dict[str, Any]) -> str | None:
+    """Keep entries; returns why the disk could not be written, where it could not."""
+    name = environment(device)
+    _here.setdefault(name, _sections(None))[section].update(entries)
+    try:
+        path = cache_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path):
+            stored = _file()
+            there = _sections(stored.get(name))
+            there[section].update(entries)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".kernels.")
+            with os.fdopen(handle, "w") as file:
+                json.dump({**stored, name: there}, file, indent=1)
+            Path(temporary).replace(path)
+    except (OSError, RuntimeError) as error:  # the last where there is no home folder
+        return in_short(error)
+    return None
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other process writes inside, where the system has locks: what it wrote would be lost."""
+    try:
+        import fcntl
+
+        lock = path.with_suffix(".lock").open("w")
+    except (ImportError, OSError):
+        yield
+        return
+    with lock:
+        with contextlib.suppress(OSError):  # some network file systems have none
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sections(entries: Any) -> dict[str, dict[str, Any]]:
+    entries = entries if isinstance(entries, dict) else {}
+    return {name: dict(value) if isinstance(value := entries.get(name), dict) else {} for name in ("choices", "passed")}
+
+
+def _file() -> dict[str, Any]:
+    """What is on disk, for all environments; nothing where it cannot be read."""
+    try:
+        stored = json.loads(cache_file().read_text())
+    except (OSError, ValueError, RuntimeError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
