@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import trial
 from .problems import Layer, Pointwise
 
 SECONDS = 120.0  # in which a child has to answer: longer, it hangs
+FIELD = "\t"  # between the fields of an answer
 VARIABLE = "FASTBEGAN_TRIAL"  # "inside": no child; "child" in the environment of one
 # what a kernel can bring upon its process; SIGKILL and the like come from outside
 _CRASHES = {getattr(signal, name, None) for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")}
@@ -46,10 +46,14 @@ class Child:
         packages = str(Path(__file__).parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (packages, os.environ.get("PYTHONPATH"))))
         environment[VARIABLE] = "child"
-        self.process = subprocess.Popen(
-            command(), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words, text=True,
-            start_new_session=True,  # Ctrl-C at a terminal is not for it
-        )  # fmt: skip
+        try:
+            self.process = subprocess.Popen(
+                command(), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words,
+                text=True, start_new_session=True,  # Ctrl-C at a terminal is not for it
+            )  # fmt: skip
+        except OSError:
+            self._words.close()
+            raise
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -72,7 +76,7 @@ class Child:
     def answer(self) -> list[str] | None:
         """The fields of the next line, None where it died. Raises queue.Empty where it does not answer in time."""
         line = self._lines.get(timeout=SECONDS)
-        return None if line is None else line.split(trial._FIELD)
+        return None if line is None else line.split(FIELD)
 
     def close(self) -> None:
         """End it, now."""

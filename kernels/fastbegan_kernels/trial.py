@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
+from .child import FIELD
 from .faults import in_short, is_cuda_error, is_of_the_kernel, is_out_of_memory
 from .problems import Layer, Pointwise
 
 _IDLE = 60.0  # seconds; its context holds memory of the device
-_FIELD = "\t"
 
 
 def trial(task: dict[str, Any], say: Callable[..., None]) -> None:
@@ -61,7 +61,7 @@ def main() -> None:
         os._exit(0)  # the parent is gone, or needs no more, whatever a kernel is doing
 
     def say(*fields: str) -> None:
-        print(*fields, sep=_FIELD, file=answers, flush=True)
+        print(*fields, sep=FIELD, file=answers, flush=True)
 
     threading.Thread(target=read, daemon=True).start()
     while True:

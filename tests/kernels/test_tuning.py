@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -127,7 +128,7 @@ def test_forcing_what_is_wrong_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     _patched(monkeypatch, FORMS[0], lambda y: y + 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "forms", lambda *_: FORMS[:1])
-    monkeypatch.setattr(tuning, "_first_met", lambda problem, device, impl: tuning.choose(problem, DEVICE, FORMS, impl))
+    monkeypatch.setattr(tuning, "_first_met", lambda one, _, impl: tuning.choose(one, DEVICE, FORMS[:1], impl))
     with (
         pytest.warns(RuntimeWarning),
         pytest.raises(RuntimeError, match=r"no kernel for same forward .* that is right"),
@@ -139,7 +140,7 @@ def _children(monkeypatch: pytest.MonkeyPatch, *bodies: str) -> list[child.Child
     """Children whose kernels do what the bodies say, one after another, the last for all that follow; as they start."""
     started: list[child.Child] = []
 
-    class Counted(child.Child):
+    class Counted(_CHILD):
         def __init__(self) -> None:
             body = bodies[min(len(started), len(bodies) - 1)] if bodies else ""
             command = [sys.executable, "-c", f"{_CHILD_BEGIN}\n{body}\ntrial.main()"]
@@ -151,6 +152,7 @@ def _children(monkeypatch: pytest.MonkeyPatch, *bodies: str) -> list[child.Child
     return started
 
 
+_CHILD = child.Child
 _CHILD_BEGIN = """
 import os, time, torch
 from fastbegan_kernels import tiers, trial
@@ -327,7 +329,7 @@ def test_problems_are_observed_and_prepared_for(monkeypatch: pytest.MonkeyPatch)
     assert told[:3] == [(1, 3), (2, 3), (3, 3)] and len(started) == 1 and len(tuning._chosen) == 2
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(child, "tried", _unwanted)
-    tuning.prepare(here, _unwanted)  # the second start tries nothing, and says nothing
+    tuning.prepare(here, lambda *_: pytest.fail("it tries again"))  # the second start tries nothing, and says nothing
     assert len(tuning._chosen) == 2
 
 
@@ -355,11 +357,16 @@ def test_the_trial_runs_as_a_program() -> None:
         "device": str(DEVICE),
     }
     environment = {**os.environ, "PYTHONPATH": str(Path(tuning.__file__).parent.parent)}
-    words = json.dumps(task) + "\n"
-    done = subprocess.run(
-        child.command(), env=environment, input=words * 2, capture_output=True, text=True, check=False
-    )
-    assert "ready\nbegin\tfused\n" in done.stdout and done.returncode == 0  # it ends with its parent
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(child.command(), env=environment, text=True, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        for _ in range(2):
+            process.stdin.write(json.dumps(task) + "\n")
+            process.stdin.flush()
+            lines = [process.stdout.readline().split() for _ in range(4)]
+            assert lines == [["ready"], ["begin", "fused"], ["ran", "fused"], ["done"]]
+        process.stdin.close()
+        assert process.wait(60) == 0 and not process.stderr.read()  # it ends with its parent
 
 
 @pytest.mark.usefixtures("_trusting")
@@ -431,7 +438,7 @@ def test_during_capture_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tuning, "outcomes", _unwanted)
     with pytest.warns(RuntimeWarning, match="first met during graph capture"):
         assert tuning.layer(PROBLEM, gpu, "auto") == "plain"
-    with pytest.warns(RuntimeWarning, match="fold was first met during graph capture"):
+    with pytest.warns(RuntimeWarning, match="fold float32 was first met during graph capture"):
         assert not tuning.pointwise("fold", torch.float32, gpu, "auto")
     tuning._chosen[gpu, PROBLEM, "auto"] = "a"  # met before
     assert tuning.layer(PROBLEM, gpu, "auto") == "a"
