@@ -12,7 +12,7 @@ from bench.gpu_cases import DEVICE, ON_CPU
 from fastbegan.bench.results import Row
 from fastbegan.bench.step import COMPILED, Candidate, check, configured, prepare, turn
 from fastbegan.config import ModelConfig, TrainConfig
-from fastbegan.device import pick_compile, pick_precision
+from fastbegan.device import pick_compile, pick_precision, set_backends
 from fastbegan.info import step_cost
 
 PRECISION = "float32" if ON_CPU else "bf16"
@@ -28,6 +28,7 @@ def _prepared(mode: str, px: int, filters: int, batch: int, compiler: str | None
     """Once for all races of a shape: compiling takes longer than timing."""
     model, train = ModelConfig(size=px, filters=filters), TrainConfig(batch_size=batch)
     dtype = pick_precision(PRECISION, DEVICE)[1]
+    set_backends(PRECISION)
     return prepare(model, train, mode, PRECISION, dtype, DEVICE, compiler)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from fastbegan.bench import step as bench  # noqa: E402
 from fastbegan.config import ModelConfig, TrainConfig  # noqa: E402
 from fastbegan.data.loader import Batching, Loader, PackedLoader, ResidentLoader  # noqa: E402
-from fastbegan.device import make_deterministic, pick_precision  # noqa: E402
+from fastbegan.device import pick_precision, set_backends  # noqa: E402
 from fastbegan.graph import GraphedStep  # noqa: E402
 from fastbegan.info import step_cost  # noqa: E402
 from fastbegan.models import build  # noqa: E402
@@ -51,8 +50,7 @@ def _step(size: int, filters: int, dtype: torch.dtype | None, **options: Any) ->
 
 def graph() -> list[dict[str, Any]]:
     """Steps replayed from a graph against the same steps one by one: bit for bit, in every mode."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    make_deterministic()
+    set_backends(PRECISION, deterministic=True)
     dtype = pick_precision(PRECISION, DEVICE)[1]
     found = []
     for passes, updates in (("single-pass", "simultaneous"), ("joint", "simultaneous"), ("single-pass", "alternating")):
@@ -99,7 +97,6 @@ def ratios() -> list[dict[str, Any]]:
     rows = []
     modes = [mode for mode in MODES if not (DRY and mode.endswith(bench.COMPILED))]
     for size, filters in SIZES:
-        torch.backends.cudnn.benchmark = True
         model, compiler = ModelConfig(size=size, filters=filters), None if DRY else "max-autotune"
         timed = bench.measure(model, TrainConfig(), modes, [PRECISION], DEVICE, compiler, 3 if DRY else 15)
         rows += [{"size": size, "filters": filters, **asdict(row)} for row in timed]
@@ -108,6 +105,7 @@ def ratios() -> list[dict[str, Any]]:
 
 def profile() -> list[dict[str, Any]]:
     """Where the time of a step goes, and how many launches it is, with and without a graph."""
+    set_backends(PRECISION)
     found = []
     dtype = pick_precision(PRECISION, DEVICE)[1]
     activities = [torch.profiler.ProfilerActivity.CPU] + ([] if DRY else [torch.profiler.ProfilerActivity.CUDA])

@@ -20,6 +20,7 @@ from bench.gpu_candidates import Candidate, Judge, candidates, differentiable, i
 from bench.gpu_cases import DEVICE, DRY, DTYPES, ON_CPU, Case, Outcome, named
 from bench.poison import poisoned
 from fastbegan_kernels import tuning
+from fastbegan_kernels.cache import cudnn_version
 from fastbegan_kernels.child import Trial
 
 Run = Callable[[int], object]  # one call on the inputs of this number
@@ -42,7 +43,7 @@ def facts(_: Case) -> Outcome:
         properties = torch.cuda.get_device_properties(0)
         known |= {"device": properties.name, "capability": 10 * properties.major + properties.minor}
         known |= {"processors": properties.multi_processor_count, "memory_bytes": properties.total_memory}
-        known |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        known |= {"cuda": torch.version.cuda, "cudnn": cudnn_version()}
     known["copy_bytes_per_s"] = _copy_rate(1 << (18 if DRY else 31))
     known["copy_256_mib_bytes_per_s"] = _copy_rate(1 << (18 if DRY else 28))
     size = 64 if DRY else 8192

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+
+from fastbegan_kernels import tuning
+from fastbegan_kernels.faults import is_out_of_memory
 
 from .config import ModelConfig, TrainConfig
 from .info import step_cost
@@ -56,17 +60,26 @@ def _search(fits_batch: Callable[[int], bool], guess: int) -> int:
 
 
 def fits(model: ModelConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype | None, batch: int) -> bool:
-    """Whether two steps of `batch` images run without running out of memory."""
+    """Whether two steps of `batch` images run in plain operations without running out of memory, with some to spare."""
+    spare = int((1 - _USABLE) * torch.cuda.get_device_properties(device).total_memory)
     try:
-        step = TrainStep(*build(model, seed=0, device=device), replace(train, batch_size=batch), dtype)
-        real = torch.zeros(batch, 3, model.size, model.size, device=device)
-        z = torch.zeros(batch, model.latent, device=device)
-        for _ in range(2):
-            step(real.contiguous(memory_format=torch.channels_last), z, z)
-        torch.cuda.synchronize(device)
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        step = real = z = None  # what an exception's frames hold would still be counted
-        torch.cuda.empty_cache()
-    return True
+        with tuning.observed():  # a kernel needs no more than the operations it replaces, and takes minutes to choose
+            _two_steps(model, replace(train, batch_size=batch), device, dtype)
+        fitted = torch.cuda.mem_get_info(device)[0] >= spare  # for the graph's pool, workspaces and the first sheet
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fitted = False
+    gc.collect()  # before the cache is emptied: what cycles hold would stay in use
+    torch.cuda.empty_cache()
+    return fitted
+
+
+def _two_steps(model: ModelConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> None:
+    step = TrainStep(*build(model, seed=0, device=device), train, dtype)
+    real = torch.zeros(train.batch_size, 3, model.size, model.size, device=device)
+    real = real.contiguous(memory_format=torch.channels_last)
+    z = torch.zeros(train.batch_size, model.latent, device=device)
+    for _ in range(2):
+        step(real, z, z)
+    torch.cuda.synchronize(device)

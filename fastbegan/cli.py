@@ -12,11 +12,11 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from tyro.conf import subcommand
 
 from fastbegan_kernels import dispatch
+from fastbegan_kernels.faults import is_out_of_memory
 
 from .commands import (
     BenchPlan,
@@ -123,19 +123,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _means_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         print(f"error: {_first_line(error)}{_less_memory(command)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _means_out_of_memory(error: Exception) -> bool:
-    # torch has a type for a GPU's memory only
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -192,24 +192,46 @@ class Doctor:
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = "auto"
-    """As for train."""
-    filters: int = 64
-    """Channels of the layers that are tried."""
-    size: int = 32
-    """Height and width of their inputs."""
-    batch_size: int = 16
-    """Images at once."""
+    precision: str = "auto"
+    """auto, float32, tf32, bf16 or fp16; with --tune several with commas between."""
+    filters: int | None = None
+    """Channels of the layers that are tried (default: 64), or n of the preset."""
+    size: int | None = None
+    """Height and width of their inputs (default: 32), or the preset's image size."""
+    batch_size: int | None = None
+    """Images at once. Default: 16, or the preset's."""
     preset: str | None = None
     """Instead of layers: what a step of this preset needs here, and the largest batch that fits."""
+    tune: bool = False
+    """With --preset on a GPU: choose all its kernels now, into the cache that runs read; before a job of many nodes."""
+    cudnn_search: Literal["auto", "off"] = "auto"
+    """As for train: what is chosen under one setting is not used under the other."""
 
     def run(self) -> int:
-        from .doctor import doctor, doctor_preset
+        from .doctor import doctor, doctor_preset, doctor_tune
 
-        if self.preset is not None:
-            preset = find_preset(self.preset)
-            return doctor_preset(preset.model, preset.train, device=self.device, precision=self.precision)
-        return doctor(**{name: value for name, value in vars(self).items() if name != "preset"})
+        common: dict[str, Any] = {"device": self.device, "cudnn_search": self.cudnn_search == "auto"}
+        if self.preset is None:
+            if self.tune:
+                raise UserError("tune is True without a preset; accepted: --preset NAME --tune")
+            sizes = {"filters": 64, "size": 32, "batch_size": 16}
+            sizes |= {name: value for name in sizes if (value := getattr(self, name)) is not None}
+            return doctor(precision=self.precision, **common, **sizes)
+        preset = find_preset(self.preset)
+        model = _resized(preset.model, self.size, self.filters)
+        batch_size = preset.train.batch_size if self.batch_size is None else self.batch_size
+        train = dataclasses.replace(preset.train, batch_size=batch_size)
+        if self.tune:
+            return doctor_tune(model, train, precisions=self.precision.split(","), **common)
+        return doctor_preset(model, train, precision=self.precision, **common)
+
+
+def _resized(model: ModelConfig, size: int | None, filters: int | None) -> ModelConfig:
+    """A preset's nets with another image size or n, where one is given."""
+    given = {name: value for name, value in (("size", size), ("filters", filters)) if value is not None}
+    if given.get("size", model.size) != model.size:
+        return dataclasses.replace(model, widths=None, **given)
+    return dataclasses.replace(model, **given)
 
 
 @dataclass(frozen=True)
@@ -288,6 +310,8 @@ class BenchStep:
     """How modes with +compile are compiled; off leaves them out."""
     rounds: int = 10
     """Turns, of which the median counts."""
+    cudnn_search: Literal["auto", "off"] = "auto"
+    """As for train."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: bool = False
@@ -297,13 +321,12 @@ class BenchStep:
         from .bench.step import DEFAULT_MODES, bench_step
 
         preset = find_preset(self.preset)
-        given = {name: value for name in ("size", "filters") if (value := getattr(self, name)) is not None}
-        if given.get("size", preset.model.size) != preset.model.size:
-            given["widths"] = None
         batch_size = preset.train.batch_size if self.batch_size is None else self.batch_size
         return bench_step(
-            dataclasses.replace(preset.model, **given),
-            dataclasses.replace(preset.train, batch_size=batch_size, device=self.device),
+            _resized(preset.model, self.size, self.filters),
+            dataclasses.replace(
+                preset.train, batch_size=batch_size, device=self.device, cudnn_search=self.cudnn_search
+            ),
             modes=DEFAULT_MODES if self.modes == "all" else self.modes.split(","),
             precisions=self.precision.split(","),
             compile_mode=self.compile,

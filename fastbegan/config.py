@@ -191,6 +191,8 @@ class TrainConfig:
     """torch.compile for the nets. auto: default, but off where a run is too short to gain from it."""
     cuda_graph: Literal["auto", "off"] = "auto"
     """auto: on a GPU a whole step is one CUDA graph."""
+    cudnn_search: Literal["auto", "off"] = "auto"
+    """auto: on a GPU cuDNN times its algorithms for each shape, but not with deterministic."""
     recompute: bool = False
     """Compute the encoder's first level again going back instead of keeping it: less memory, more time."""
     deterministic: bool = False
@@ -237,8 +239,8 @@ class TrainConfig:
 # may differ between a run and its continuation: they change how long, where and how often, not what is learned
 # `data` because the images' checksum says whether they are the same elsewhere, `lr` because a lower one cures NaN
 FREE_ON_RESUME = frozenset(
-    "images steps minutes data max_bad loader workers prefetch lr device passes compile cuda_graph recompute "
-    "log_every sample_every checkpoint_every keep tensorboard accumulate rank_timeout requeue_code".split()
+    "images steps minutes data max_bad loader workers prefetch lr device passes compile cuda_graph cudnn_search "
+    "recompute log_every sample_every checkpoint_every keep tensorboard accumulate rank_timeout requeue_code".split()
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastbegan_kernels.dispatch import HAS_TRITON
+from fastbegan_kernels.dispatch import HAS_TRITON, ROCM
 
 from .errors import UserError
 
@@ -29,7 +29,8 @@ def pick_device(wanted: str, local: int | None = None) -> tuple[torch.device, st
     if wanted == "cpu":
         return torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads"
     if wanted != "auto" and wanted.partition(":")[0] != "cuda":
-        raise UserError(f"device is {wanted!r}; accepted: auto, cpu, cuda, cuda:N")
+        slice_of_a_gpu = " (a MIG slice by CUDA_VISIBLE_DEVICES=MIG-...)" if "MIG" in wanted.upper() else ""
+        raise UserError(f"device is {wanted!r}; accepted: auto, cpu, cuda, cuda:N{slice_of_a_gpu}")
     name = "cuda" if wanted == "auto" else wanted
     if local is not None:
         if ":" in wanted:
@@ -38,9 +39,11 @@ def pick_device(wanted: str, local: int | None = None) -> tuple[torch.device, st
     problem = gpu_problem(name)
     if problem is None:
         device = torch.device(name)
-        if device.index is not None:  # kernels that are launched by Triton go to the current one
-            torch.cuda.set_device(device)
-        return device, f"{device}, {torch.cuda.get_device_name(device)}"
+        if device.index is None:  # DALI takes a device without a number for none
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)  # kernels that are launched by Triton go to the current one
+        kind = "; ROCm, where none of our kernels run" if ROCM else ""
+        return device, f"{device}, {torch.cuda.get_device_name(device)}{kind}"
     if wanted != "auto":
         raise UserError(f"device {wanted!r} does not work: {problem or 'torch sees no GPU here'}")
     line = f"cpu, {torch.get_num_threads()} threads"
@@ -48,10 +51,14 @@ def pick_device(wanted: str, local: int | None = None) -> tuple[torch.device, st
 
 
 def gpu_problem(name: str) -> str | None:
-    """Run one tiny kernel on a CUDA device: None if it works, "" if there is no GPU, else one line on what to do."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # torch only warns about a card it has no code for, then fails later
+    """Run one tiny kernel on a CUDA device: None if it works, "" if there is no GPU, else one line on what to do.
+
+    torch warns of every card of the machine that it has no code for, of those that nobody wants to use as well: only
+    the kernel tells.
+    """
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
             if not torch.cuda.is_available():
                 raise RuntimeError("torch cannot use it")
             if (torch.device(name).index or 0) >= torch.cuda.device_count():
@@ -59,19 +66,21 @@ def gpu_problem(name: str) -> str | None:
             values = torch.arange(8, device=torch.device(name), dtype=torch.float32)
             if values.mul(2).sum().item() != 56:
                 raise RuntimeError("a tiny kernel gave a wrong result")
-    except Exception as error:  # torch raises many types here
-        card = nvidia_smi()
-        if card is None:
-            return ""
-        gpu, driver = card
-        reason = " ".join(str(error).split()).partition(". ")[0].partition("; ")[0][:120]
-        advice = (
-            "update the driver"
-            if torch.__version__.startswith(OLD_GPU_TORCH)
-            else f"update the driver, or use the torch for old GPUs and drivers: make venv TORCH={OLD_GPU_TORCH}"
-        )
-        return f"{gpu} with driver {driver} does not run torch {torch.__version__}: {reason}; {advice}"
-    return None
+        except Exception as error:  # torch raises many types here
+            failure = warned[0].message if warned and "no kernel image" in str(error) else error
+        else:
+            return None
+    card = nvidia_smi()
+    if card is None:
+        return ""
+    gpu, driver = card
+    reason = " ".join(str(failure).split()).partition(". ")[0].partition("; ")[0][:120]
+    advice = (
+        "update the driver"
+        if torch.__version__.startswith(OLD_GPU_TORCH)
+        else f"update the driver, or use the torch for old GPUs and drivers: make venv TORCH={OLD_GPU_TORCH}"
+    )
+    return f"{gpu} with driver {driver} does not run torch {torch.__version__}: {reason}; {advice}"
 
 
 def nvidia_smi() -> tuple[str, str] | None:
@@ -88,7 +97,7 @@ def nvidia_smi() -> tuple[str, str] | None:
 
 
 def pick_precision(wanted: str, device: torch.device) -> tuple[str, torch.dtype | None]:
-    """Resolve `auto` and set up matrix arithmetic: the precision's name and the autocast dtype (None: float32).
+    """Resolve `auto`: the precision's name and the autocast dtype (None: float32). `set_backends` puts it into force.
 
     Raises UserError where the device cannot do it.
     """
@@ -96,13 +105,29 @@ def pick_precision(wanted: str, device: torch.device) -> tuple[str, torch.dtype 
         raise UserError(f"precision is {wanted!r}; accepted: auto, float32, tf32, bf16, fp16")
     if wanted == "auto":
         wanted = "bf16" if _has_native_bf16(device) else "float32"
+    # a GPU before Ampere does fp16 in hardware and bf16 slowly, a CPU the other way round
+    accepted = "float32, bf16" if device.type != "cuda" else "float32, fp16"
     if wanted == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise UserError(f"precision 'tf32' needs an NVIDIA GPU from Ampere on; {device} accepts float32, bf16")
+        raise UserError(f"precision 'tf32' needs an NVIDIA GPU from Ampere on; {device} accepts {accepted}")
     if wanted == "fp16" and device.type != "cuda":
-        raise UserError(f"precision 'fp16' needs a GPU; {device} accepts float32, bf16")
-    torch.set_float32_matmul_precision("high" if wanted == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = wanted == "tf32"  # torch's default is on, for convolutions only
+        raise UserError(f"precision 'fp16' needs a GPU; {device} accepts {accepted}")
     return wanted, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(wanted)
+
+
+def set_backends(precision: str, *, deterministic: bool = False, search: bool = True) -> None:
+    """Set for this process what torch's libraries may do; for commands, never for ops, which run as they find it.
+
+    `precision` "tf32" rounds float32 matrix products and convolutions, all others leave them exact. With `search` cuDNN
+    times its algorithms for each shape; not with `deterministic`, under which results do not vary between runs.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = search and not deterministic
+    if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9; what was set there would outlive what comes below
+        torch.backends.fp32_precision = torch.backends.cudnn.fp32_precision = "ieee"  # pyright: ignore
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # torch's default is on, for convolutions only
 
 
 def _has_native_bf16(device: torch.device) -> bool:
@@ -136,10 +161,3 @@ def pick_compile(wanted: str, device: torch.device, seconds: float) -> tuple[str
         return None, f"compile off ({missing or 'a short run'})"
     mode = "default" if wanted == "auto" else wanted
     return mode, f"compile {mode}"
-
-
-def make_deterministic() -> None:
-    """Only operations whose results do not vary between runs on the same hardware."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False

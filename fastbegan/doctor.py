@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,14 +16,16 @@ from fastbegan_kernels.problems import Layer, Pointwise
 
 from .capacity import capacity
 from .config import ModelConfig, TrainConfig
-from .device import pick_device, pick_precision
+from .device import pick_device, pick_precision, set_backends
 from .errors import UserError
 from .info import step_cost
+from .report import Report
+from .tune import tune
 
 Row = tuple[str, str, str]
 
 
-def doctor(*, device: str, precision: str, filters: int, size: int, batch_size: int) -> int:
+def doctor(*, device: str, precision: str, filters: int, size: int, batch_size: int, cudnn_search: bool = True) -> int:
     """Print the machine's facts and a row for each op; layers have `filters` channels on maps of `size` x `size`.
 
     On a GPU every form is tried and timed now, whatever was chosen before. Raises UserError for bad values.
@@ -32,6 +35,7 @@ def doctor(*, device: str, precision: str, filters: int, size: int, batch_size: 
             raise UserError(f"{name} is {value}; accepted: {'even ' if name == 'size' else ''}numbers from 1 on")
     where, line = pick_device(device)
     used, dtype = pick_precision(precision, where)
+    set_backends(used, search=cudnn_search)
     facts = [
         ("device", line),
         ("precision", f"{used}{' (as nothing else was asked for)' if precision == 'auto' else ''}"),
@@ -60,10 +64,13 @@ def tier(device: torch.device) -> str:
     return f"{chip}: fused layers in Triton, loading {loads}, or cuDNN on folded weights, whichever is faster"
 
 
-def doctor_preset(model: ModelConfig, train: TrainConfig, *, device: str, precision: str) -> int:
+def doctor_preset(
+    model: ModelConfig, train: TrainConfig, *, device: str, precision: str, cudnn_search: bool = True
+) -> int:
     """Print what a step of a preset does and needs here, and the largest batch that fits."""
     where, line = pick_device(device)
     used, dtype = pick_precision(precision, where)
+    set_backends(used, search=cudnn_search)
     cost = step_cost(model, train, dtype)
     facts = [
         ("device", line),
@@ -77,6 +84,28 @@ def doctor_preset(model: ModelConfig, train: TrainConfig, *, device: str, precis
         facts.append((name, f"{each:,.1f} MiB an image and {fixed:,.0f} MiB; largest batch {found.largest:,} ({how})"))
     for name, value in facts:
         print(f"{name:<12}{value}")
+    return 0
+
+
+def doctor_tune(
+    model: ModelConfig, train: TrainConfig, *, device: str, precisions: Sequence[str], cudnn_search: bool = True
+) -> int:
+    """Choose all kernels of a preset in each precision, into the cache that runs read, before a job of many nodes.
+
+    Raises UserError where there is no GPU to choose for.
+    """
+    where, line = pick_device(device)
+    if where.type != "cuda":
+        raise UserError(
+            f"tune is True, but the device is {line}; accepted: a GPU, since a CPU has no kernels to choose"
+        )
+    print(f"{'device':<12}{line}\n{'choices in':<12}{tuning.cache_file()}")
+    for precision in precisions:
+        used, dtype = pick_precision(precision, where)
+        set_backends(used, search=cudnn_search)
+        with Report() as report:
+            count = tune(model, train, where, dtype, report.trying)
+        print(f"{used:<12}{count} problems, batch {train.batch_size}")
     return 0
 
 

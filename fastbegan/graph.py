@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -70,17 +72,32 @@ class GraphedStep:
     def _capture(self) -> None:
         self._runs_left = None
         torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
             # what loaders' threads do meanwhile is not part of it, and no reason to fail
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, stream=self._stream, capture_error_mode="thread_local"):
                 self.work()
         except Exception as error:  # torch raises many types here; nothing of the step was run
+            self._end_pool(pool)
             torch.cuda.synchronize(self.device)
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(_first_cause(error)).strip().partition("\n")[0]
             warnings.warn(f"the step could not be captured as a CUDA graph, going on without: {reason}", stacklevel=4)
         else:
             self._graph = graph
         if not self._agree(self.captured) and self.captured:
             self.close()
             warnings.warn("the step's CUDA graph is not used: another rank could not capture its own", stacklevel=4)
+
+    def _end_pool(self, pool: Any) -> None:
+        """Where ending a broken capture raised, torch up to 2.11 goes on taking memory from the graph's pool."""
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        if end is not None:
+            with contextlib.suppress(RuntimeError):  # it had ended
+                end(self.device.index or 0, pool)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What went wrong first: the end of a broken capture raises too, and says nothing of why."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

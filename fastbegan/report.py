@@ -57,6 +57,10 @@ class Report:
         """Progress of making a packed set; `data.prepare` calls it."""
         self._show(what, done / max(total, 1), f"{done:,} of {total:,}", last=done == total)
 
+    def trying(self, done: int, total: int) -> None:
+        """Progress of trying kernels that this kind of GPU has not run yet."""
+        self._show("trying kernels on this GPU, once:", done / max(total, 1), f"{done} of {total}", last=done == total)
+
     def step(self, fraction: float, step: int, seconds_left: float) -> None:
         """Progress between log rows: what is known without reading from the device."""
         if self._live is None and not self._due():

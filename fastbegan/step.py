@@ -8,6 +8,7 @@ turn out bad): a flag on the device holds back both optimizers, the average and 
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbegan_kernels import tuning
+from fastbegan_kernels.faults import is_out_of_memory
 
 from .bucket import Bucket
 from .config import TrainConfig
@@ -94,12 +96,8 @@ class TrainStep(nn.Module):
             dtype=self.dtype,
             loss_scale=loss_scale,
             compile_mode=compile_mode,
-            ready=self._collect,
+            ready=functools.partial(_collect, self._buckets),  # no method, which would refer back to this step
         )
-
-    def _collect(self, net: nn.Module) -> None:
-        if net in self._buckets:
-            self._buckets[net].collect()
 
     def _adam(self, net: nn.Module) -> torch.optim.Adam:
         # lr is a tensor, so that changing it needs no new graph; fused, so that found_inf can hold a step back
@@ -173,26 +171,41 @@ class TrainStep(nn.Module):
         return told[:-1].div(self.ranks.world).unbind()
 
     def _of_parts(self, compute: Callable[..., tuple[Tensor, ...]], batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """This rank's losses; without torch.compile from then on if that fails."""
+        """This rank's losses; where it fails, once more without what may be to blame, if that can be told."""
+        try:
+            return self._compute(compute, batch)
+        except Exception as error:  # Dynamo, Inductor and the C++ compiler raise many types
+            if not self._give_up_something(error):
+                raise
+        return self._of_parts(compute, batch)  # out here: what the error's frames hold is free
+
+    def _compute(self, compute: Callable[..., tuple[Tensor, ...]], batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
         for optimizer in (self.optimizer_d, self.optimizer_g):
             optimizer.zero_grad(set_to_none=True)
         for bucket in self._buckets.values():
             bucket.begin()
         parts = self.config.accumulate
-        try:
-            found = [
-                compute(self.objective, *part) for part in zip(*(value.chunk(parts) for value in batch), strict=True)
-            ]
-            return found[0] if parts == 1 else tuple(torch.stack(one).mean() for one in zip(*found, strict=True))
-        except Exception as error:  # Dynamo, Inductor and the C++ compiler raise many types
-            capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            other = capturing or isinstance(error, torch.OutOfMemoryError | LostContactError)
-            if not self.objective.compiled or other:
-                raise
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"torch.compile failed, going on without it: {reason}", stacklevel=3)
-            self.objective = self._objective(None)
-            return self._of_parts(compute, batch)
+        chunks = zip(*(value.chunk(parts) for value in batch), strict=True)
+        losses = [compute(self.objective, *part) for part in chunks]
+        return losses[0] if parts == 1 else tuple(torch.stack(one).mean() for one in zip(*losses, strict=True))
+
+    def _give_up_something(self, error: Exception) -> bool:
+        """Whether something was given up, for good, that may have led to `error`: cuDNN's search, or torch.compile."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        if is_out_of_memory(error):
+            if self.device.type != "cuda" or not torch.backends.cudnn.benchmark or not self.ranks.alone:
+                return False
+            torch.backends.cudnn.benchmark = False
+            torch.cuda.empty_cache()
+            warnings.warn("cuDNN's search for algorithms does not fit into memory, going on without it", stacklevel=5)
+            return True
+        if not self.objective.compiled or isinstance(error, LostContactError):
+            return False
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"torch.compile failed, going on without it: {reason}", stacklevel=5)
+        self.objective = self._objective(None)
+        return True
 
     def _update(self, loss: Tensor, *nets: nn.Module) -> Tensor:
         """Apply the gradients unless one of them, or anything before, was not finite; returns whether held back."""
@@ -292,6 +305,11 @@ class TrainStep(nn.Module):
         for optimizer in (self.optimizer_d, self.optimizer_g):
             for group in optimizer.param_groups:
                 group["capturable"] = self.device.type == "cuda"  # the state may come from another device
+
+
+def _collect(buckets: dict[nn.Module, Bucket], net: nn.Module) -> None:
+    if net in buckets:
+        buckets[net].collect()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from .checkpoint import Writer, copied, load_for_all, save_checkpoint
 from .counter import Z_D, Z_G, latents
 from .data.choose import open_loader, same_images
 from .data.source import absolute
-from .device import make_deterministic, pick_compile, pick_device, pick_precision
+from .device import pick_compile, pick_device, pick_precision, set_backends
 from .errors import UserError
 from .files import make_folder, write_json
 from .graph import GraphedStep
@@ -41,6 +41,7 @@ from .samples import (
 from .schedule import StallHalving
 from .step import TrainStep
 from .stop import STOPPED_BY_USER, StopRequest
+from .tune import tune
 
 # exit code; 0 is a run that ended by itself or was asked to by the system, 4 (watch.LOST) and 5 are of several ranks
 NOT_FINITE = 3
@@ -62,10 +63,9 @@ class Training:
         train = config.train
         train.require_runnable(ranks.world, launched=ranks.launched)
         events = summary_writer() if train.tensorboard and ranks.first else None
-        if train.deterministic:
-            make_deterministic()
         self.device, device_line = pick_device(train.device, None if ranks.alone else ranks.local)
         precision, dtype = pick_precision(train.precision, self.device)
+        set_backends(precision, deterministic=train.deterministic, search=train.cudnn_search == "auto")
         ranks.require_same("device", self.device.type)
         ranks.require_same("precision", precision)
         seconds = run_seconds(config.model, train, self.device) if train.compile == "auto" else 0.0
@@ -79,6 +79,8 @@ class Training:
             train, config.model.size, self.device, report.preparing, rank=ranks.rank, world=ranks.world
         )
         ranks.require_same("data", self.data, same_images)
+        state = None if stored is None else load_for_all(self.folder.checkpoints, self.device, ranks)
+        self._choose_kernels(state, dtype)
         generator, discriminator = build(config.model, seed=train.seed, device=self.device)
         self.step = TrainStep(generator, discriminator, train, dtype, compile_mode, ranks)
         self.advance = GraphedStep(self._work, self.device, enabled=train.cuda_graph == "auto", agree=ranks.agree)
@@ -95,7 +97,7 @@ class Training:
         if ranks.watch is not None:
             ranks.watch.last_wish = lambda: self._writer.linger(_LINGER)
         if stored is not None:
-            self._resume(stored)
+            self._resume(state, stored)
         self.step.adopt_kernels()
         self._tensorboard: Any = None
         if ranks.first:
@@ -298,8 +300,19 @@ class Training:
         check_resumable(stored, self.config, self.folder.path)
         return stored
 
-    def _resume(self, stored: RunConfig) -> None:
-        state = load_for_all(self.folder.checkpoints, self.device, self.ranks)
+    def _choose_kernels(self, state: dict[str, Any] | None, dtype: torch.dtype | None) -> None:
+        """On a GPU: those of the run so far, else on the first rank, for all, those that are fastest here."""
+        if self.device.type != "cuda":
+            return
+        if state is not None:  # not those that are fastest today
+            tuning.adopt(self.device, state.get("kernels", {}))
+        if self.ranks.first:
+            train = dataclasses.replace(self.config.train, batch_size=self.config.train.batch_size // self.ranks.world)
+            tune(self.config.model, train, self.device, dtype, self.report.trying)
+        if not self.ranks.alone:
+            tuning.adopt(self.device, self.ranks.from_first(tuning.choices(self.device)))
+
+    def _resume(self, state: dict[str, Any] | None, stored: RunConfig) -> None:
         if state is not None:
             self._load(state, stored)
         if not self.ranks.first:
@@ -316,8 +329,6 @@ class Training:
                 f"data {self.config.train.data!r} is not what {self.folder.path} was trained on so far (other pixels); "
                 "restore it, or give another --out"
             )
-        # the same kernels as before, not those that are fastest today
-        tuning.adopt(self.device, state.get("kernels", {}))
         self.step.load_training_state(state)
         self.schedule.load_state_dict(state["schedule"])
         # not config.json's, where the checkpoint knows: a kill may have come between the two

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fastbegan_kernels.cache import cudnn_version
+
 from ..device import nvidia_smi
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +33,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         card = nvidia_smi()
         found |= {"driver": card[1] if card else None, "cuda": torch.version.cuda}
-        found |= {"cudnn": torch.backends.cudnn.version()}
+        found |= {"cudnn": cudnn_version()}
         found |= {"capability": "{}.{}".format(*torch.cuda.get_device_capability(device))}
     else:
         found |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}

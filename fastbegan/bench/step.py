@@ -6,6 +6,7 @@ import dataclasses
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fastbegan_kernels.faults import is_out_of_memory
+
 from ..config import ModelConfig, TrainConfig
 from ..counter import Z_D, latents
-from ..device import pick_compile, pick_device, pick_precision
+from ..device import pick_compile, pick_device, pick_precision, set_backends
 from ..errors import UserError
 from ..graph import GraphedStep
 from ..info import step_cost
@@ -95,7 +98,6 @@ def bench_step(
         compiler, _ = pick_compile("default" if compile_mode == "auto" else compile_mode, device, 0.0)
     if compiler is None:
         modes = [mode for mode in modes if not mode.endswith(COMPILED)]
-    torch.backends.cudnn.benchmark = not train.deterministic
     rows = measure(model, train, modes, names, device, compiler, rounds, say=None if as_json else print)
     facts = {
         **machine.facts(device),
@@ -130,17 +132,24 @@ def measure(
     compiler: str | None, rounds: int, say: Callable[[str], object] | None = None,
 ) -> list[Row]:  # fmt: skip
     """A row for each mode and precision. Raises UserError where a mode's gradients are not the textbook's."""
-    candidates = []
+    candidates: list[Candidate] = []
+    search = train.cudnn_search == "auto"
     for precision in precisions:
         dtype = pick_precision(precision, device)[1]
+        set_backends(precision, deterministic=train.deterministic, search=search)
         check(model, train, [mode.removesuffix(COMPILED) for mode in modes], precision, dtype, device)
         for mode in modes:
             if say:
                 say(f"preparing {mode} in {precision}")
-            candidates += prepare(model, train, mode, precision, dtype, device, compiler)
+            try:
+                candidates += prepare(model, train, mode, precision, dtype, device, compiler)
+            except Exception as error:  # the others are timed all the same
+                if not is_out_of_memory(error):
+                    raise
+                warnings.warn(f"{mode} in {precision} does not fit into memory and is left out", stacklevel=2)
     for _ in range(rounds):
         for candidate in candidates:
-            pick_precision(candidate.precision, device)
+            set_backends(candidate.precision, deterministic=train.deterministic, search=search)
             candidate.times.append(turn(candidate.advance, device))
     best: dict[tuple[str, str], Candidate] = {}
     for candidate in sorted(candidates, key=lambda one: one.seconds, reverse=True):

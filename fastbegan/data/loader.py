@@ -139,8 +139,10 @@ class StagedLoader(Loader):
         decoded_there = images.device.type == "cuda"
         self._fill(pinned, pinned[0] if decoded_there else images, window)
         with torch.cuda.stream(stream):
-            first = images if decoded_there else pinned[0]
+            first = images.clone() if decoded_there else pinned[0]
             arrived = [value.to(self.batching.device, non_blocking=True) for value in (first, *pinned[1:])]
+        if decoded_there:
+            stream.synchronize()  # for the copy alone: DALI takes its buffer back with the next batch
         now = torch.cuda.current_stream(self.batching.device)
         now.wait_stream(stream)
         for target, value in zip(self._staged, arrived, strict=True):  # after the step before, which reads it
@@ -182,6 +184,9 @@ class ResidentLoader(Loader):
         self._resident = torch.tensor(images, device=batching.device)
         self._two_orders = torch.zeros(2, len(images), dtype=torch.int64, device=batching.device)
         self._held: list[int | None] = [None, None]  # the epochs whose orders those are
+        on_gpu = batching.device.type == "cuda"
+        self._pinned = torch.empty_like(self._two_orders, device="cpu", pin_memory=on_gpu)
+        self._landed = [torch.cuda.Event() for _ in range(2)] if on_gpu else []  # when those were copied
 
     def pixels(self, ids: Tensor) -> Tensor:
         return self._resident[ids.to(self._resident.device)].cpu()
@@ -189,9 +194,14 @@ class ResidentLoader(Loader):
     def prepare(self, position: int) -> None:
         """Send the orders of the epochs that the step at `position` lies in."""
         for epoch in {position // self.count, (position + self.batching.step - 1) // self.count}:
-            if self._held[epoch % 2] != epoch:
-                self._two_orders[epoch % 2].copy_(self.order.epoch(epoch))
-                self._held[epoch % 2] = epoch
+            if self._held[slot := epoch % 2] != epoch:
+                if self._landed:
+                    self._landed[slot].synchronize()  # of two epochs ago
+                self._pinned[slot].copy_(self.order.epoch(epoch))
+                self._two_orders[slot].copy_(self._pinned[slot], non_blocking=True)
+                if self._landed:
+                    self._landed[slot].record(torch.cuda.current_stream(self.batching.device))
+                self._held[slot] = epoch
 
     def current(self, position: Tensor) -> Tensor:
         batching = self.batching

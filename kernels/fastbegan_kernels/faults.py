@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_NO_MEMORY = ("out of memory", "alloc_failed", "cudaerrormemoryallocation")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed", "cudaerrormemoryallocation")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
