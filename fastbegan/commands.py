@@ -215,8 +215,9 @@ class Doctor:
             if self.tune:
                 raise UserError("tune is True without a preset; accepted: --preset NAME --tune")
             sizes = {"filters": 64, "size": 32, "batch_size": 16}
-            sizes |= {name: value for name in sizes if (value := getattr(self, name)) is not None}
-            return doctor(precision=self.precision, **common, **sizes)
+            for name, default in sizes.items():
+                common[name] = default if getattr(self, name) is None else getattr(self, name)
+            return doctor(precision=self.precision, **common)
         preset = find_preset(self.preset)
         model = _resized(preset.model, self.size, self.filters)
         batch_size = preset.train.batch_size if self.batch_size is None else self.batch_size

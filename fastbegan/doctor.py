@@ -96,9 +96,7 @@ def doctor_tune(
     """
     where, line = pick_device(device)
     if where.type != "cuda":
-        raise UserError(
-            f"tune is True, but the device is {line}; accepted: a GPU, since a CPU has no kernels to choose"
-        )
+        raise UserError(f"tune is True, but the device is {line}; accepted: a GPU (a CPU has no kernels)")
     print(f"{'device':<12}{line}\n{'choices in':<12}{tuning.cache_file()}")
     for precision in precisions:
         used, dtype = pick_precision(precision, where)
