@@ -37,14 +37,26 @@ def _ranged(default: Any, low: float, high: float = math.inf, *, above: bool = F
 
 
 def _check_fields(config: Any) -> None:
-    """Raises UserError for the first field whose value is not of its type or out of its range."""
+    """Raises UserError for the first field whose value is not of its type or out of its range.
+
+    NumPy's numbers, and whole ones written as 1e5, become Python's.
+    """
     for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), _hints(type(config))[field.name]
+        hint = _hints(type(config))[field.name]
+        value = _plain_number(given := getattr(config, field.name), hint)
         low, high, above = field.metadata.get("range", (-math.inf, math.inf, False))
         fits = _fits(value, hint)
         if fits and "range" in field.metadata and value is not None:
-            fits = low <= value <= high and not (above and value == low)
-        _require(fits, field.name, value, _accepted(hint, low, high, above))
+            fits = low <= value <= high and math.isfinite(value) and not (above and value == low)
+        _require(fits, field.name, given, _accepted(hint, low, high, above))
+        object.__setattr__(config, field.name, value)
+
+
+def _plain_number(value: Any, hint: Any) -> Any:
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    whole = hint is int or int in typing.get_args(hint)
+    return int(value) if whole and isinstance(value, float) and value.is_integer() else value
 
 
 _hints = functools.cache(typing.get_type_hints)
@@ -53,7 +65,7 @@ _hints = functools.cache(typing.get_type_hints)
 def _fits(value: object, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return value in arguments
+        return any(value == one and type(value) is type(one) for one in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
     if arguments:
@@ -79,6 +91,7 @@ def _accepted(hint: Any, low: float, high: float, above: bool) -> str:
 
 def require_seed(seed: int) -> None:
     """Raises UserError for a seed that torch does not take."""
+    seed = _plain_number(seed, int)
     _require(_fits(seed, int) and 0 <= seed < 2**63, "seed", seed, "whole numbers from 0 to 2^63 - 1")
 
 
@@ -104,6 +117,7 @@ class ModelConfig:
     """Vanishing residuals: layers fade in over the first 16,000 steps (§3.5.1)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _plain_number(self.size, int))
         levels = (self.size // 8).bit_length() if _fits(self.size, int) else 0
         sizes = "8 * 2^k: 8, 16, 32, 64, ..."
         _require(levels > 0 and self.size == 8 << (levels - 1), "size", self.size, sizes)
@@ -112,7 +126,8 @@ class ModelConfig:
             raise UserError(
                 f"size {self.size} has no standard widths; give widths, one number for each of {levels} levels"
             )
-        widths = tuple(widths) if isinstance(widths, list) else widths
+        if not isinstance(widths, str) and hasattr(widths, "__iter__"):
+            widths = tuple(_plain_number(width, int) for width in widths)
         whole = _fits(widths, tuple[int, ...]) and all(width >= 1 for width in widths)
         _require(whole and len(widths) == levels, "widths", widths, f"{levels} whole numbers from 1")
         object.__setattr__(self, "widths", widths)

@@ -111,12 +111,13 @@ def _checked(
         return compare.compare(own, compare.values(model, close), truth)
 
     comparison = compare.compare(before, compare.values(model, example), exact)
-    compare.excuse(comparison, compare_at).require_near()
+    excused = compare.excuse(comparison, compare_at)
+    excused.require_near()
     if not comparison.too_far:
         return str(comparison)
     first, *others = comparison.too_far
     more = f" and {len(others)} more" if others else ""
-    return f"{comparison}; kinks at {first}{more}: compared at inputs moved by a thousandth"
+    return f"{excused}; kinks at {first}{more}: compared at inputs moved by a thousandth"
 
 
 @contextlib.contextmanager

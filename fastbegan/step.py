@@ -155,10 +155,10 @@ class TrainStep(nn.Module):
                 found = f"{str(z.dtype).removeprefix('torch.')} {list(z.shape)}"
                 raise UserError(f"{name} is {found}; accepted: floating-point latents [{count}, {model.latent}]")
         if self._unseen and not (real.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._unseen = False  # later steps do not wait for the device
             low, high = (float(value) for value in real.detach().aminmax())
             if low < -_LARGEST or high > _LARGEST:
                 raise UserError(f"real has values from {low:g} to {high:g}; accepted: -1 to 1")
+            self._unseen = False  # later steps do not wait for the device
 
     def _gradients(self, compute: Callable[..., tuple[Tensor, ...]], *batch: Tensor) -> tuple[Tensor, ...]:
         """Losses, with gradients on the nets or in their buckets: means over the parts of the batch and over ranks."""

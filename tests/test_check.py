@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -116,15 +117,22 @@ def _without_norms(model: nn.Module) -> nn.Module:
     return model
 
 
+GRADIENT = "gradient of 0.weight"
+
+
 @pytest.mark.parametrize(
     ("passing", "left"), [((True, True, False), 0), ((False, True, True), 0), ((True, False, False), 1)]
 )
 def test_a_kink_is_excused_by_two_of_three_draws(passing: tuple[bool, ...], left: int) -> None:
     def compare_at(draw: int) -> compare.Comparison:
-        return compare.Comparison({"a": (0.0, 0.0)} if passing[draw] else {}, {} if passing[draw] else {"a": "far"})
+        if not passing[draw] and not draw:
+            raise ValueError("images must be in [0, 1]")
+        return compare.Comparison({GRADIENT: (0.0, 0.1 * draw)} if passing[draw] else {}, {})
 
-    found = compare.excuse(compare.Comparison({}, {"a": "far"}), compare_at)
-    assert len(found.too_far) == left
+    found = compare.excuse(compare.Comparison({}, {GRADIENT: "far"}), compare_at)
+    assert len(found.too_far) == left and (left or found.near[GRADIENT][1] > 0)
+    outputs = compare.Comparison({}, {"output 0": "far"})  # has no kinks
+    assert compare.excuse(outputs, compare_at).too_far
     if left:
         with pytest.raises(RuntimeError, match="the check failed: far; the model was restored"):
             found.require_near()
@@ -157,6 +165,48 @@ def test_a_model_at_a_kink_passes() -> None:
     accelerate(model, check=torch.ones(2, 64, 6, 6))
     words = model.fastbegan_report.checked  # pyright: ignore
     assert "; kinks at " in str(words) and "compared at inputs moved by a thousandth" in str(words)
+
+
+class _Counting(nn.Module):
+    """Counts what it sees in buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(self.norm(x)))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("call", range(4))
+def test_nothing_is_left_of_a_check_that_was_cut_off(
+    call: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = _Counting(), torch.randn(2, 3, 6, 6)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    calls = 0
+
+    def failing(*_: object, **__: object) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > call:
+            raise error
+        return x.sum()
+
+    monkeypatch.setattr(compare, "_weighted", failing)
+    with contextlib.suppress(BaseException):
+        accelerate(model, check=x)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training and all(one.grad is None for one in model.parameters())
+
+
+def test_a_fault_of_special_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moved inputs have none of them: an output is never excused."""
+    real = chains.conv_stage
+    monkeypatch.setattr(chains, "conv_stage", lambda x, *a, **o: real(x, *a, **o) * (2 if x.abs().min() == 0 else 1))
+    with pytest.raises(RuntimeError, match="the check failed: the error of output 0"):
+        accelerate(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ELU()), check=torch.rand(1, 3, 8, 8).round())
 
 
 @pytest.mark.parametrize("check", [[torch.zeros(1, 3, 4, 4)], True, "x", np.zeros(3)])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastbegan import ModelConfig, TrainConfig, UserError
@@ -31,7 +33,9 @@ from fastbegan import ModelConfig, TrainConfig, UserError
         (ModelConfig, "size", "64", "8 * 2^k: 8, 16, 32, 64, ..."),
         (ModelConfig, "size", True, "8 * 2^k: 8, 16, 32, 64, ..."),
         (ModelConfig, "size", 48, "8 * 2^k: 8, 16, 32, 64, ..."),
-        (ModelConfig, "filters", 2.0, "whole numbers from 1"),
+        (ModelConfig, "filters", 2.5, "whole numbers from 1"),
+        (TrainConfig, "lr", float("inf"), "numbers above 0"),
+        (TrainConfig, "eta", True, "1, 2"),
         (ModelConfig, "widths", (1, 2), "4 whole numbers from 1"),
         (ModelConfig, "widths", (1, 2, 3, 0), "4 whole numbers from 1"),
         (ModelConfig, "widths", 3, "4 whole numbers from 1"),
@@ -47,3 +51,7 @@ def test_what_no_run_can_have_is_named(make: Any, field: str, value: object, acc
 def test_what_is_alike_is_taken() -> None:
     assert ModelConfig(widths=[1, 2, 3, 4]).widths == (1, 2, 3, 4)  # pyright: ignore[reportArgumentType]
     assert TrainConfig(gamma=1, lr=1, minutes=3).gamma == 1
+    wide = ModelConfig(size=np.int64(64), filters=np.int32(8), widths=range(1, 5))  # pyright: ignore[reportArgumentType]
+    assert wide == ModelConfig(size=64, filters=8, widths=(1, 2, 3, 4)) and type(wide.filters) is int
+    sweep = TrainConfig(lr=np.float64(1e-3), seed=np.int64(3), steps=1e5)  # pyright: ignore[reportArgumentType]
+    assert json.loads(json.dumps(sweep.__dict__)) == {**TrainConfig().__dict__, "lr": 1e-3, "seed": 3, "steps": 100_000}

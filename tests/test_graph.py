@@ -37,17 +37,18 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             state.discarded += 1
 
     @contextlib.contextmanager
-    def capture(graph: Graph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+    def capture(graph: Graph, pool: int, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local"  # threads of loaders go on
         state.capturing, state.captured_on = True, stream
         try:
             yield
         finally:
             state.capturing = False
-        if state.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            if state.fails:
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     for name, value in {
+        "graph_pool_handle": lambda: (0, 7),
         "Stream": Stream, "CUDAGraph": Graph, "graph": capture, "synchronize": lambda *_: None,
         "current_stream": lambda _: here, "stream": lambda _: contextlib.nullcontext(),
     }.items():  # fmt: skip
@@ -68,14 +69,24 @@ def test_every_call_is_one_step(fake_cuda: SimpleNamespace) -> None:
     assert fake_cuda.captured_on is side
 
 
-def test_what_cannot_be_captured_runs_as_it_is(fake_cuda: SimpleNamespace) -> None:
+def test_what_cannot_be_captured_runs_as_it_is(fake_cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warning names what went wrong first; the pool is closed, which torch's own end may not have come to."""
     fake_cuda.fails = True
     ran: list[bool] = []
-    step = GraphedStep(lambda: ran.append(fake_cuda.capturing), CUDA)
+    ended: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *found: ended.append(found), raising=False)
+
+    def work() -> None:
+        ran.append(fake_cuda.capturing)
+        if fake_cuda.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing (.item())\nand more")
+
+    step = GraphedStep(work, CUDA)
     for _ in range(3):
         step()
-    with pytest.warns(UserWarning, match="could not be captured as a CUDA graph.*not permitted when stream is captur"):
+    with pytest.warns(UserWarning, match=r"could not be captured as a CUDA graph.*not permitted .* \(\.item\(\)\)$"):
         step()
+    assert ended == [(0, (0, 7))]
     step()
     assert ran == [False] * 3 + [True] + [False] * 2 and not step.captured
 

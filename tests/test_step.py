@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -312,3 +314,47 @@ def test_a_batch_that_no_step_takes_is_named(change: Any, message: str) -> None:
     step(real, z, z)
     step(real * torch.nan, z, z)  # for the flag on the device to tell
     assert step.found_bad.item() == 1
+
+
+def test_a_step_goes_with_its_last_name() -> None:
+    """No cycle keeps its memory until the collector comes: `doctor` tries many batches, one after another."""
+    step = _step(replace(TRAIN, accumulate=2))
+    real, z = _batch()
+    step(real, z, z)
+    gc.disable()
+    try:
+        gone = weakref.ref(step)
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_cudnns_search_is_given_up_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, plain = _step(), _step()
+    real, z = _batch()
+    compute, failures = step.objective.shared, []
+
+    def short_of_memory(*batch: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.backends.cudnn.benchmark:
+            failures.append(compute(*batch))  # gradients that must not be counted twice
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return compute(*batch)
+
+    monkeypatch.setattr(step.objective, "shared", short_of_memory)
+    monkeypatch.setattr(step, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with pytest.warns(UserWarning, match="cuDNN's search for algorithms does not fit into memory, going on without it"):
+        step(real, z, z)
+    assert len(failures) == 1 and not torch.backends.cudnn.benchmark
+    plain(real, z, z)
+    assert all(torch.equal(a, b) for a, b in zip(_weights(step), _weights(plain), strict=True))
+    monkeypatch.setattr(step.objective, "shared", _no_memory)
+    with pytest.raises(torch.OutOfMemoryError):  # there is nothing left to give up
+        step(real, z, z)
+
+
+def _no_memory(*_: Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")

@@ -54,31 +54,29 @@ def conv_stage(
         if mode == "fused":
             raise ValueError(f"weight is {odd[0]}; impl 'fused' accepts kernels of 1x1 and 3x3")
         mode = "plain"
+    (x,) = autocast(x)
     output_last = is_channels_last(x, *weights)
     gradient_last = is_channels_last(x, weights[0])
     if "silu" not in activations:
-        y = _run(x, weights, biases, skip, kinds, activations, alpha, mode, copies, gradient_last)
-        return lay_out(y, output_last)
+        return _run(x, weights, biases, skip, kinds, activations, alpha, mode, copies, output_last, gradient_last)
     for number, (kind, name) in enumerate(zip(kinds, activations, strict=True)):
-        own = slice(number, None, len(kinds))
-        table = skip if number == len(kinds) - 1 else None
+        own, last = slice(number, None, len(kinds)), number == len(kinds) - 1
         inside = "none" if name == "silu" else name  # silu's derivative needs what went in: that is kept as an output
         x = _run(
-            x, weights[own], None if biases is None else biases[own], table, [kind], [inside], alpha, mode, copies,
-            gradient_last or number > 0,
+            x, weights[own], None if biases is None else biases[own], skip if last else None, [kind], [inside], alpha,
+            mode, copies, output_last or not last, gradient_last or number > 0,
         )  # fmt: skip
         x = F.silu(x) if name == "silu" else x
-    return lay_out(x, output_last)
+    return x
 
 
 def _run(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, skip: Tensor | None, kinds: list[str],
-    activations: list[str], alpha: float, impl: str, copies: int, gradient_last: bool,
+    activations: list[str], alpha: float, impl: str, copies: int, output_last: bool, gradient_last: bool,
 ) -> Tensor:  # fmt: skip
-    """The operation, channels_last; `impl` is "plain" or what `op_impl` gives."""
-    (x,) = autocast(x)
+    """The operation; `impl` is "plain" or what `op_impl` gives."""
     skip = None if skip is None else skip.to(x.dtype)
-    settings = " ".join(kinds), " ".join(activations), alpha, impl, copies, gradient_last
+    settings = " ".join(kinds), " ".join(activations), alpha, impl, copies, output_last, gradient_last
     if impl == "plain":
         return _Plain.apply(x, skip, *settings, len(weights), *weights, *(biases or ()))
     weights = list(weights)
@@ -118,7 +116,7 @@ def _outputs(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], skip: Tensor | None, kinds: str, activations: str,
     alpha: float, impl: str,
 ) -> list[Tensor]:  # fmt: skip
-    """The output of every layer: all are kept for the backward, the last is the result."""
+    """The output of every layer, channels_last: all are kept for the backward, the last is the result."""
     x = x.contiguous(memory_format=torch.channels_last)
     outputs: list[Tensor] = []
     layers = list(zip(kinds.split(), activations.split(), strict=True))
@@ -141,7 +139,7 @@ def _gradients(
     """Gradients of x, the skip table, each weight and each bias (float32); those that `needs` does not name are empty.
 
     `needs`: x, skip, then one a weight, then one a bias (none without biases), copy by copy. `weights` are one copy's,
-    packed, and so are their gradients. All maps are channels_last.
+    packed, and so are their gradients. All maps are channels_last, but for `grad` and the last output.
     """
     layers, names = kinds.split(), activations.split()
     count = len(layers)
@@ -151,10 +149,8 @@ def _gradients(
     db = [x.new_empty(0, dtype=torch.float32) for _ in need_b]
     x = x.contiguous(memory_format=torch.channels_last)
     pointwise = _pointwise("activation_backward", grad, impl)
-    dz, total = tiers.activation_backward(
-        grad.contiguous(memory_format=torch.channels_last), outputs[-1], activation=names[-1], alpha=alpha,
-        how=pointwise,
-    )  # fmt: skip
+    grad = lay_out(grad, is_channels_last(outputs[-1]))
+    dz, total = tiers.activation_backward(grad, outputs[-1], activation=names[-1], alpha=alpha, how=pointwise)
     if needs[1]:
         d_skip = tiers.skip_gradient(dz, skip_size, how=_pointwise("skip_gradient", grad, impl)).contiguous()
     for number in range(count - 1, -1, -1):
@@ -201,17 +197,34 @@ def _restored(kept: Sequence[Tensor], grad: Tensor, activations: str) -> list[Te
 
 def _recorded(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], kinds: str, activations: str,
-    alpha: float, copies: int, needs: Sequence[bool],
+    alpha: float, copies: int, gradient_last: bool, needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of x, weights and biases in plain operations."""
+    """Gradients of x, weights and biases in plain operations, laid out as the others."""
 
     def stage(x: Tensor, *rest: Tensor) -> Tensor:
-        own, biases = [weight.to(x.dtype) for weight in rest[: len(weights)]], rest[len(weights) :]
+        rest = tuple(value.to(x.dtype) for value in rest)
+        own, biases = rest[: len(weights)], rest[len(weights) :]
         return reference.conv_stage(
             x, own, biases or None, kinds=kinds.split(), activation=activations.split(), alpha=alpha, copies=copies
         )
 
-    return recorded_gradients(stage, (x, *weights, *biases), needs, grad)
+    gradients = recorded_gradients(stage, (x, *weights, *biases), needs, grad)
+    formats = [gradient_last, *map(is_channels_last, weights)]
+    for number, (gradient, last) in enumerate(zip(gradients, formats, strict=False)):
+        gradients[number] = None if gradient is None else lay_out(gradient, last)
+    return gradients
+
+
+def _version(value: Tensor) -> int:
+    """How often it was changed in place, where that is counted."""
+    return 0 if torch.compiler.is_compiling() or value.is_inference() else value._version
+
+
+def _unchanged(biases: list[Tensor], versions: list[int]) -> list[Tensor]:
+    """The biases of a forward. Only a gradient that is recorded reads them: others let them change, as torch does."""
+    if [_version(bias) for bias in biases] != versions:
+        raise RuntimeError("a bias was changed in place before a gradient with create_graph=True was computed")
+    return biases
 
 
 def _refuse_skip(size: int) -> None:
@@ -228,38 +241,42 @@ class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, skip: Tensor | None, kinds: str, activations: str, alpha: float, impl: str, copies: int,
-        gradient_last: bool, count: int, *weights_and_biases: Tensor,
+        output_last: bool, gradient_last: bool, count: int, *weights_and_biases: Tensor,
     ) -> Tensor:  # fmt: skip
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
         packed = [
             pack(weight, _packing(weight, kind), x.dtype) for weight, kind in zip(weights, kinds.split(), strict=False)
         ]
         outputs = _outputs(x, packed, biases, skip, kinds, activations, alpha, impl)
-        ctx.save_for_backward(x, *weights_and_biases, *packed, *_kept(outputs, activations))
+        outputs[-1] = lay_out(outputs[-1], output_last)  # before it is kept: what comes next keeps the same
+        ctx.save_for_backward(x, *weights, *packed, *_kept(outputs, activations))
         ctx.settings, ctx.gradient_last = (kinds, activations, alpha, copies), gradient_last
-        ctx.count, ctx.given, ctx.skip_size = count, len(weights_and_biases), 0 if skip is None else skip.shape[3]
+        ctx.count, ctx.skip_size = count, 0 if skip is None else skip.shape[3]
+        ctx.biases, ctx.versions = list(biases), [_version(bias) for bias in biases]
         return outputs[-1]
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple:
         x, *saved = ctx.saved_tensors
-        weights, biases, saved = saved[: ctx.count], saved[ctx.count : ctx.given], saved[ctx.given :]
+        weights, saved = saved[: ctx.count], saved[ctx.count :]
         kinds, activations, alpha, copies = ctx.settings
-        needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[9:]]
+        needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[10:]]
         if torch.is_grad_enabled():
             _refuse_skip(ctx.skip_size)
-            wanted = [needs[0], *needs[2:]]
-            dx, *rest = _recorded(grads[0], x, weights, biases, kinds, activations, alpha, copies, wanted)
-            return (dx, *[None] * 8, *rest)
+            wanted, biases = [needs[0], *needs[2:]], _unchanged(ctx.biases, ctx.versions)
+            dx, *rest = _recorded(
+                grads[0], x, weights, biases, kinds, activations, alpha, copies, ctx.gradient_last, wanted
+            )  # fmt: skip
+            return (dx, *[None] * 9, *rest)
         packed, outputs = saved[: ctx.count // copies], saved[ctx.count // copies :]
-        outputs = _restored(outputs, grads[0], activations)
+        outputs, biases = _restored(outputs, grads[0], activations), ctx.biases
         dx, d_skip, *rest = _gradients(
             grads[0], x, packed, outputs, ctx.skip_size, len(biases) > 0, kinds, activations, alpha, "plain", copies,
             needs,
         )  # fmt: skip
         dx = lay_out(dx, ctx.gradient_last) if needs[0] else None
         rest = _as_given(rest, weights, biases, kinds, needs[2:])
-        return (dx, d_skip if needs[1] else None, *[None] * 7, *rest)
+        return (dx, d_skip if needs[1] else None, *[None] * 8, *rest)
 
 
 def _as_given(
@@ -283,27 +300,30 @@ def _as_given(
 @torch.library.custom_op("fastbegan::conv_stage", mutates_args=())
 def _conv_stage(  # no defaults: torch 2.7 leaves such values out and then misses their gradients
     x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activations: str,
-    alpha: float, impl: str, copies: int, gradient_last: bool,
+    alpha: float, impl: str, copies: int, output_last: bool, gradient_last: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Weights [K, C, k, k] in any dtype and layout, of kind "up" folded; outputs are channels_last.
+    """Weights [K, C, k, k] in any dtype and layout, of kind "up" folded; inner outputs are channels_last.
 
-    `gradient_last`: whether the gradient of x is to be channels_last.
+    `output_last`, `gradient_last`: whether the last output, and the gradient of x, are to be channels_last.
     """
     packed = [pack(weight, "conv", x.dtype) for weight in weights[: len(weights) // copies]]
-    return _outputs(x, packed, biases, skip, kinds, activations, alpha, impl)
+    outputs = _outputs(x, packed, biases, skip, kinds, activations, alpha, impl)
+    return [*outputs[:-1], lay_out(outputs[-1], output_last)]
 
 
 @_conv_stage.register_fake
 def _(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activations: str,
-    alpha: float, impl: str, copies: int, gradient_last: bool,
+    alpha: float, impl: str, copies: int, output_last: bool, gradient_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     outputs: list[Tensor] = []
-    size: Sequence[int] = x.shape[2:]
-    for weight, kind in zip(weights, kinds.split(), strict=False):
+    size, layers = x.shape[2:], kinds.split()
+    for number, (weight, kind) in enumerate(zip(weights, layers, strict=False)):
         size = reference.output_size(size, kind)
         shape = (x.shape[0], weight.shape[1 if kind == "up" else 0], *size)
-        outputs.append(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
+        last = output_last or number < len(layers) - 1
+        layout = torch.channels_last if last else torch.contiguous_format
+        outputs.append(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout))
     return outputs
 
 
@@ -342,34 +362,37 @@ def _(
 
 
 def _setup(ctx, inputs: tuple, output: list[Tensor]) -> None:
-    x, weights, biases, skip, *settings, ctx.gradient_last = inputs
+    x, weights, biases, skip, *settings, _, ctx.gradient_last = inputs
     ctx.set_materialize_grads(False)  # nobody asks for the gradients of the inner outputs
-    ctx.settings, ctx.count, ctx.given = settings, len(weights), len(weights) + len(biases)
-    ctx.save_for_backward(x, *weights, *biases, *_kept(output, settings[1]))
+    ctx.settings, ctx.count = settings, len(weights)
+    ctx.biases, ctx.versions = biases, [_version(bias) for bias in biases]
+    ctx.save_for_backward(x, *weights, *_kept(output, settings[1]))
     ctx.skip_size, ctx.skip_dtype = (0, x.dtype) if skip is None else (skip.shape[3], skip.dtype)
 
 
 def _backward(ctx, grads: list[Tensor | None]) -> tuple:
     x, *saved = ctx.saved_tensors
-    weights, biases, outputs = saved[: ctx.count], saved[ctx.count : ctx.given], saved[ctx.given :]
+    weights, outputs = saved[: ctx.count], saved[ctx.count :]
     need_x, need_w, need_b, need_skip = ctx.needs_input_grad[:4]
     grad = grads[-1]
     if grad is None:
-        return (None, [None] * len(weights), [None] * len(biases), *[None] * 7)
+        return (None, [None] * len(need_w), [None] * len(need_b), *[None] * 8)
     kinds, activations, alpha, _, copies = ctx.settings
     if torch.is_grad_enabled():
         _refuse_skip(ctx.skip_size)
-        wanted = [need_x, *need_w, *need_b]
-        dx, *rest = _recorded(grad, x, weights, biases, kinds, activations, alpha, copies, wanted)
-        return (dx, rest[: ctx.count], rest[ctx.count :], *[None] * 7)
-    needs = [need_x, need_skip, *need_w, *need_b]
+        wanted, biases = [need_x, *need_w, *need_b], _unchanged(ctx.biases, ctx.versions)
+        dx, *rest = _recorded(
+            grad, x, weights, biases, kinds, activations, alpha, copies, ctx.gradient_last, wanted
+        )  # fmt: skip
+        return (dx, rest[: ctx.count], rest[ctx.count :], *[None] * 8)
+    needs, biases = [need_x, need_skip, *need_w, *need_b], ctx.biases
     outputs = _restored(outputs, grad, activations)
     dx, d_skip, *rest = _conv_stage_backward(
         grad, x, weights[: ctx.count // copies], outputs, ctx.skip_size, len(biases) > 0, *ctx.settings, needs
     )
     dx = lay_out(dx, ctx.gradient_last) if need_x else None
     rest = _as_given(rest, weights, biases, kinds, needs[2:])
-    return (dx, rest[: ctx.count], rest[ctx.count :], d_skip.to(ctx.skip_dtype) if need_skip else None, *[None] * 6)
+    return (dx, rest[: ctx.count], rest[ctx.count :], d_skip.to(ctx.skip_dtype) if need_skip else None, *[None] * 7)
 
 
 _conv_stage.register_autograd(_backward, setup_context=_setup)

@@ -54,6 +54,8 @@ def fold(
 def _plain(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     if kind == "conv" and weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
         return weight
+    if torch.jit.is_tracing():  # a trace with a function of ours could not be saved
+        return pack(weight, kind, dtype)
     function = _PlainFold if torch.compiler.is_compiling() else _PlainFoldForward  # Dynamo takes no jvp
     return function.apply(weight, kind, dtype)
 
@@ -223,7 +225,12 @@ def _backward(ctx, grad: Tensor) -> tuple[list[Tensor], None, None, None]:
     weights, kinds = ctx.saved_tensors, ctx.kinds.split()
     if torch.is_grad_enabled():  # in operations that can be differentiated again
         parts = zip(_packed_parts(grad, weights, kinds), kinds, weights, strict=True)
-        return [_TRANSPOSES[kind](part.to(w.dtype)) for part, kind, w in parts], None, None, None
+        formats = list(map(is_channels_last, weights))
+        gradients = [
+            unpack_gradient(part, kind, w.dtype, channels_last=last)
+            for (part, kind, w), last in zip(parts, formats, strict=True)
+        ]
+        return gradients, None, None, None
     parts = _fold_backward(grad, list(weights), ctx.kinds, ctx.impl).split([w.numel() for w in weights])
     gradients = [
         part.as_strided(w.shape, torch.empty_like(w).stride(), part.storage_offset())

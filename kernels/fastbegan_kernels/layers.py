@@ -114,16 +114,6 @@ class ConvStage(nn.Sequential):
         super().__init__(*layers)
         self.alpha = max(alphas, default=1.0)
 
-    @property
-    def weight(self) -> Tensor:
-        """Empty, of the first layer's form: functions that initialise by class name ("Conv") find nothing to change."""
-        return next(self.parameters())[:0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Empty; None where the layers have none."""
-        return next((value[:0] for name, value in self.named_parameters() if name.endswith("bias")), None)
-
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_tracing():
             return super().forward(input)
@@ -133,6 +123,10 @@ class ConvStage(nn.Sequential):
             input, [layer.weight for layer in layers], biases or None, kinds=[layer.kind for layer in layers],
             activation=[layer.activation for layer in layers], alpha=self.alpha,
         )  # fmt: skip
+
+
+# functions that initialise by class name (DCGAN's) look for "Conv" in it, and then for a weight
+ConvStage.__name__ = "Stage"
 
 
 class Equilibrium(nn.Module):

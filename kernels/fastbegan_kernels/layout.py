@@ -35,4 +35,5 @@ def lay_out(x: Tensor, channels_last: bool) -> Tensor:
     if channels_last:
         return x.contiguous(memory_format=torch.channels_last)
     x = x.contiguous()
-    return x.view(-1).view(x.shape) if is_channels_last(x) else x
+    # no view to autograd: functions of ours give it out, and others may write into it
+    return torch.ops.aten._unsafe_view(x.view(-1), x.shape) if is_channels_last(x) else x

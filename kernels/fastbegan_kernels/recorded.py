@@ -15,7 +15,8 @@ def recorded_gradients(
 
     Gradients of inputs that `needs` does not name are None.
     """
-    leaves = [value.view_as(value) for value in inputs]  # one input may be given twice, or be made of another
+    # one input may be given twice, or be made of another; a view would give sizes of one other strides
+    leaves = [torch.ops.aten.alias(value) for value in inputs]
     output = function(*leaves)
     wanted = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]
     gradients = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))

@@ -17,7 +17,8 @@ END = (0, 1, 0, 1)
 
 
 def require_number(name: str, value: object, accepted: str, within: Callable[[float], bool]) -> None:
-    """Raises ValueError for what is no number, or not `within` what is `accepted`, in words."""
+    """Raises ValueError for what is no number (or tensor of one), or not `within` what is `accepted`, in words."""
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if isinstance(value, bool) or not isinstance(value, Real) or not within(float(value)):
         raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
 
@@ -143,7 +144,8 @@ def conv2d_elu(
     kind = conv_kind(stride, padding)
     check_layer(x, weight, bias, kind=kind, carry=carry)
     x = F.pad(x, END) if kind == "down_end" else x
-    y = F.conv2d(x, weight, _like(bias, weight), stride, 0 if kind == "down_end" else weight.shape[2] // 2)
+    around = 0 if kind == "down_end" else int(weight.shape[2]) // 2  # a tensor while it is traced
+    y = F.conv2d(x, weight, _like(bias, weight), stride, around)
     return blend(x, activate(y, activation, alpha), carry)
 
 
@@ -155,7 +157,7 @@ def plain_layer(
         x = F.interpolate(x, scale_factor=2.0)
     elif kind == "down_end":
         x, padding = F.pad(x, END), 0
-    y = F.conv2d(x, weight, bias, 1 if kind in ("same", "up") else 2, padding)
+    y = F.conv2d(x, weight, _like(bias, weight), 1 if kind in ("same", "up") else 2, padding)
     return activate(y, activation, alpha)
 
 

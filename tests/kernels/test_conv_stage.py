@@ -198,6 +198,55 @@ def test_second_derivatives_in_the_tiers(kinds: list[str], impl: str) -> None:
         torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_second_derivatives_of_one_output(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """A critic's last layer: torch tells its weight's memory format by strides alone."""
+    x, weight = (
+        random_tensor(*shape, seed=1, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+        for shape in ((2, 20, 4, 5), (1, 20, 3, 3))
+    )
+    found = []
+    for op in (conv_stage, reference.conv_stage):
+        (slope,) = torch.autograd.grad(op(x, [weight], activation="none").sin().sum(), x, create_graph=True)
+        found.append([slope, *torch.autograd.grad(slope.square().sum(), (x, weight))])
+        assert slope.is_contiguous(memory_format=memory_format)
+    for one, other in zip(*found, strict=True):
+        near = 0.05 if dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(one, other, rtol=near, atol=near * float(other.detach().abs().max()))
+
+
+@pytest.mark.parametrize("impl", [None, "algebraic"])
+def test_a_bias_may_change_before_the_backward(impl: str | None) -> None:
+    """As in torch, whose convolutions do not read it again; a gradient that is recorded would, and says so."""
+    x, weight = random_tensor(2, 3, 5, 6, seed=1), random_tensor(4, 3, 3, 3, seed=2).requires_grad_()
+    bias = random_tensor(4, seed=3).requires_grad_()
+    y = conv_stage(x, [weight], [bias], impl=impl).sum()
+    (expected,) = torch.autograd.grad(y, weight, retain_graph=True)
+    with torch.no_grad():
+        bias.add_(1.0)
+    assert torch.equal(torch.autograd.grad(y, weight, retain_graph=True)[0], expected)
+    with pytest.raises(RuntimeError, match="a bias was changed in place before a gradient with create_graph=True"):
+        torch.autograd.grad(y, weight, create_graph=True)
+
+
+def test_a_contiguous_layer_keeps_its_output_once() -> None:
+    """What it keeps is what it gives out, so that the next layer keeps the same."""
+    layers = [random_tensor(8, 8, 3, 3, seed=seed).requires_grad_() for seed in range(4)]
+    kept: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        if value.dim() == 4 and value.shape[2] > 4:
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    x = y = random_tensor(2, 8, 16, 16, seed=9)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        for weight in layers:
+            y = conv_stage(y, [weight])
+    assert y.is_contiguous() and sum(kept.values()) == (len(layers) + 1) * x.nbytes
+
+
 def test_a_weight_given_twice() -> None:
     x, weight = random_tensor(2, 4, 5, 6, seed=1).double(), random_tensor(4, 4, 3, 3, seed=2, scale=0.2).double()
     found = []

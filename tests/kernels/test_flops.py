@@ -33,7 +33,9 @@ def test_formulas_are_those_of_the_algebraic_tier(kinds: str, window: int, neede
     counts, elu = [], " ".join(["elu"] * len(names))
     for op in (
         lambda: conv_stage(x, weights, biases, kinds=names, copies=copies),
-        lambda: torch.ops.fastbegan.conv_stage(x, weights, biases, None, kinds, elu, 1.0, "auto", copies, False)[-1],
+        lambda: torch.ops.fastbegan.conv_stage(x, weights, biases, None, kinds, elu, 1.0, "auto", copies, True, False)[
+            -1
+        ],
     ):
         with FlopCounterMode(display=False) as forward:
             result = op()

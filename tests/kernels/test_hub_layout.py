@@ -58,7 +58,7 @@ check(hub, "fused")
 x, weight, bias = torch.randn(1, 4, 5, 6), torch.randn(3, 4, 3, 3), torch.randn(3)
 stage = getattr(torch.ops, space).conv_stage
 leaves = (x, [weight.requires_grad_()], [bias])
-torch.library.opcheck(stage, (*leaves, None, "down", "elu", 1.0, "fused", 1, False))
+torch.library.opcheck(stage, (*leaves, None, "down", "elu", 1.0, "fused", 1, True, False))
 from kernels.python_deps import validate_variant_dependencies
 from kernels._rust import Digest, DigestAlgorithm, Metadata
 for variant in sorted(Path(sys.argv[1], "build").iterdir()):

@@ -154,6 +154,12 @@ def test_initialised_by_class_name(kind: str) -> None:
         torch.testing.assert_close(value, expected)
 
 
+def test_a_stage_has_no_weight_of_its_own() -> None:
+    """Functions look for one in every module: spectral norms, regularisers."""
+    stage = LAYERS["stage"][0]()
+    assert not hasattr(stage, "weight") and type(stage) is ConvStage and "Conv" not in type(stage).__name__
+
+
 @EVERY
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::FutureWarning")

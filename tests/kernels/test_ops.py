@@ -114,7 +114,9 @@ def test_the_ops_run_without_a_kernel_too(impl: str) -> None:
     folded = torch.ops.fastbegan.fold([weight, weight], "conv up", torch.float32, impl)
     split = folded.split([324, 576])
     packed = [split[0].view(6, 3, 3, 6).permute(0, 3, 1, 2), split[1].view(6, 4, 4, 6).permute(0, 3, 1, 2)]
-    got = torch.ops.fastbegan.conv_stage(x, packed, [bias, bias], None, "same up", "elu elu", 1.0, impl, 1, False)[-1]
+    got = torch.ops.fastbegan.conv_stage(
+        x, packed, [bias, bias], None, "same up", "elu elu", 1.0, impl, 1, True, False
+    )[-1]
     expected = reference.conv_stage(x, (weight, weight), (bias, bias), kinds=("same", "up"))
     torch.testing.assert_close(got, expected)
     grad = torch.randn_like(expected)
@@ -209,14 +211,14 @@ def test_opcheck() -> None:
     window = torch.zeros(2, dtype=torch.float64, device=DEVICE)
     elu, two = ("elu", 1.0, "fused"), ("elu elu", 1.0, "fused")
     calls = [
-        (ops.conv_stage, (x, [weight], [bias], None, "same", *elu, 1, True)),
-        (ops.conv_stage, (x, [weight], [], None, "down", "none", 1.0, "fused", 1, False)),
-        (ops.conv_stage, (x, [weight, folded], [bias, bias], table, "same up", *two, 1, False)),
-        (ops.conv_stage, (y, [folded, folded], [bias, bias], None, "up up", "elu none", 1.0, "fused", 1, True)),
+        (ops.conv_stage, (x, [weight], [bias], None, "same", *elu, 1, True, True)),
+        (ops.conv_stage, (x, [weight], [], None, "down", "none", 1.0, "fused", 1, False, False)),
+        (ops.conv_stage, (x, [weight, folded], [bias, bias], table, "same up", *two, 1, True, False)),
+        (ops.conv_stage, (y, [folded, folded], [bias, bias], None, "up up", "elu none", 1.0, "fused", 1, False, True)),
         (ops.conv_stage_backward, (y, still[0], [still[1]], [y], 0, True, "same", *elu, 1, [True, False, True, True])),
         (ops.conv_stage_backward, (y, still[0], [still[1]], [y], 0, False, "same", *elu, 1, [False] * 3)),
         (ops.conv_stage_backward, (up, still[0], still[1:], [y, up], 4, True, "same up", *two, 1, [True] * 6)),
-        (ops.conv_stage, (x, [weight] * 2, [], None, "same", *elu, 2, False)),
+        (ops.conv_stage, (x, [weight] * 2, [], None, "same", *elu, 2, True, False)),
         (ops.conv_stage_backward, (y, still[0], [still[1]], [y], 0, True, "same", *elu, 2, [True, False, *[True] * 4])),
         (ops.fold, ([weight, weight], "conv up", torch.float16, "fused")),
         (ops.fold_backward, (torch.rand(750, device=DEVICE), [still[1], still[1]], "conv up", "fused")),
