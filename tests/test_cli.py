@@ -19,10 +19,11 @@ from fastbegan.cli import main
 from .conftest import environment
 
 TRAIN_OPTIONS = (
-    "accumulate batch-size carry-steps checkpoint-every compile crop cuda-graph cudnn-search data "
-    "deterministic device ema-half-life eta filters flip gamma hidden images jitter keep lambda-k latent latents loader log-every lr "
-    "lr-floor lr-window max-bad minutes out passes precision prefetch preset rank-timeout recompute repeats "
-    "requeue-code resume sample-every scaling seed size skips steps tensorboard updates vanishing widths workers"
+    "accumulate batch-size carry-steps checkpoint-every compile crop cuda-graph cudnn-search data deterministic "
+    "device ema-half-life eta filters flip gamma hidden images jitter keep lambda-k latent latents loader "
+    "log-every lr lr-floor lr-window max-bad minutes out passes precision prefetch preset rank-timeout recompute "
+    "repeats requeue-code resume sample-every scaling seed size skips steps tensorboard updates vanishing widths "
+    "workers"
 )
 BENCH_OPTIONS = "batch-size compile cudnn-search device filters json modes precision preset rounds size"
 EVALUATE_OPTIONS = "against count crop device extractor inception json seed size"
@@ -45,7 +46,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
     assert _options(capsys, "explore") == "data device out seed".split()
     assert _options(capsys, "export") == "check format net out".split()
     assert _options(capsys, "info") == ["markdown"]
-    assert _options(capsys, "doctor") == "batch-size device filters precision preset size".split()
+    assert _options(capsys, "doctor") == "batch-size cudnn-search device filters precision preset size tune".split()
     assert _options(capsys, "bench", "step") == BENCH_OPTIONS.split()
     assert _options(capsys, "bench", "report") == ["out", "readme", "results"]  # the last is named as pytest's
     assert _options(capsys, "bench", "plan") == "batch-size gpu gpus json link network preset results share".split()
