@@ -55,7 +55,8 @@ class Child:
             self._words.close()
             raise
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
@@ -82,6 +83,7 @@ class Child:
         """End it, now."""
         self.process.kill()
         self.process.wait()
+        self._listener.join()  # it reads to the end, which has come
         for pipe in (self.process.stdin, self.process.stdout, self._words):
             with contextlib.suppress(OSError):  # what was not written to a child that had ended
                 if pipe is not None:
@@ -121,7 +123,16 @@ def tried(
     problem: Layer | Pointwise, device: object, hows: Sequence[str], on_each: Callable[[], None] | None = None
 ) -> dict[str, Trial]:
     """What became of each form in a child; `on_each` is called as they come. Raises NoChildError."""
-    on_each = on_each or (lambda: None)
+    try:
+        return _tried(problem, device, hows, on_each or (lambda: None))
+    except BaseException:
+        close()  # what it still answers would be taken for the next problem's
+        raise
+
+
+def _tried(
+    problem: Layer | Pointwise, device: object, hows: Sequence[str], on_each: Callable[[], None]
+) -> dict[str, Trial]:  # fmt: skip
     found: dict[str, Trial] = {}
     fresh = os.getpid() not in _running
     while waiting := [how for how in hows if how not in found]:
@@ -130,8 +141,7 @@ def tried(
         except OSError as error:
             raise NoChildError(f"{type(error).__name__}: {error}") from None
         task = {"type": type(problem).__name__, "problem": asdict(problem), "hows": waiting, "device": str(device)}
-        before = len(found)
-        begun = None
+        before, begun = len(found), None
         try:
             answer = child.answer() if child.send(json.dumps(task)) else None
             while answer is not None and answer[0] != "done":
@@ -139,8 +149,7 @@ def tried(
                 if word == "begin":
                     begun = rest[0]
                 elif word != "ready":
-                    found[rest[0]] = _verdict(word, rest[1:])
-                    begun = None
+                    found[rest[0]], begun = _verdict(word, rest[1:]), None
                     on_each()
                 answer = child.answer()
         except queue.Empty:

@@ -190,6 +190,17 @@ def test_a_child_tries_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuning.survivors(PROBLEM, DEVICE, FORMS, again=True) == fine and len(started) == 2
 
 
+def test_a_child_that_was_left_in_the_middle_answers_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = _children(monkeypatch)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        child.tried(PROBLEM, DEVICE, FORMS, interrupted)
+    assert child.tried(PROBLEM, DEVICE, ["plain"]) == {"plain": Trial(None)} and len(started) == 2
+
+
 def test_a_crash_is_the_childs_alone_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     started = _children(monkeypatch, CRASHES)
     forms = [FORMS[0], "algebraic", "plain"]  # one before it and one behind
