@@ -225,7 +225,12 @@ LASTING = {
 }
 
 
-@pytest.mark.parametrize("body", LASTING)
+_FAST = (CRASHES, *(body for body in LASTING if "C compiler" in body))
+
+
+@pytest.mark.parametrize(
+    "body", [pytest.param(body, marks=() if body in _FAST else pytest.mark.slow) for body in LASTING]
+)
 def test_only_a_kernels_own_faults_last(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a child; with the surroundings mended, the next process has its kernels back."""
     _children(monkeypatch, body)
