@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastbegan_kernels.faults import is_cuda_error, is_out_of_memory
+
 from .errors import UserError
 from .stop import STOPPED_BY_USER
 from .watch import Watch
@@ -40,16 +42,12 @@ class RanksDifferError(Exception):
     """What must be equal on all ranks is not."""
 
 
-# of this rank's device, not of the others; the second came with torch 2.8
-_OWN_FAULTS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
-
-
 @contextlib.contextmanager
 def _contact() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch has no type of its own for what back ends raise
-        if isinstance(error, _OWN_FAULTS) or str(error).startswith("CUDA error"):
+        if is_out_of_memory(error) or is_cuda_error(error):  # of this rank's device, not of the others
             raise
         raise LostContactError(_first_line(error)) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -249,6 +250,21 @@ def test_what_the_kernels_cannot_take_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="needs Triton, which is not installed"):
         conv2d_elu(x, small, impl="fused")
+
+
+def test_rocm_is_met_by_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPUs call themselves cuda, and the capability of an MI300 reads like an H100's."""
+
+    class _Tensor:
+        is_cuda, dtype, device = True, torch.float32, torch.device("cuda", 0)
+
+    there: Any = _Tensor()
+    assert dispatch.op_impl(None, [there]) == ("auto" if dispatch.HAS_TRITON else None)
+    monkeypatch.setattr(dispatch, "ROCM", True)
+    assert dispatch.op_impl(None, [there]) is None
+    if dispatch.HAS_TRITON:
+        with pytest.raises(RuntimeError, match="impl 'fused' is for NVIDIA GPUs; this torch is for ROCm"):
+            dispatch.op_impl("fused", [there])
 
 
 WRONG = [
