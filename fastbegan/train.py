@@ -301,11 +301,11 @@ class Training:
         return stored
 
     def _choose_kernels(self, state: dict[str, Any] | None, dtype: torch.dtype | None) -> None:
-        """On a GPU: those of the run so far, else on the first rank, for all, those that are fastest here."""
-        if self.device.type != "cuda":
-            return
+        """Those of the run so far, else on a GPU those that are fastest on the first rank's, for all."""
         if state is not None:  # not those that are fastest today
             tuning.adopt(self.device, state.get("kernels", {}))
+        if self.device.type != "cuda":
+            return
         if self.ranks.first:
             train = dataclasses.replace(self.config.train, batch_size=self.config.train.batch_size // self.ranks.world)
             tune(self.config.model, train, self.device, dtype, self.report.trying)

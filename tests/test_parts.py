@@ -155,8 +155,7 @@ def test_g_travels_before_d_has_seen_x(monkeypatch: pytest.MonkeyPatch) -> None:
         return real_loss(*arguments)
 
     monkeypatch.setattr(type(step.objective), "_difference", difference)
-    monkeypatch.setattr(step, "_collect", lambda net: told.append("G" if net is step.generator else "D"))
-    step.objective.ready = step._collect
+    step.objective.ready = lambda net: told.append("G" if net is step.generator else "D")
     step._buckets = {}
     step(*_batch())
     assert told == ["G", "D sees x", "D"] * 2
@@ -202,7 +201,7 @@ def test_a_step_that_failed_leaves_no_sum_to_the_next() -> None:
         before = ranks.sums
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError) if fails else contextlib.nullcontext():
             if fails:
-                collect = step._collect
+                collect = step.objective.ready
                 patch.setattr(step.objective, "ready", lambda net, collect=collect: (collect(net), int("x")))
             step(*_batch())
         sums.append(ranks.sums - before)

@@ -30,7 +30,9 @@ def patch(tuning: ModuleType) -> None:
         return [module.Outcome(how, None, second) for how, second in seconds(hows).items()]
 
     module.measure = measure
+    if wanted == "child":
+        return
     if wanted == "plain" or os.environ.get("PRETENDED_TRUST"):
         module.outcomes = outcomes
-    elif wanted != "child":
+    else:
         os.environ.setdefault("FASTBEGAN_TRIAL", "inside")
