@@ -13,6 +13,7 @@ from fastbegan_kernels import tuning
 from fastbegan_kernels.faults import is_out_of_memory
 
 from .config import ModelConfig, TrainConfig
+from .device import without_search
 from .info import step_cost
 from .models import build
 from .step import TrainStep
@@ -61,11 +62,14 @@ def _search(fits_batch: Callable[[int], bool], guess: int) -> int:
 
 def fits(model: ModelConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype | None, batch: int) -> bool:
     """Whether two steps of `batch` images run in plain operations without running out of memory, with some to spare."""
-    spare = int((1 - _USABLE) * torch.cuda.get_device_properties(device).total_memory)
+    free, total = torch.cuda.mem_get_info(device)
+    usable = free + torch.cuda.memory_reserved(device) - int((1 - _USABLE) * total)  # for the graph's pool, the sheet
+    torch.cuda.reset_peak_memory_stats(device)
     try:
-        with tuning.observed():  # a kernel needs no more than the operations it replaces, and takes minutes to choose
+        # a kernel needs no more than the operations it replaces, and takes minutes to choose
+        with tuning.observed(), without_search():
             _two_steps(model, replace(train, batch_size=batch), device, dtype)
-        fitted = torch.cuda.mem_get_info(device)[0] >= spare  # for the graph's pool, workspaces and the first sheet
+        fitted = torch.cuda.max_memory_allocated(device) <= usable
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -199,7 +199,7 @@ class Doctor:
     size: int | None = None
     """Height and width of their inputs (default: 32), or the preset's image size."""
     batch_size: int | None = None
-    """Images at once. Default: 16, or the preset's."""
+    """Images at once. Default: 16, or the preset's. With --tune those of one GPU, not of all ranks."""
     preset: str | None = None
     """Instead of layers: what a step of this preset needs here, and the largest batch that fits."""
     tune: bool = False

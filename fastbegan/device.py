@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -161,3 +163,13 @@ def pick_compile(wanted: str, device: torch.device, seconds: float) -> tuple[str
         return None, f"compile off ({missing or 'a short run'})"
     mode = "default" if wanted == "auto" else wanted
     return mode, f"compile {mode}"
+
+
+@contextlib.contextmanager
+def without_search() -> Iterator[None]:
+    """cuDNN's search is off inside, as for steps that only see what fits."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

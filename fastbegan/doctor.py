@@ -92,19 +92,21 @@ def doctor_tune(
 ) -> int:
     """Choose all kernels of a preset in each precision, into the cache that runs read, before a job of many nodes.
 
-    Raises UserError where there is no GPU to choose for.
+    Returns 1 where some could not be chosen for good. Raises UserError where there is no GPU to choose for.
     """
     where, line = pick_device(device)
     if where.type != "cuda":
         raise UserError(f"tune is True, but the device is {line}; accepted: a GPU (a CPU has no kernels)")
     print(f"{'device':<12}{line}\n{'choices in':<12}{tuning.cache_file()}")
+    failed = 0
     for precision in precisions:
         used, dtype = pick_precision(precision, where)
         set_backends(used, search=cudnn_search)
         with Report() as report:
-            count = tune(model, train, where, dtype, report.trying)
-        print(f"{used:<12}{count} problems, batch {train.batch_size}")
-    return 0
+            missing = tune(model, train, where, dtype, report.trying)
+        failed += missing
+        print(f"{used:<12}{f'{missing} not chosen for good, as said above' if missing else 'all kernels are chosen'}")
+    return 1 if failed else 0
 
 
 def layers(dtype: str, filters: int, size: int, batch_size: int, *, tf32: bool = False) -> list[Layer]:

@@ -73,12 +73,14 @@ class GraphedStep:
         self._runs_left = None
         torch.cuda.synchronize(self.device)
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        here = torch.cuda.current_stream(self.device)
         try:
             # what loaders' threads do meanwhile is not part of it, and no reason to fail
             with torch.cuda.graph(graph, pool, stream=self._stream, capture_error_mode="thread_local"):
                 self.work()
         except Exception as error:  # torch raises many types here; nothing of the step was run
             self._end_pool(pool)
+            torch.cuda.set_stream(here)  # where ending the capture raised, torch 2.7 stays on the other one
             torch.cuda.synchronize(self.device)
             reason = str(_first_cause(error)).strip().partition("\n")[0]
             warnings.warn(f"the step could not be captured as a CUDA graph, going on without: {reason}", stacklevel=4)
@@ -90,14 +92,14 @@ class GraphedStep:
 
     def _end_pool(self, pool: Any) -> None:
         """Where ending a broken capture raised, torch up to 2.11 goes on taking memory from the graph's pool."""
-        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # the second up to torch 2.7
+        end = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
         if end is not None:
             with contextlib.suppress(RuntimeError):  # it had ended
                 end(self.device.index or 0, pool)
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """What went wrong first: the end of a broken capture raises too, and says nothing of why."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
+    """What went wrong inside a capture: its end raises too, then, and says nothing of why."""
+    inside = error.__context__
+    return inside if inside is not None and "captur" in str(error).lower() else error

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbegan_kernels import tuning
-from fastbegan_kernels.faults import is_out_of_memory
+from fastbegan_kernels.faults import is_failed_search, is_out_of_memory
 
 from .bucket import Bucket
 from .config import TrainConfig
@@ -193,10 +193,11 @@ class TrainStep(nn.Module):
         """Whether something was given up, for good, that may have led to `error`: cuDNN's search, or torch.compile."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        if is_out_of_memory(error):
-            if self.device.type != "cuda" or not torch.backends.cudnn.benchmark or not self.ranks.alone:
+        searching = self.device.type == "cuda" and torch.backends.cudnn.benchmark
+        if is_out_of_memory(error) or (searching and is_failed_search(error)):
+            if not searching or not self.ranks.alone:  # others wait for this rank's first try
                 return False
-            torch.backends.cudnn.benchmark = False
+            tuning.give_up_search()
             torch.cuda.empty_cache()
             warnings.warn("cuDNN's search for algorithms does not fit into memory, going on without it", stacklevel=5)
             return True

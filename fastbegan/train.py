@@ -271,7 +271,7 @@ class Training:
             "data": self.data,
             "schedule": self.schedule.state_dict(),
             "asked_lr": self.config.train.lr,
-            "kernels": tuning.choices(self.device),
+            "kernels": tuning.choices(self.device, lasting=True),
             **self.step.training_state(),
         }
         state, step = copied(state), self.done

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 
 from fastbegan_kernels import normalize_images, tuning
-from fastbegan_kernels.faults import is_out_of_memory
+from fastbegan_kernels.faults import in_short
 
 from .config import ModelConfig, TrainConfig
+from .device import without_search
 from .models import build
 from .samples import COLUMNS, ROWS, training_sheet
 from .step import TrainStep
@@ -22,22 +24,26 @@ def tune(
     dtype: torch.dtype | None,
     say: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Choose all kernels that a step of `train.batch_size` images and a sheet run; returns for how many problems.
+    """Choose all kernels that a step of `train.batch_size` images and a sheet run; returns for how many it failed.
 
     One step and one sheet run in plain operations, to see what they ask for. `say` is told how many kernels that are
-    new on this kind of GPU were tried, and of how many. Nothing is chosen on a CPU, nor where that step does not fit.
+    new on this kind of GPU were tried, and of how many. Nothing is chosen on a CPU. Where that step does not run, a
+    warning says so, and kernels are chosen when they are met.
     """
     if device.type != "cuda":
         return 0
+    failed = 0
     with tuning.observed() as asked:
         try:
-            _run_once(model, train, device, dtype)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+            with without_search():
+                _run_once(model, train, device, dtype)
+        except Exception as error:  # the run itself may go on
+            failed = 1
+            warnings.warn(f"kernels could not be chosen beforehand: {in_short(error)}", stacklevel=2)
     torch.cuda.empty_cache()
-    tuning.prepare(list(asked), say)
-    return len(asked)
+    failed += tuning.prepare(list(asked), say)
+    torch.cuda.empty_cache()
+    return failed
 
 
 def _run_once(model: ModelConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> None:

@@ -39,6 +39,25 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "single-pass+compile" not in printed
 
 
+@pytest.mark.parametrize("place", ["check", "prepare"])
+@pytest.mark.filterwarnings("always")
+def test_a_mode_that_does_not_fit_is_left_out(
+    place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(bench, place)
+
+    def short(*given: Any) -> Any:
+        if "joint" in str(given[2]):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*given)
+
+    monkeypatch.setattr(bench, place, short)
+    assert main([*SMALL, "--modes", "joint,single-pass", "--precision", "float32", "--json"]) == 0
+    told = capsys.readouterr()
+    assert [row["mode"] for row in json.loads(told.out)["rows"]] == ["single-pass"]
+    assert "joint in float32 does not fit into memory and is left out" in told.err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastbegan import UserError, device
+from fastbegan import ModelConfig, TrainConfig, UserError, device, tune
 from fastbegan.device import pick_device, pick_precision, set_backends
 
 
@@ -141,3 +141,22 @@ def test_tf32_of_the_newer_switches_does_not_outlive_float32() -> None:
     assert torch.backends.cuda.matmul.fp32_precision == "ieee" and not torch.backends.cudnn.allow_tf32
     set_backends("tf32")
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore
+
+
+@pytest.mark.usefixtures("_own_backends")
+def test_what_only_looks_leaves_the_search_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that sees what kernels are asked for may not fit; the run, which needs less, keeps its settings."""
+    seen: list[bool] = []
+
+    def full(*_: object) -> None:
+        seen.append(torch.backends.cudnn.benchmark)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tune, "_run_once", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    set_backends("float32")
+    with pytest.warns(
+        UserWarning, match="kernels could not be chosen beforehand: OutOfMemoryError: CUDA out of memory"
+    ):
+        assert tune.tune(ModelConfig(size=32), TrainConfig(), torch.device("cuda", 0), None) == 1
+    assert seen == [False] and torch.backends.cudnn.benchmark

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -50,7 +51,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     for name, value in {
         "graph_pool_handle": lambda: (0, 7),
         "Stream": Stream, "CUDAGraph": Graph, "graph": capture, "synchronize": lambda *_: None,
-        "current_stream": lambda _: here, "stream": lambda _: contextlib.nullcontext(),
+        "set_stream": lambda _: None, "current_stream": lambda _: here, "stream": lambda _: contextlib.nullcontext(),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     return state
@@ -87,6 +88,8 @@ def test_what_cannot_be_captured_runs_as_it_is(fake_cuda: SimpleNamespace, monke
     with pytest.warns(UserWarning, match=r"could not be captured as a CUDA graph.*not permitted .* \(\.item\(\)\)$"):
         step()
     assert ended == [(0, (0, 7))]
+    stub = (Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text()
+    assert "def _cuda_endAllocateToPool(" in stub or "def _cuda_endAllocateCurrentStreamToPool(" in stub
     step()
     assert ran == [False] * 3 + [True] + [False] * 2 and not step.captured
 

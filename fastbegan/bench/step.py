@@ -137,11 +137,11 @@ def measure(
     for precision in precisions:
         dtype = pick_precision(precision, device)[1]
         set_backends(precision, deterministic=train.deterministic, search=search)
-        check(model, train, [mode.removesuffix(COMPILED) for mode in modes], precision, dtype, device)
         for mode in modes:
             if say:
                 say(f"preparing {mode} in {precision}")
             try:
+                check(model, train, [mode.removesuffix(COMPILED)], precision, dtype, device)
                 candidates += prepare(model, train, mode, precision, dtype, device, compiler)
             except Exception as error:  # the others are timed all the same
                 if not is_out_of_memory(error):

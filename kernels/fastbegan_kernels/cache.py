@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from .dispatch import HAS_TRITON
 from .faults import in_short
 
+_LOCK_TRIES = 100  # five seconds
 _here: dict[str, dict[str, dict[str, Any]]] = {}  # by environment: where the disk keeps nothing, this process does
 
 
@@ -78,16 +80,26 @@ def write(device: torch.device, section: str, entries: dict[str, Any]) -> str | 
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path):
-            stored = _file()
+            stored = _stored()  # raises for what is there and cannot be read: it is not to be lost
             there = _sections(stored.get(name))
             there[section].update(entries)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".kernels.")
-            with os.fdopen(handle, "w") as file:
-                json.dump({**stored, name: there}, file, indent=1)
-            Path(temporary).replace(path)
+            _replace(path, json.dumps({**stored, name: there}, indent=1))
     except (OSError, RuntimeError) as error:  # the last where there is no home folder
         return in_short(error)
     return None
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".kernels.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.umask(mask := os.umask(0))
+        Path(temporary).chmod(0o666 & ~mask)  # as other files: a folder may be shared, and temporary ones are not
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -96,13 +108,19 @@ def _alone(path: Path) -> Iterator[None]:
     try:
         import fcntl
 
-        lock = path.with_suffix(".lock").open("w")
+        lock = path.with_suffix(".lock").open("a")
     except (ImportError, OSError):
         yield
         return
     with lock:
-        with contextlib.suppress(OSError):  # some network file systems have none
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        for _ in range(_LOCK_TRIES):  # who holds it may have been stopped
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:  # some network file systems have none
+                break
         yield
 
 
@@ -114,7 +132,15 @@ def _sections(entries: Any) -> dict[str, dict[str, Any]]:
 def _file() -> dict[str, Any]:
     """What is on disk, for all environments; nothing where it cannot be read."""
     try:
+        return _stored()
+    except (OSError, RuntimeError):
+        return {}
+
+
+def _stored() -> dict[str, Any]:
+    """What is on disk; nothing where it is not there, or spoiled. Raises OSError where it cannot be read."""
+    try:
         stored = json.loads(cache_file().read_text())
-    except (OSError, ValueError, RuntimeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return stored if isinstance(stored, dict) else {}

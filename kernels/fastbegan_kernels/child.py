@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ class Child:
         try:
             self.process = subprocess.Popen(
                 command(), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words,
-                text=True, start_new_session=True,  # Ctrl-C at a terminal is not for it
+                encoding="utf-8", errors="replace", start_new_session=True,  # Ctrl-C at a terminal is not for it
             )  # fmt: skip
         except OSError:
             self._words.close()
@@ -94,7 +95,8 @@ class Child:
         code = self.process.wait()
         self._words.seek(0)
         lines = self._words.read().decode(errors="replace").strip().splitlines()
-        return lines[-1].strip()[:200] if lines else f"it ended with code {code}"
+        named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]  # others are advice
+        return (named or lines or [f"it ended with code {code}"])[-1].strip()[:200]
 
     def death(self) -> Trial:
         """What its end says of the form that it had begun."""
@@ -146,9 +148,12 @@ def _tried(
             answer = child.answer() if child.send(json.dumps(task)) else None
             while answer is not None and answer[0] != "done":
                 word, *rest = answer
+                if word == "unable":
+                    close()
+                    raise NoChildError(rest[0])
                 if word == "begin":
                     begun = rest[0]
-                elif word != "ready":
+                elif word in ("ran", "broken", "failed", "starved"):  # whatever else is printed is no answer
                     found[rest[0]], begun = _verdict(word, rest[1:]), None
                     on_each()
                 answer = child.answer()
@@ -166,8 +171,10 @@ def _tried(
                 found[begun] = death
                 on_each()
             elif len(found) == before:
-                if fresh:
+                if fresh and not found:
                     raise NoChildError(word)
+                if fresh:
+                    break  # what was found counts; the rest stays unknown
                 fresh = True  # the one of before had ended by itself; a new one has to get further
     return found
 

@@ -15,10 +15,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_cuda_error(error: BaseException) -> bool:
-    """Whether a kernel broke its device's context, after which nothing runs there any more."""
+    """Whether a kernel broke its device's context, in torch's words or Triton's; nothing runs there any more."""
     accelerator = getattr(torch, "AcceleratorError", ())  # since torch 2.8
-    broken = isinstance(error, accelerator) or "CUDA error" in str(error)
+    broken = isinstance(error, accelerator) or "CUDA error" in str(error) or "Error [CUDA]" in str(error)
     return broken and not is_out_of_memory(error)
+
+
+def is_failed_search(error: BaseException) -> bool:
+    """Whether cuDNN's search came to nothing: it passes over algorithms for which memory is wanting, maybe over all."""
+    return is_out_of_memory(error) or "unable to find an engine" in str(error)
 
 
 def is_of_the_kernel(error: BaseException) -> bool:

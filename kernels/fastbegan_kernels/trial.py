@@ -1,9 +1,9 @@
 """The child process in which kernels that were never run on this kind of machine are tried: they may kill it.
 
 It reads tasks from standard input, a JSON object a line, and answers in lines: "ready" once the device does what it is
-told; "begin HOW", then "ran HOW" or "broken HOW REASON", where another try would end the same, "failed HOW REASON",
-where it might not, "starved HOW REASON" for want of memory; "done" after each task. It ends with its parent, after a
-minute without a task, and after an error that broke the device.
+told, or "unable REASON"; "begin HOW", then "ran HOW" or "broken HOW REASON", where another try would end the same,
+"failed HOW REASON", where it might not, "starved HOW REASON" for want of memory; "done" after each task. It ends with
+its parent, after a minute without a task, and after an error that broke the device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ def trial(task: dict[str, Any], say: Callable[..., None]) -> None:
     problem = kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in task["problem"].items()})
     if isinstance(problem, Layer):
         torch.backends.cudnn.allow_tf32 = problem.tf32
-    torch.ones(8, device=device).sum().item()
+    try:
+        torch.ones(8, device=device).sum().item()
+    except Exception as error:
+        say("unable", in_short(error))
+        raise
     say("ready")
     for how in task["hows"]:
         say("begin", how)
@@ -40,13 +44,22 @@ def trial(task: dict[str, Any], say: Callable[..., None]) -> None:
             for value in problem.results(how, device):
                 value.float().sum().item()  # waits for the device
         except Exception as error:
-            word = "starved" if is_out_of_memory(error) else "broken" if is_of_the_kernel(error) else "failed"
+            lost = is_cuda_error(error) or not _answers(device)
+            word = "broken" if lost or is_of_the_kernel(error) else "starved" if is_out_of_memory(error) else "failed"
             say(word, how, in_short(error))
-            if is_cuda_error(error):
-                raise  # the context is gone: what comes next would fail too
+            if lost:
+                raise  # the context is gone: what comes next would fail too, and is not to blame
         else:
             say("ran", how)
     say("done")
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether the device still does what it is told."""
+    try:
+        return device.type != "cuda" or torch.cuda.synchronize(device) is None
+    except Exception:
+        return False
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import os
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ Problem = Layer | Pointwise
 Asked = tuple[torch.device, Problem, str]
 _chosen: dict[Asked, str] = {}  # the last of the key: a tier, and torch's flags
 _adopted: dict[str, str] = {}
+_passing: set[Asked] = set()  # choices that another process might make otherwise
+_lock = threading.RLock()  # autograd has a thread for each device
 _warned: set[str] = set()
 _observed: dict[Asked, None] | None = None
 _on_trial: Callable[[], None] | None = None
@@ -91,10 +94,12 @@ def _first_met(problem: Problem, device: torch.device, impl: str) -> str:
         if torch.cuda.is_current_stream_capturing():
             _warn(f"{problem.name} was first met during graph capture: it runs in its plain form; run it once before")
             return "plain"
-        return choose(problem, device, forms(problem, device, impl), impl)
+        with _lock:
+            return choose(problem, device, forms(problem, device, impl), impl)
     except Exception as error:
         _warn(f"{problem.name}: nothing could be chosen ({in_short(error)}); the plain form runs")
         _chosen[device, problem, _asked(impl)] = "plain"
+        _passing.add((device, problem, _asked(impl)))
         return "plain"
 
 
@@ -109,22 +114,18 @@ def observed() -> Iterator[dict[Asked, None]]:
         _observed = before
 
 
-def prepare(asked: Sequence[Asked], say: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Choose for problems that `observed` noted; `say` is told how many new kernels were tried, and of how many."""
+def prepare(asked: Sequence[Asked], say: Callable[[int, int], None] = lambda done, total: None) -> int:
+    """Choose for problems that `observed` noted; returns for how many of them it is not for good.
+
+    `say` is told how many new kernels were tried, and of how many. The child that tried them ends.
+    """
     global _on_trial
-    new = {
-        (device, problem.variant(how)): None
-        for device, problem, impl in asked
-        if (device, problem, _asked(impl)) not in _chosen and _kept(problem, device, impl) is None
-        for how in forms(problem, device, impl)
-        if problem.variant(how) not in cache.read(device)["passed"]
-    }
-    done = 0
+    done, new = 0, _new_variants(asked)
 
     def tell() -> None:
         nonlocal done
         done += 1
-        say(min(done, len(new)), len(new))
+        say(min(done, new), new)
 
     before, _on_trial = _on_trial, tell
     try:
@@ -133,8 +134,29 @@ def prepare(asked: Sequence[Asked], say: Callable[[int, int], None] = lambda don
                 _first_met(problem, device, impl)
     finally:
         _on_trial = before
-        if new:
-            say(len(new), len(new))
+        child.close()  # its context holds memory
+    return sum((device, problem, _asked(impl)) in _passing for device, problem, impl in asked)
+
+
+def _new_variants(asked: Sequence[Asked]) -> int:
+    """How many kernels were never run on this kind of machine."""
+    new: set[str] = set()
+    with contextlib.suppress(Exception):  # it is for a line of progress only
+        kept = {device: cache.read(device) for device in {device for device, _, _ in asked}}
+        for device, problem, impl in asked:
+            if f"{problem!r} {_asked(impl)}" not in kept[device]["choices"] | _adopted:
+                new |= {problem.variant(how) for how in forms(problem, device, impl)} - kept[device]["passed"].keys()
+    return len(new)
+
+
+def give_up_search() -> None:
+    """Turn cuDNN's search off; what was chosen under it stays chosen."""
+    before = list(_chosen.items())
+    searched = {impl: _asked(impl) for impl in ("auto", "algebraic", "fused")}
+    torch.backends.cudnn.benchmark = False
+    renamed = {searched[impl]: _asked(impl) for impl in searched}
+    for (device, problem, asked), how in before:
+        _chosen.setdefault((device, problem, renamed.get(asked, asked)), how)
 
 
 def _asked(impl: str) -> str:
@@ -161,6 +183,8 @@ def choose(problem: Problem, device: torch.device, hows: Sequence[str], impl: st
         how, lasting = _fastest(problem, device, hows)
         if lasting:
             _keep(device, "choices", {f"{problem!r} {_asked(impl)}": how})
+        else:
+            _passing.add((device, problem, _asked(impl)))
     _chosen[device, problem, _asked(impl)] = how
     return how
 
@@ -175,10 +199,14 @@ def _keep(device: torch.device, section: str, entries: dict[str, Any]) -> None:
         _warn(f"choices of kernels cannot be kept for the next process: {reason}")
 
 
-def choices(device: torch.device) -> dict[str, Any]:
-    """What was chosen in this process for a device, to be kept with a run or sent to other ranks."""
+def choices(device: torch.device, *, lasting: bool = False) -> dict[str, Any]:
+    """What was chosen in this process for a device, for other ranks or, where `lasting`, to keep with a run."""
     device = _numbered(device)
-    chosen = {f"{problem!r} {asked}": how for (d, problem, asked), how in _chosen.items() if d == device}
+    chosen = {
+        f"{problem!r} {asked}": how
+        for (d, problem, asked), how in _chosen.items()
+        if d == device and not (lasting and (d, problem, asked) in _passing)
+    }
     return {"environment": environment(device), "choices": chosen}
 
 
@@ -292,17 +320,17 @@ def survivors(problem: Problem, device: torch.device, hows: Sequence[str], *, ag
 
     Only what ran, and what another try would find the same, is remembered.
     """
-    inside = os.environ.get(child.VARIABLE)
-    if inside == "inside":
-        return {how: Trial(None) for how in hows}
+    way = os.environ.get(child.VARIABLE)
     passed = {} if again else cache.read(device)["passed"]
     verdicts = {
         how: Trial(None) if passed[problem.variant(how)] else Trial("failed or crashed in a trial")
         for how in hows
         if problem.variant(how) in passed
     }
+    if way == "inside":
+        return {how: verdicts.get(how, Trial(None)) for how in hows}
     new = [how for how in hows if how not in verdicts]
-    if new and inside != "child" and os.getpid() not in _no_child:  # a trial does not begin trials
+    if new and way != "child" and os.getpid() not in _no_child:  # a trial does not begin trials
         try:
             tried = child.tried(problem, device, new, _on_trial)
         except NoChildError as error:

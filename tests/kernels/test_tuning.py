@@ -38,6 +38,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tuning, "_adopted", {})
     monkeypatch.setattr(tuning, "_warned", set())
     monkeypatch.setattr(tuning, "_no_child", set())
+    monkeypatch.setattr(tuning, "_passing", set())
     monkeypatch.setattr(cache, "_here", {})
     yield
     child.close()
@@ -217,6 +218,7 @@ LASTING = {
     CRASHES: True,
     KILLED: False,
     _raising("RuntimeError('CUDA error: an illegal memory access was encountered')"): True,
+    _raising("RuntimeError('Triton Error [CUDA]: an illegal memory access was encountered')"): True,
     _raising("RuntimeError('Triton Error [CUDA]: out of memory')"): False,
     _raising("torch.OutOfMemoryError('CUDA out of memory')"): False,
     _raising("RuntimeError('Failed to find C compiler. Please specify via CC environment variable.')"): False,
@@ -246,6 +248,17 @@ def test_only_a_kernels_own_faults_last(body: str, monkeypatch: pytest.MonkeyPat
         assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "algebraic"
 
 
+@pytest.mark.parametrize("words", ["CUDA error: an illegal memory", "Triton Error [CUDA]: an illegal memory"])
+def test_a_lost_context_is_the_fault_of_who_lost_it(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes next in the same child would fail too; it is tried in another one."""
+    started = _children(monkeypatch, _raising(f"RuntimeError({words!r})"))
+    found = tuning.survivors(PROBLEM, DEVICE, ["algebraic", FORMS[0]])
+    assert found["algebraic"].fault and found["algebraic"].lasting and found[FORMS[0]] == Trial(None)
+    assert len(started) == 2
+    monkeypatch.setenv(child.VARIABLE, "inside")  # what is known to crash is not run in here
+    assert tuning.survivors(PROBLEM, DEVICE, ["algebraic", "plain"])["algebraic"].fault
+
+
 def test_one_cause_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     _children(monkeypatch, _raising("RuntimeError('Failed to find C compiler')"))
     with pytest.warns(RuntimeWarning) as caught:
@@ -260,7 +273,8 @@ def test_without_a_child_the_cause_and_a_way_on_are_named_once(
     harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An exclusive or a full GPU must not decide for good, nor cost a doomed child for each problem."""
-    cause, started = "", _children(monkeypatch, "raise RuntimeError('all CUDA-capable devices are busy')")
+    busy = "RuntimeError('CUDA error: all devices are busy\\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions.')"
+    cause, started = "", _children(monkeypatch, f"def busy(*_, **__): raise {busy}\ntorch.ones = busy")
     if harm == "hangs":
         monkeypatch.setattr(child, "SECONDS", 0.0)
         cause = "it did not answer within 0 seconds"
@@ -268,7 +282,7 @@ def test_without_a_child_the_cause_and_a_way_on_are_named_once(
         monkeypatch.setattr(subprocess, "Popen", _no_process)
         cause = "BlockingIOError: no more processes"
     elif harm == "no device":
-        cause = "RuntimeError: all CUDA-capable devices are busy"
+        cause = "RuntimeError: CUDA error: all devices are busy"
     else:
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
         cause = "FileNotFoundError: .*missing"
@@ -312,6 +326,43 @@ def test_want_of_memory_is_not_remembered(words: str, monkeypatch: pytest.Monkey
     with pytest.warns(RuntimeWarning, match="nothing could be tried"):
         assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "plain"
     assert not cache.read(DEVICE)["choices"]
+
+
+def test_what_is_not_for_good_is_not_kept_with_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        tuning, "outcomes", lambda *_: [tuning.Outcome("algebraic", "failed (no compiler)", None, False)]
+    )
+    with pytest.warns(RuntimeWarning, match="no compiler"):
+        assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "plain"
+    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome("algebraic", None)])
+    other = replace(PROBLEM, alpha=0.5)
+    assert tuning.choose(other, DEVICE, ["algebraic"], "auto") == "algebraic"
+    assert len(tuning.choices(DEVICE)["choices"]) == 2
+    assert list(tuning.choices(DEVICE, lasting=True)["choices"].values()) == ["algebraic"]
+
+
+def test_choices_stay_where_the_search_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome(FORMS[0], None)])
+    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == FORMS[0]
+    tuning.give_up_search()
+    assert not torch.backends.cudnn.benchmark
+    assert tuning._chosen[DEVICE, PROBLEM, "auto"] == FORMS[0]
+
+
+def test_a_cache_that_cannot_be_read_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.write(DEVICE, "choices", {"a": "b"})
+    text, mode = cache.cache_file().read_text(), cache.cache_file().stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    assert mode == 0o666 & ~mask  # others may use the same folder
+
+    def unreadable() -> dict[str, Any]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache, "_stored", unreadable)
+    assert "Permission denied" in (cache.write(DEVICE, "choices", {"c": "d"}) or "")
+    assert cache.cache_file().read_text() == text and cache.read(DEVICE)["choices"]["c"] == "d"
 
 
 @pytest.mark.parametrize("flag", ["benchmark", "deterministic"])

@@ -25,11 +25,11 @@ from fastbegan.models import build
 from fastbegan.reading import Reading
 from fastbegan.step import TrainStep
 
-from .findings import FINDINGS
+from .findings import FINDINGS, PAGEABLE
 
 DEVICE = torch.device("cuda")
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 18, 18, 3), np.uint8)
-STEPS, READ, POISONED, STEADY = 7, 5, 6, 7  # three steps warm up, the fourth is captured
+STEPS, READ, POISONED, STEADY = 8, 5, 6, 8  # three steps warm up, the fourth is captured; an epoch begins in the last
 _MODEL = {"size": 16, "filters": 4, "hidden": 8, "latent": 8, "widths": (1, 2), "repeats": 1}
 _LOADERS = {"resident": ResidentLoader, "packed": PackedLoader}
 
@@ -113,13 +113,15 @@ def steps(variant: Variant, *, graphed: bool) -> Ended:
     read, steady = list[float](), list[str]()
     reading: Reading | None = None
     for number in range(1, STEPS + 1):
+        before = FINDINGS.snapshot()
         loader.prepare(2 * (number - 1))
+        prepared = [line for line in FINDINGS.since(before) if PAGEABLE in line]  # from pinned memory it may copy
         if variant.poisoned and number == POISONED:
             step.equilibrium.k.fill_(float("nan"))
         before = FINDINGS.snapshot()
         advance()
         if number == STEADY:
-            steady = FINDINGS.since(before)
+            steady = prepared + FINDINGS.since(before)
         if number == READ:
             step.set_lr(5e-4)
             reading = step.begin_reading()
