@@ -8,10 +8,12 @@ worth; what does not fit into the budget is skipped. FOLDER gets step.json, and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,11 +50,10 @@ def _step(size: int, filters: int, dtype: torch.dtype | None, **options: Any) ->
     return TrainStep(*build(model, seed=0, device=DEVICE), train, dtype), real, z
 
 
-def graph() -> list[dict[str, Any]]:
+def graph() -> Iterator[dict[str, Any]]:
     """Steps replayed from a graph against the same steps one by one: bit for bit, in every mode."""
     set_backends(PRECISION, deterministic=True)
     dtype = pick_precision(PRECISION, DEVICE)[1]
-    found = []
     for passes, updates in (("single-pass", "simultaneous"), ("joint", "simultaneous"), ("single-pass", "alternating")):
         steps, captured = [], []
         for enabled in (False, True):
@@ -63,16 +64,14 @@ def graph() -> list[dict[str, Any]]:
             steps.append(step)
             captured.append(advance.captured)
         same = all(torch.equal(a, b) for a, b in zip(steps[0].parameters(), steps[1].parameters(), strict=True))
-        found.append({"passes": passes, "updates": updates, "captured": captured[1], "equal": same})
-    return found
+        yield {"passes": passes, "updates": updates, "captured": captured[1], "equal": same}
 
 
-def loaders() -> list[dict[str, Any]]:
+def loaders() -> Iterator[dict[str, Any]]:
     """Batches from the device's memory and by way of pinned memory, inside a graph, against those of a CPU."""
     images = np.random.default_rng(0).integers(0, 256, (70, 36, 36, 3), np.uint8)
     options: dict[str, Any] = {"batch_size": 16, "size": 32, "seed": 0, "jitter": 2}
     exact = PackedLoader(images, Batching(**options))
-    found = []
     for kind in (PackedLoader, ResidentLoader):
         loader = kind(images, Batching(**options, device=DEVICE))
         position, out = torch.zeros((), dtype=torch.int64, device=DEVICE), torch.empty(16, 3, 32, 32, device=DEVICE)
@@ -88,25 +87,21 @@ def loaders() -> list[dict[str, Any]]:
             advance()
             batches.append(out.clone())  # nothing here waits for the device
         right = [torch.allclose(got.cpu(), exact.batch(16 * n), rtol=0, atol=1e-6) for n, got in enumerate(batches)]
-        found.append({"loader": kind.__name__, "captured": advance.captured, "right": sum(right), "of": len(right)})
-    return found
+        yield {"loader": kind.__name__, "captured": advance.captured, "right": sum(right), "of": len(right)}
 
 
-def ratios() -> list[dict[str, Any]]:
+def ratios() -> Iterator[dict[str, Any]]:
     """Every mode against the textbook, eager and compiled."""
-    rows = []
     modes = [mode for mode in MODES if not (DRY and mode.endswith(bench.COMPILED))]
     for size, filters in SIZES:
         model, compiler = ModelConfig(size=size, filters=filters), None if DRY else "max-autotune"
         timed = bench.measure(model, TrainConfig(), modes, [PRECISION], DEVICE, compiler, 3 if DRY else 15)
-        rows += [{"size": size, "filters": filters, **asdict(row)} for row in timed]
-    return rows
+        yield from ({"size": size, "filters": filters, **asdict(row)} for row in timed)
 
 
-def profile() -> list[dict[str, Any]]:
+def profile() -> Iterator[dict[str, Any]]:
     """Where the time of a step goes, and how many launches it is, with and without a graph."""
     set_backends(PRECISION)
-    found = []
     dtype = pick_precision(PRECISION, DEVICE)[1]
     activities = [torch.profiler.ProfilerActivity.CPU] + ([] if DRY else [torch.profiler.ProfilerActivity.CUDA])
     for size, filters in SIZES:
@@ -131,14 +126,13 @@ def profile() -> list[dict[str, Any]]:
             ]  # fmt: skip
             ops = sum(e.count for e in events if e.key.startswith(("aten::", "fastbegan::")))
             cost = step_cost(ModelConfig(size=size, filters=filters), TrainConfig(), dtype)
-            found.append(
-                {"size": size, "filters": filters, "graph": enabled, "kernels": sum(e.count for e in kernels),
-                 "launches": launches, "device_us": total, "dispatched": ops, "flops": cost.flops, "top": top}
-            )  # fmt: skip
-    return found
+            yield {
+                "size": size, "filters": filters, "graph": enabled, "kernels": sum(e.count for e in kernels),
+                "launches": launches, "device_us": total, "dispatched": ops, "flops": cost.flops, "top": top,
+            }  # fmt: skip
 
 
-def memory() -> list[dict[str, Any]]:
+def memory() -> Iterator[dict[str, Any]]:
     """Ten thousand steps: what the allocator holds at the end, and after the first hundred; and a log row's reading."""
     step, real, z = _step(*SIZES[-1], pick_precision(PRECISION, DEVICE)[1])
     advance = GraphedStep(lambda: step(real, z, z), DEVICE)
@@ -154,7 +148,7 @@ def memory() -> list[dict[str, Any]]:
     assert reading is not None
     *_, count, _, _ = reading.values()
     read = count == steps // 2  # of the steps before it, though more were queued behind
-    return [{"steps": steps, "held": held, "grew": grew, "finite": not step.found_bad.item(), "read": read}]
+    yield {"steps": steps, "held": held, "grew": grew, "finite": not step.found_bad.item(), "read": read}
 
 
 def _verdicts(results: dict[str, Any]) -> list[tuple[str, bool]]:
@@ -200,15 +194,25 @@ def _report(results: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"{part}: {error}" for part, error in results["errors"].items())])
 
 
+def rows_of(printed: str) -> list[dict[str, Any]]:
+    """The rows that a part came to; not one that was cut off."""
+    rows: list[dict[str, Any]] = []
+    for line in printed.splitlines():
+        with contextlib.suppress(ValueError):
+            rows += [json.loads(line)] if line.startswith("{") else []
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--budget", type=float, default=450, help="seconds")
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")
-    parser.add_argument("--part", choices=PARTS, help="only this one, in this process; JSON to standard output")
+    parser.add_argument("--part", choices=PARTS, help="only this one, in this process; a row of JSON a line")
     options = parser.parse_args()
     if options.part:
-        print("\n" + json.dumps(globals()[options.part]()))
+        for row in globals()[options.part]():
+            print("\n" + json.dumps(row), flush=True)  # as it comes: whoever ends this part keeps it
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     name = "cpu" if DRY else torch.cuda.get_device_name()
@@ -218,13 +222,13 @@ def main() -> int:
         command = [sys.executable, __file__, "--part", part, *(["--dry"] if DRY else [])]
         left = max(1.0, begin + share * options.budget - time.time())
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
+            done = subprocess.run(command, capture_output=True, timeout=left, check=False)
+            printed = done.stdout
             if done.returncode:
-                results["errors"][part] = done.stderr.strip()[-600:]
-            else:
-                results[part] = json.loads(done.stdout.strip().splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            results["errors"][part] = f"not done after {left:.0f} s"
+                results["errors"][part] = done.stderr.decode(errors="replace").strip()[-600:]
+        except subprocess.TimeoutExpired as ended:
+            printed, results["errors"][part] = ended.stdout or b"", f"not done after {left:.0f} s"
+        results[part] = rows_of(printed.decode(errors="replace"))
         print(f"{part}: {time.time() - begin:.0f} s", flush=True)
         (options.out / "step.json").write_text(json.dumps(results, indent=1))
     (options.out / "step.md").write_text(_report(results) + "\n")

@@ -29,4 +29,4 @@ def test_one_child_the_first_time_and_none_the_second(tmp_path: Path) -> None:
 def test_a_batch_that_was_tried_leaves_nothing(tmp_path: Path) -> None:
     variables = pretended(tmp_path, tuning="plain", memory=24)
     row = rows(run(["-m", "tests.pretended.memory_of_steps"], variables))["memory"]
-    assert row == {"left": 0, "fitted": {"2": True, "512": False}}
+    assert row == {"left": 0, "fitted": {"2": True, "512": False}, "chosen": 0}  # no kernel for a batch that is tried

@@ -9,6 +9,7 @@ import torch
 
 from fastbegan.capacity import fits
 from fastbegan.config import ModelConfig, TrainConfig
+from fastbegan_kernels import tuning
 
 if __name__ == "__main__":
     device = torch.device("cuda", 0)
@@ -16,4 +17,5 @@ if __name__ == "__main__":
     gc.collect()
     before = torch.cuda.memory_allocated(device)
     fitted = {batch: fits(model, TrainConfig(), device, None, batch) for batch in (2, 2, 512, 2)}
-    print(json.dumps({"name": "memory", "left": torch.cuda.memory_allocated(device) - before, "fitted": fitted}))
+    left = torch.cuda.memory_allocated(device) - before
+    print(json.dumps({"name": "memory", "left": left, "fitted": fitted, "chosen": len(tuning._chosen)}))
