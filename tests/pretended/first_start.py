@@ -43,9 +43,9 @@ def main() -> None:
         warnings.simplefilter("always")
         device = torch.device("cuda", 0)
         model, train = ModelConfig(size=64, filters=64), TrainConfig(batch_size=2)
-        count = tune(model, train, device, torch.bfloat16, lambda done, total: told.append((done, total)))
-    row = {"problems": count, "children": len(children), "told": told, "warned": [str(one.message) for one in heard]}
-    print(json.dumps(row | {"name": "first start"}))
+        failed = tune(model, train, device, torch.bfloat16, lambda done, total: told.append((done, total)))
+    row = {"name": "first start", "problems": len(tuning._chosen), "failed": failed, "children": len(children)}
+    print(json.dumps(row | {"told": told, "warned": [str(one.message) for one in heard]}))
 
 
 if __name__ == "__main__":
