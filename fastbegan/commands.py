@@ -219,20 +219,12 @@ class Doctor:
                 common[name] = default if getattr(self, name) is None else getattr(self, name)
             return doctor(precision=self.precision, **common)
         preset = find_preset(self.preset)
-        model = _resized(preset.model, self.size, self.filters)
+        model = preset.model.resized(self.size, self.filters)
         batch_size = preset.train.batch_size if self.batch_size is None else self.batch_size
         train = dataclasses.replace(preset.train, batch_size=batch_size)
         if self.tune:
             return doctor_tune(model, train, precisions=self.precision.split(","), **common)
         return doctor_preset(model, train, precision=self.precision, **common)
-
-
-def _resized(model: ModelConfig, size: int | None, filters: int | None) -> ModelConfig:
-    """A preset's nets with another image size or n, where one is given."""
-    given = {name: value for name, value in (("size", size), ("filters", filters)) if value is not None}
-    if given.get("size", model.size) != model.size:
-        return dataclasses.replace(model, widths=None, **given)
-    return dataclasses.replace(model, **given)
 
 
 @dataclass(frozen=True)
@@ -324,7 +316,7 @@ class BenchStep:
         preset = find_preset(self.preset)
         batch_size = preset.train.batch_size if self.batch_size is None else self.batch_size
         return bench_step(
-            _resized(preset.model, self.size, self.filters),
+            preset.model.resized(self.size, self.filters),
             dataclasses.replace(
                 preset.train, batch_size=batch_size, device=self.device, cudnn_search=self.cudnn_search
             ),

@@ -133,6 +133,13 @@ class ModelConfig:
         object.__setattr__(self, "widths", widths)
         _check_fields(self)
 
+    def resized(self, size: int | None, filters: int | None) -> ModelConfig:
+        """With another image size (and then the standard widths) or n, where one is given."""
+        changes: dict[str, Any] = {} if filters is None else {"filters": filters}
+        if size is not None and size != self.size:
+            changes |= {"size": size, "widths": None}
+        return dataclasses.replace(self, **changes)
+
     @property
     def level_channels(self) -> tuple[int, ...]:
         """Encoder output channels of each level, from `size` down to 8."""

@@ -41,7 +41,7 @@ from .samples import (
 from .schedule import StallHalving
 from .step import TrainStep
 from .stop import STOPPED_BY_USER, StopRequest
-from .tune import tune
+from .tune import tune_for_all
 
 # exit code; 0 is a run that ended by itself or was asked to by the system, 4 (watch.LOST) and 5 are of several ranks
 NOT_FINITE = 3
@@ -80,7 +80,9 @@ class Training:
         )
         ranks.require_same("data", self.data, same_images)
         state = None if stored is None else load_for_all(self.folder.checkpoints, self.device, ranks)
-        self._choose_kernels(state, dtype)
+        if state is not None:  # the kernels of the run so far, not those that are fastest today
+            tuning.adopt(self.device, state.get("kernels", {}))
+        tune_for_all(config.model, train, self.device, dtype, ranks, report.trying)
         generator, discriminator = build(config.model, seed=train.seed, device=self.device)
         self.step = TrainStep(generator, discriminator, train, dtype, compile_mode, ranks)
         self.advance = GraphedStep(self._work, self.device, enabled=train.cuda_graph == "auto", agree=ranks.agree)
@@ -299,18 +301,6 @@ class Training:
         stored = self.folder.read_config()
         check_resumable(stored, self.config, self.folder.path)
         return stored
-
-    def _choose_kernels(self, state: dict[str, Any] | None, dtype: torch.dtype | None) -> None:
-        """Those of the run so far, else on a GPU those that are fastest on the first rank's, for all."""
-        if state is not None:  # not those that are fastest today
-            tuning.adopt(self.device, state.get("kernels", {}))
-        if self.device.type != "cuda":
-            return
-        if self.ranks.first:
-            train = dataclasses.replace(self.config.train, batch_size=self.config.train.batch_size // self.ranks.world)
-            tune(self.config.model, train, self.device, dtype, self.report.trying)
-        if not self.ranks.alone:
-            tuning.adopt(self.device, self.ranks.from_first(tuning.choices(self.device)))
 
     def _resume(self, state: dict[str, Any] | None, stored: RunConfig) -> None:
         if state is not None:

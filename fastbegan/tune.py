@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -13,6 +14,7 @@ from fastbegan_kernels.faults import in_short
 from .config import ModelConfig, TrainConfig
 from .device import without_search
 from .models import build
+from .ranks import Ranks
 from .samples import COLUMNS, ROWS, training_sheet
 from .step import TrainStep
 
@@ -44,6 +46,23 @@ def tune(
     failed += tuning.prepare(list(asked), say)
     torch.cuda.empty_cache()
     return failed
+
+
+def tune_for_all(
+    model: ModelConfig,
+    train: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    ranks: Ranks,
+    say: Callable[[int, int], None],
+) -> None:
+    """On GPUs all ranks take what is fastest on the first one's, for their part of `train.batch_size`."""
+    if device.type != "cuda":
+        return
+    if ranks.first:
+        tune(model, replace(train, batch_size=train.batch_size // ranks.world), device, dtype, say)
+    if not ranks.alone:
+        tuning.adopt(device, ranks.from_first(tuning.choices(device)))
 
 
 def _run_once(model: ModelConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> None:
