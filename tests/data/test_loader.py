@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fastbegan import TrainConfig, UserError
 from fastbegan.data import choose, dali_loader
 from fastbegan.data.choose import open_loader
 from fastbegan.data.loader import Batching, Loader, PackedLoader, ResidentLoader
+from fastbegan.data.prepare import load_catalogue
 from tests.conftest import environment
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
@@ -275,3 +277,46 @@ def _no_room(*_: object) -> None:
 def test_a_step_of_resident_images_fits_the_set() -> None:
     with pytest.raises(ValueError, match="a step reads 11 images; accepted: up to the 10 there are"):
         ResidentLoader(IMAGES, Batching(11, 8, seed=0))
+
+
+def test_dali_gets_the_number_of_its_gpu(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without a number it takes for none, and then refuses the decoder that is on the GPU."""
+    given: dict[str, Any] = {}
+    dali = mock.MagicMock()
+    dali.pipeline_def = lambda **options: given.update(options) or (lambda build: mock.MagicMock())
+    monkeypatch.setenv("FASTBEGAN_CACHE", str(tmp_path))
+    monkeypatch.setattr(dali_loader, "INSTALLED", True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    catalogue = load_catalogue(str(pictures), "center", lambda *_: None)
+    loader = dali_loader.DaliLoader(catalogue, Batching(4, 8, 0, device=torch.device("cuda", 1)), "center")
+    with mock.patch.object(dali_loader.importlib, "import_module", lambda _: dali):
+        loader._start(0)
+    loader.close()
+    assert given["device_id"] == 1
+
+
+def test_dalis_own_memory_is_copied_before_it_takes_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next batch comes into the same buffer, maybe before the step has read this one."""
+    told: list[str] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            told.append("copied")
+
+    class OnGpu(PackedLoader):
+        def _read(self, position: int, ids: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            told.append("read")
+            images = mock.MagicMock(wraps=super()._read(position, ids, out))
+            images.device, images.clone = torch.device("cuda", 0), lambda: (told.append("clone"), out.clone())[1]
+            return images
+
+    loader = OnGpu(IMAGES, Batching(4, 8, 0))
+    stream: Any = Stream()
+    for name, value in {"stream": lambda _: mock.MagicMock(), "current_stream": lambda _: mock.MagicMock()}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "Event", mock.MagicMock)
+    monkeypatch.setattr(loader, "_stream", stream)
+    monkeypatch.setattr(loader, "_buffers", lambda window, **_: PackedLoader._buffers(loader, window))
+    loader.prepare(0)
+    loader.prepare(4)
+    assert told == ["read", "clone", "copied"] * 2
