@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,8 +26,21 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # xdist runs a worker a core; before each test, for sums over other numbers differ in bits
 
 
+@pytest.fixture(autouse=True)
+def _same_flags() -> Iterator[None]:
+    """What commands set for their process does not reach the next test: results and choices depend on it."""
+    cudnn = torch.backends.cudnn
+    yield
+    torch.use_deterministic_algorithms(False)
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "none"  # pyright: ignore[reportAttributeAccessIssue]
+    torch.set_float32_matmul_precision("highest")
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = False, False, True  # as torch begins
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    torch.set_num_threads(1)  # for fixtures of a module, too, which come before those of a test
     os.environ["FASTBEGAN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
