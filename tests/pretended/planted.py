@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -11,16 +12,18 @@ from torch import Tensor
 from .findings import FINDINGS
 
 
-class Case:
+class Case(ABC):
     """A fault, and what does the same without it. `told` is in the words of an error or a finding."""
 
     told: ClassVar[str]
 
+    @abstractmethod
     def wrong(self) -> object:
-        raise NotImplementedError
+        """The fault."""
 
+    @abstractmethod
     def right(self) -> object:
-        raise NotImplementedError
+        """What does the same without it."""
 
 
 def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
