@@ -19,7 +19,7 @@ from fastbegan import objective
 from fastbegan.bench.machine import synchronize
 from fastbegan.bench.step import configured, inputs
 from fastbegan.config import ModelConfig, TrainConfig
-from fastbegan.models import build
+from fastbegan.nets.models import build
 from fastbegan.step import TrainStep
 
 ROOT = Path(__file__).resolve().parent.parent

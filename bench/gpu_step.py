@@ -31,7 +31,7 @@ from fastbegan.data.loader import Batching, Loader, PackedLoader, ResidentLoader
 from fastbegan.device import pick_precision, set_backends  # noqa: E402
 from fastbegan.graph import GraphedStep  # noqa: E402
 from fastbegan.info import step_cost  # noqa: E402
-from fastbegan.models import build  # noqa: E402
+from fastbegan.nets.models import build  # noqa: E402
 from fastbegan.step import TrainStep  # noqa: E402
 
 DRY = "--dry" in sys.argv

@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from . import layers, plain
     from .config import PRESETS, ModelConfig, Preset, TrainConfig
     from .convert import accelerate, restore
     from .errors import UserError
     from .layers import Conv2dELU, Equilibrium, UpsampleConv2dELU
-    from .models import Decoder, Discriminator, Encoder, Generator, to_plain
+    from .nets.models import Decoder, Discriminator, Encoder, Generator, build, to_plain
     from .step import TrainStep
 
-__version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
@@ -31,6 +32,7 @@ __all__ = [
     "UpsampleConv2dELU",
     "UserError",
     "accelerate",
+    "build",
     "layers",
     "plain",
     "restore",
@@ -43,7 +45,7 @@ _HOMES = {
     "convert": ("accelerate", "restore"),
     "errors": ("UserError",),
     "layers": ("Conv2dELU", "Equilibrium", "UpsampleConv2dELU"),
-    "models": ("Decoder", "Discriminator", "Encoder", "Generator", "to_plain"),
+    "nets.models": ("Decoder", "Discriminator", "Encoder", "Generator", "build", "to_plain"),
     "step": ("TrainStep",),
 }
 

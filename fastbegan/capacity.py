@@ -15,7 +15,7 @@ from fastbegan_kernels.faults import is_out_of_memory
 from .config import ModelConfig, TrainConfig
 from .device import without_search
 from .info import step_cost
-from .models import build
+from .nets.models import build
 from .step import TrainStep
 
 _USABLE = 0.9  # of free memory: the rest is the library's workspaces and the loader

@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import __version__
 from .checkpoint import load_latest
 from .config import ModelConfig, TrainConfig, require_seed
 from .data.prepare import ImageSet, load_images
@@ -30,11 +29,12 @@ from .data.source import without_folders
 from .device import pick_device
 from .errors import UserError
 from .files import atomic, make_folder, read_json
-from .models import Generator
 from .nearest import Comparison, Neighbour, compare
+from .nets.models import Generator
 from .report import Report
 from .run import RunConfig, RunFolder
 from .samples import BANDS, COLUMNS, ROWS, banded_sheet, generate, interpolate_latents, sheet_latents
+from .version import __version__
 
 _CORNERS = 4
 _SAMPLES, _NEIGHBOURS = 12, 5  # generated images that are compared with training images, neighbours of each

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from . import __version__, plain
 from .config import ModelConfig
 from .errors import UserError
 from .files import atomic, make_folder, read_json
 from .run import RunFolder
+from .version import __version__, plain
 
 Format = Literal["onnx", "pt2", "plain"]
 Nets = Literal["generator", "autoencoder", "both"]

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import damage, list_checkpoints
 from .config import PRESETS, ModelConfig, TrainConfig
-from .models import Discriminator, Generator, count_parameters
+from .nets.models import Discriminator, Generator, count_parameters
 from .objective import OBJECTIVES
 from .run import RunFolder
 

@@ -1,4 +1,4 @@
-"""The networks in the paper's own words (§3.5), of nothing but torch.nn: what `fastbegan.models` is held to.
+"""The networks in the paper's own words (§3.5), of nothing but torch.nn: what `fastbegan.nets.models` is held to.
 
 State dicts are interchangeable with those of `models`. The textbook step runs on these modules, and they are what a
 trained net is exported to for a world without fastbegan.

@@ -23,7 +23,7 @@ from .bucket import Bucket
 from .config import TrainConfig
 from .errors import UserError
 from .layers import Equilibrium
-from .models import Discriminator, Generator
+from .nets.models import Discriminator, Generator
 from .objective import OBJECTIVES, Objective
 from .ranks import LostContactError, Ranks
 from .reading import Reading

@@ -23,7 +23,7 @@ from .files import make_folder, write_json
 from .graph import GraphedStep
 from .health import HealthMonitor, not_finite
 from .info import run_seconds
-from .models import build, count_parameters
+from .nets.models import build, count_parameters
 from .plots import save_curves
 from .ranks import Ranks
 from .reading import Reading

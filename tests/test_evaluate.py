@@ -25,7 +25,7 @@ from fastbegan.data.faces import faces
 from fastbegan.evaluate import Yardstick, names, score
 from fastbegan.extractors import open_extractor
 from fastbegan.files import sha256
-from fastbegan.models import Generator, build
+from fastbegan.nets.models import Generator, build
 from fastbegan.run import RunConfig, RunFolder
 from fastbegan.samples import diversity, generate, sheet_latents
 

@@ -28,7 +28,7 @@ from fastbegan.experiments.convergence import ranks_correlate
 from fastbegan.experiments.scales import SCALES
 from fastbegan.experiments.study import fingerprint
 from fastbegan.files import read_json
-from fastbegan.models import build
+from fastbegan.nets.models import build
 from fastbegan.run import RunFolder
 from fastbegan.samples import sheet_latents
 

@@ -21,7 +21,7 @@ from fastbegan import ModelConfig, TrainConfig, UserError
 from fastbegan import explore as explore_module
 from fastbegan.cli import main
 from fastbegan.explore import explore
-from fastbegan.models import build
+from fastbegan.nets.models import build
 from fastbegan.run import RunConfig, RunFolder
 from fastbegan.samples import banded_sheet, generate, generated_band, sheet_latents
 

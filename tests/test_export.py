@@ -17,7 +17,7 @@ from fastbegan import ModelConfig, TrainConfig, UserError
 from fastbegan import export as export_module
 from fastbegan.cli import main
 from fastbegan.export import Format, export
-from fastbegan.models import build, to_plain
+from fastbegan.nets.models import build, to_plain
 from fastbegan.run import RunConfig, RunFolder
 
 SKIPS = ModelConfig(size=32, filters=4, hidden=6, latent=5)

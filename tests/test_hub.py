@@ -14,8 +14,9 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, RepoUrl, constants, hub_mixin
 from safetensors.torch import load_file, save_file
 
-from fastbegan import Discriminator, Generator, ModelConfig, UserError, hub, plain
-from fastbegan.models import build
+from fastbegan import Discriminator, Generator, ModelConfig, UserError, plain
+from fastbegan.nets import hub
+from fastbegan.nets.models import build
 
 from .conftest import environment
 

@@ -12,7 +12,7 @@ from fastbegan import PRESETS, ModelConfig, TrainConfig
 from fastbegan.bench.step import configured
 from fastbegan.cli import main
 from fastbegan.info import preset_markdown, step_cost
-from fastbegan.models import build
+from fastbegan.nets.models import build
 
 from .conftest import ROOT, TINY
 

@@ -21,7 +21,7 @@ from fastbegan import (
     plain,
 )
 from fastbegan.info import step_cost
-from fastbegan.models import build, count_parameters, to_plain
+from fastbegan.nets.models import build, count_parameters, to_plain
 
 
 @pytest.mark.parametrize(

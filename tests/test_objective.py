@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbegan import Discriminator, Generator, ModelConfig
-from fastbegan.models import build
+from fastbegan.nets.models import build
 from fastbegan.objective import OBJECTIVES, Objective
 
 K = torch.tensor(0.37)

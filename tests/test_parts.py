@@ -20,7 +20,7 @@ from fastbegan.bucket import Bucket
 from fastbegan.checkpoint import list_checkpoints
 from fastbegan.data.choose import same_images
 from fastbegan.layers import Equilibrium
-from fastbegan.models import build
+from fastbegan.nets.models import build
 from fastbegan.objective import OBJECTIVES
 from fastbegan.ranks import Flight, LostContactError, Ranks
 from fastbegan.report import Report

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.counts import OperationCount
 from fastbegan import ModelConfig, TrainConfig, TrainStep, UserError
 from fastbegan.data.faces import faces
-from fastbegan.models import build
+from fastbegan.nets.models import build
 from fastbegan_kernels import normalize_images
 
 MODEL = ModelConfig(size=32, filters=4, hidden=8, latent=8)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastbegan import ModelConfig, TrainConfig, TrainStep
-from fastbegan.models import Discriminator, Generator, build
+from fastbegan.nets.models import Discriminator, Generator, build
 from fastbegan.objective import OBJECTIVES
 
 MODEL = ModelConfig(size=16, filters=4, hidden=6, latent=6, widths=(1, 2))

@@ -13,7 +13,7 @@ from fastbegan import Generator, ModelConfig, TrainConfig, TrainStep
 from fastbegan.checkpoint import list_checkpoints
 from fastbegan.cli import main
 from fastbegan.graph import GraphedStep
-from fastbegan.models import build
+from fastbegan.nets.models import build
 from fastbegan.run import RunFolder
 
 from .conftest import TINY

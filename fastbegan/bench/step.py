@@ -25,7 +25,7 @@ from ..device import pick_compile, pick_device, pick_precision, set_backends
 from ..errors import UserError
 from ..graph import GraphedStep
 from ..info import step_cost
-from ..models import build
+from ..nets.models import build
 from ..objective import OBJECTIVES
 from ..step import FIRST_LOSS_SCALE, TrainStep
 from . import machine

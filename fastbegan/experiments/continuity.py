@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from ..models import Generator
+from ..nets.models import Generator
 from ..samples import generate, grid, save_gif, sheet_latents
 from .pictures import below, beside
 from .study import Study

@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoint import list_checkpoints, read_checkpoint
 from ..errors import UserError
-from ..models import Generator
+from ..nets.models import Generator
 from ..plots import save_figure
 from ..samples import generate, grid, sheet_latents
 from .pictures import plot

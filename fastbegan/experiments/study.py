@@ -22,7 +22,6 @@ import torch
 
 import fastbegan_kernels
 
-from .. import __version__
 from ..bench.machine import facts
 from ..data.faces import faces
 from ..data.prepare import load_images
@@ -30,11 +29,12 @@ from ..errors import UserError
 from ..evaluate import Yardstick, names
 from ..extractors import Extractor
 from ..files import make_folder, read_json, write_json
-from ..models import Generator
+from ..nets.models import Generator
 from ..report import Report, duration
 from ..run import RunFolder
 from ..samples import generate, sheet_latents
 from ..train import NOT_FINITE
+from ..version import __version__
 from .page import Page
 from .scales import SCALES, Scale
 

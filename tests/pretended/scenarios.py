@@ -21,7 +21,7 @@ from fastbegan.counter import Z_D, Z_G, latents
 from fastbegan.data.loader import Batching, PackedLoader, ResidentLoader
 from fastbegan.device import pick_precision
 from fastbegan.graph import GraphedStep
-from fastbegan.models import build
+from fastbegan.nets.models import build
 from fastbegan.reading import Reading
 from fastbegan.step import TrainStep
 

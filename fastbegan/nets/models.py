@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from fastbegan_kernels import conv_stage, fold, reference, skip_phase_table
 from fastbegan_kernels.dispatch import asked_for
 
-from . import plain
-from .config import ModelConfig
+from .. import plain
+from ..config import ModelConfig
+from ..layers import Conv2dELU, UpsampleConv2dELU
 from .hub import HubMixin
-from .layers import Conv2dELU, UpsampleConv2dELU
 
 Packed = dict[str, Tensor]
 """A net's weights as its layers take them, by the names of its parameters, and `levels.N.skip` of skip tables."""
