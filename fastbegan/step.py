@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from fastbegan_kernels import tuning
 from fastbegan_kernels.faults import is_failed_search, is_out_of_memory
 
-from .bucket import Bucket
 from .config import TrainConfig
+from .distributed.bucket import Bucket
+from .distributed.ranks import LostContactError, Ranks
 from .errors import UserError
 from .layers import Equilibrium
 from .nets.models import Discriminator, Generator
 from .objective import OBJECTIVES, Objective
-from .ranks import LostContactError, Ranks
 from .reading import Reading
 
 # fp16 only: scale of the losses so that small gradients do not vanish, as torch.amp.GradScaler starts it

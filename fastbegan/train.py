@@ -18,6 +18,8 @@ from .counter import Z_D, Z_G, latents
 from .data.choose import open_loader, same_images
 from .data.source import absolute
 from .device import pick_compile, pick_device, pick_precision, set_backends
+from .distributed.ranks import Ranks
+from .distributed.stop import STOPPED_BY_USER, StopRequest
 from .errors import UserError
 from .files import make_folder, write_json
 from .graph import GraphedStep
@@ -25,7 +27,6 @@ from .health import HealthMonitor, not_finite
 from .info import run_seconds
 from .nets.models import build, count_parameters
 from .plots import save_curves
-from .ranks import Ranks
 from .reading import Reading
 from .report import Report, summary_writer
 from .run import RunConfig, RunFolder, check_resumable, new_run_folder
@@ -40,7 +41,6 @@ from .samples import (
 )
 from .schedule import StallHalving
 from .step import TrainStep
-from .stop import STOPPED_BY_USER, StopRequest
 from .tune import tune_for_all
 
 # exit code; 0 is a run that ended by itself or was asked to by the system, 4 (watch.LOST) and 5 are of several ranks

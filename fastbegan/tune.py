@@ -13,8 +13,8 @@ from fastbegan_kernels.faults import in_short
 
 from .config import ModelConfig, TrainConfig
 from .device import without_search
+from .distributed.ranks import Ranks
 from .nets.models import build
-from .ranks import Ranks
 from .samples import COLUMNS, ROWS, training_sheet
 from .step import TrainStep
 

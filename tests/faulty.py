@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from fastbegan import checkpoint, cli, files, train
-from fastbegan.bucket import Bucket
 from fastbegan.data.loader import PackedLoader
-from fastbegan.ranks import Flight, LostContactError
+from fastbegan.distributed.bucket import Bucket
+from fastbegan.distributed.ranks import Flight, LostContactError
 from fastbegan.run import RunFolder
 from fastbegan.step import TrainStep
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch._dynamo.utils import counters
 
 from fastbegan import PRESETS, ModelConfig
+from fastbegan.distributed.stop import StopRequest
 from fastbegan.report import Report
 from fastbegan.run import RunConfig
-from fastbegan.stop import StopRequest
 from fastbegan.train import Training
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig, TrainStep, UserError, train
-from fastbegan.bucket import Bucket
 from fastbegan.checkpoint import list_checkpoints
 from fastbegan.data.choose import same_images
+from fastbegan.distributed.bucket import Bucket
+from fastbegan.distributed.ranks import Flight, LostContactError, Ranks
 from fastbegan.layers import Equilibrium
 from fastbegan.nets.models import build
 from fastbegan.objective import OBJECTIVES
-from fastbegan.ranks import Flight, LostContactError, Ranks
 from fastbegan.report import Report
 from fastbegan.run import RunConfig
 from fastbegan.train import Training

@@ -22,9 +22,9 @@ import torch.distributed as dist
 
 from fastbegan.bench.plan import all_reduce_seconds
 from fastbegan.checkpoint import list_checkpoints
-from fastbegan.ranks import _roll_call
+from fastbegan.distributed.ranks import _roll_call
+from fastbegan.distributed.stop import StopRequest
 from fastbegan.run import RunFolder
-from fastbegan.stop import StopRequest
 from tests.conftest import ROOT, environment
 from tests.two_nodes import NOT_HERE
 

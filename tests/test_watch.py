@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastbegan.watch import Beat, Judge
+from fastbegan.distributed.watch import Beat, Judge
 
 
 class _Clock:

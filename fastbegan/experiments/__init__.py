@@ -8,12 +8,12 @@ from pathlib import Path
 from ..config import require_seed
 from ..data.source import absolute, find_source
 from ..device import pick_device
+from ..distributed.stop import StopRequest
 from ..errors import UserError
 from ..extractors import open_extractor
 from ..files import locked, make_folder, sha256, visible
 from ..report import Report
 from ..run import RunFolder
-from ..stop import StopRequest
 from . import ablation, continuity, convergence, diversity, scores, unbalanced
 from .scales import SCALES
 from .study import FILE, OF_ONE_RUN, Settings, Study

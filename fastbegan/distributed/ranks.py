@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastbegan_kernels.faults import is_cuda_error, is_out_of_memory
 
-from .errors import UserError
+from ..errors import UserError
 from .stop import STOPPED_BY_USER
 from .watch import Watch
 
