@@ -9,7 +9,7 @@ from pathlib import Path
 from fastbegan.bench.results import Row
 from fastbegan.config import PRESETS
 from fastbegan.report import Report
-from fastbegan.run import RunConfig
+from fastbegan.runs.folder import RunConfig
 from fastbegan.train import Training
 
 STEPS = 10  # a turn

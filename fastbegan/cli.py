@@ -37,7 +37,7 @@ from .commands import (
 )
 from .config import PRESETS
 from .errors import UserError
-from .run import RunFolder
+from .runs.folder import RunFolder
 
 
 def _train_defaults(arguments: list[str]) -> Train:

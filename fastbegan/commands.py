@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from .config import PRESETS, ModelConfig, Preset, TrainConfig
 from .errors import UserError
-from .run import RunConfig
+from .runs.folder import RunConfig
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from . import counter, samples
+from . import counter
 from .config import require_seed
 from .data.prepare import Progress, load_images
 from .data.scale import scale
@@ -25,7 +25,8 @@ from .device import pick_device
 from .errors import UserError
 from .extractors import DISPLAY, Extractor, open_extractor
 from .report import Report
-from .run import RunConfig, RunFolder
+from .runs import sheets as samples
+from .runs.folder import RunConfig, RunFolder
 
 LEAST = 10
 """Images of a side: the inception score is a mean over ten parts."""

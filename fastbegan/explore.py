@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import load_latest
 from .config import ModelConfig, TrainConfig, require_seed
 from .data.prepare import ImageSet, load_images
 from .data.source import without_folders
@@ -32,8 +31,9 @@ from .files import atomic, make_folder, read_json
 from .nearest import Comparison, Neighbour, compare
 from .nets.models import Generator
 from .report import Report
-from .run import RunConfig, RunFolder
-from .samples import BANDS, COLUMNS, ROWS, banded_sheet, generate, interpolate_latents, sheet_latents
+from .runs.checkpoint import load_latest
+from .runs.folder import RunConfig, RunFolder
+from .runs.sheets import BANDS, COLUMNS, ROWS, banded_sheet, generate, interpolate_latents, sheet_latents
 from .version import __version__
 
 _CORNERS = 4

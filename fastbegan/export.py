@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .errors import UserError
 from .files import atomic, make_folder, read_json
-from .run import RunFolder
+from .runs.folder import RunFolder
 from .version import __version__, plain
 
 Format = Literal["onnx", "pt2", "plain"]

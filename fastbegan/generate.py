@@ -8,8 +8,8 @@ from .config import require_seed
 from .device import pick_device
 from .errors import UserError
 from .files import make_folder
-from .run import RunFolder
-from .samples import generate, grid, interpolate_latents, save_gif, save_png, sheet_latents
+from .runs.folder import RunFolder
+from .runs.sheets import generate, grid, interpolate_latents, save_gif, save_png, sheet_latents
 
 _FRAME_MILLISECONDS = 60
 _MOST = 100_000  # images in one picture, which is in memory as a whole: 1.2 GB for up to 64 px

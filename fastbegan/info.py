@@ -12,11 +12,11 @@ from rich.table import Table
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoint import damage, list_checkpoints
 from .config import PRESETS, ModelConfig, TrainConfig
 from .nets.models import Discriminator, Generator, count_parameters
 from .objective import OBJECTIVES
-from .run import RunFolder
+from .runs.checkpoint import damage, list_checkpoints
+from .runs.folder import RunFolder
 
 # FLOP/s that a step can count on: measured with `fastbegan bench step` on two CPU cores, assumed for a GPU
 _CPU_RATE, _GPU_RATE = 8e10, 2e13

@@ -13,7 +13,6 @@ import torch
 
 from fastbegan_kernels import normalize_images, tuning
 
-from .checkpoint import Writer, copied, load_for_all, save_checkpoint
 from .counter import Z_D, Z_G, latents
 from .data.choose import open_loader, same_images
 from .data.source import absolute
@@ -26,11 +25,12 @@ from .graph import GraphedStep
 from .health import HealthMonitor, not_finite
 from .info import run_seconds
 from .nets.models import build, count_parameters
-from .plots import save_curves
 from .reading import Reading
 from .report import Report, summary_writer
-from .run import RunConfig, RunFolder, check_resumable, new_run_folder
-from .samples import (
+from .runs.checkpoint import Writer, copied, load_for_all, save_checkpoint
+from .runs.curves import save_curves
+from .runs.folder import RunConfig, RunFolder, check_resumable, new_run_folder
+from .runs.sheets import (
     COLUMNS,
     ROWS,
     diversity,

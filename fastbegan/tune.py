@@ -15,7 +15,7 @@ from .config import ModelConfig, TrainConfig
 from .device import without_search
 from .distributed.ranks import Ranks
 from .nets.models import build
-from .samples import COLUMNS, ROWS, training_sheet
+from .runs.sheets import COLUMNS, ROWS, training_sheet
 from .step import TrainStep
 
 

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from fastbegan import checkpoint, cli, files, train
+from fastbegan import cli, files, train
 from fastbegan.data.loader import PackedLoader
 from fastbegan.distributed.bucket import Bucket
 from fastbegan.distributed.ranks import Flight, LostContactError
-from fastbegan.run import RunFolder
+from fastbegan.runs import checkpoint
+from fastbegan.runs.folder import RunFolder
 from fastbegan.step import TrainStep
 
 PLACES: dict[str, tuple[Any, str]] = {

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from fastbegan import PRESETS, ModelConfig
 from fastbegan.distributed.stop import StopRequest
 from fastbegan.report import Report
-from fastbegan.run import RunConfig
+from fastbegan.runs.folder import RunConfig
 from fastbegan.train import Training
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbegan import UserError, checkpoint
-from fastbegan.checkpoint import damage, list_checkpoints, load_latest, save_checkpoint
+from fastbegan import UserError
+from fastbegan.runs import checkpoint
+from fastbegan.runs.checkpoint import damage, list_checkpoints, load_latest, save_checkpoint
 
 from .conftest import TINY, environment
 

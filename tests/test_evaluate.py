@@ -26,8 +26,8 @@ from fastbegan.evaluate import Yardstick, names, score
 from fastbegan.extractors import open_extractor
 from fastbegan.files import sha256
 from fastbegan.nets.models import Generator, build
-from fastbegan.run import RunConfig, RunFolder
-from fastbegan.samples import diversity, generate, sheet_latents
+from fastbegan.runs.folder import RunConfig, RunFolder
+from fastbegan.runs.sheets import diversity, generate, sheet_latents
 
 from .conftest import environment
 

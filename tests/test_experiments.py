@@ -29,8 +29,8 @@ from fastbegan.experiments.scales import SCALES
 from fastbegan.experiments.study import fingerprint
 from fastbegan.files import read_json
 from fastbegan.nets.models import build
-from fastbegan.run import RunFolder
-from fastbegan.samples import sheet_latents
+from fastbegan.runs.folder import RunFolder
+from fastbegan.runs.sheets import sheet_latents
 
 from .conftest import ROOT
 

@@ -22,8 +22,8 @@ from fastbegan import explore as explore_module
 from fastbegan.cli import main
 from fastbegan.explore import explore
 from fastbegan.nets.models import build
-from fastbegan.run import RunConfig, RunFolder
-from fastbegan.samples import banded_sheet, generate, generated_band, sheet_latents
+from fastbegan.runs.folder import RunConfig, RunFolder
+from fastbegan.runs.sheets import banded_sheet, generate, generated_band, sheet_latents
 
 from .conftest import TINY
 

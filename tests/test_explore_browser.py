@@ -17,8 +17,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from fastbegan.explore import explore
-from fastbegan.run import RunFolder
-from fastbegan.samples import generated_band
+from fastbegan.runs.folder import RunFolder
+from fastbegan.runs.sheets import generated_band
 
 from .test_explore import pixels, samples, trained
 

@@ -18,7 +18,7 @@ from fastbegan import export as export_module
 from fastbegan.cli import main
 from fastbegan.export import Format, export
 from fastbegan.nets.models import build, to_plain
-from fastbegan.run import RunConfig, RunFolder
+from fastbegan.runs.folder import RunConfig, RunFolder
 
 SKIPS = ModelConfig(size=32, filters=4, hidden=6, latent=5)
 FADING = ModelConfig(size=16, filters=4, hidden=6, latent=5, widths=(1, 2), skips=False, vanishing=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastbegan import PRESETS
-from fastbegan.run import RunConfig, RunFolder
+from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.train import train
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig, TrainStep, UserError, train
-from fastbegan.checkpoint import list_checkpoints
 from fastbegan.data.choose import same_images
 from fastbegan.distributed.bucket import Bucket
 from fastbegan.distributed.ranks import Flight, LostContactError, Ranks
@@ -24,7 +23,8 @@ from fastbegan.layers import Equilibrium
 from fastbegan.nets.models import build
 from fastbegan.objective import OBJECTIVES
 from fastbegan.report import Report
-from fastbegan.run import RunConfig
+from fastbegan.runs.checkpoint import list_checkpoints
+from fastbegan.runs.folder import RunConfig
 from fastbegan.train import Training
 from fastbegan_kernels import tuning
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastbegan.checkpoint import list_checkpoints
-from fastbegan.run import RunFolder
+from fastbegan.runs.checkpoint import list_checkpoints
+from fastbegan.runs.folder import RunFolder
 from tests.conftest import ROOT
 from tests.pretended.running import pretended, reports, run
 

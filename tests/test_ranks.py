@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 
 from fastbegan.bench.plan import all_reduce_seconds
-from fastbegan.checkpoint import list_checkpoints
 from fastbegan.distributed.ranks import _roll_call
 from fastbegan.distributed.stop import StopRequest
-from fastbegan.run import RunFolder
+from fastbegan.runs.checkpoint import list_checkpoints
+from fastbegan.runs.folder import RunFolder
 from tests.conftest import ROOT, environment
 from tests.two_nodes import NOT_HERE
 

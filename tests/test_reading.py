@@ -12,10 +12,10 @@ import torch
 
 import fastbegan.train
 from fastbegan import ModelConfig, TrainConfig
-from fastbegan.checkpoint import list_checkpoints
 from fastbegan.reading import Reading
 from fastbegan.report import Report
-from fastbegan.run import RunConfig, RunFolder
+from fastbegan.runs.checkpoint import list_checkpoints
+from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.train import NOT_FINITE, StopRequest, Training
 
 SHORT = TrainConfig(

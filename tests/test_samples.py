@@ -12,9 +12,9 @@ from PIL import Image
 from fastbegan.cli import main
 from fastbegan.data.faces import faces
 from fastbegan.generate import DEMO
-from fastbegan.plots import save_curves
-from fastbegan.run import RunFolder
-from fastbegan.samples import (
+from fastbegan.runs.curves import save_curves
+from fastbegan.runs.folder import RunFolder
+from fastbegan.runs.sheets import (
     banded_sheet,
     diversity,
     generated_band,

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig, UserError
-from fastbegan.checkpoint import list_checkpoints, save_checkpoint
 from fastbegan.counter import Z_D, latents
 from fastbegan.report import Report
-from fastbegan.run import RunConfig, RunFolder
+from fastbegan.runs.checkpoint import list_checkpoints, save_checkpoint
+from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.train import NOT_FINITE, StopRequest, Training, train
 from fastbegan_kernels import tuning
 
@@ -108,7 +108,7 @@ def test_a_run_leaves_all_it_promises(forty: Path) -> None:
 
 
 def test_sheets_show_what_the_networks_make(forty: Path) -> None:
-    from fastbegan.samples import generate, generated_band, grid, sheet_latents
+    from fastbegan.runs.sheets import generate, generated_band, grid, sheet_latents
 
     generator = RunFolder(forty).load_generator()
     with Image.open(forty / "samples" / "000000040.png") as sheet:

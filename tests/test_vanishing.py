@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fastbegan import Generator, ModelConfig, TrainConfig, TrainStep
-from fastbegan.checkpoint import list_checkpoints
 from fastbegan.cli import main
 from fastbegan.graph import GraphedStep
 from fastbegan.nets.models import build
-from fastbegan.run import RunFolder
+from fastbegan.runs.checkpoint import list_checkpoints
+from fastbegan.runs.folder import RunFolder
 
 from .conftest import TINY
 from .test_graph import CUDA, fake_cuda  # noqa: F401  # a fixture

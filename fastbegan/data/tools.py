@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..report import Report
-from ..samples import save_png
+from ..runs.sheets import save_png
 from .pack import DamagedPackError, read_pack
 from .prepare import load_catalogue, make_pack
 

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..extractors import open_extractor
 from ..files import locked, make_folder, sha256, visible
 from ..report import Report
-from ..run import RunFolder
+from ..runs.folder import RunFolder
 from . import ablation, continuity, convergence, diversity, scores, unbalanced
 from .scales import SCALES
 from .study import FILE, OF_ONE_RUN, Settings, Study

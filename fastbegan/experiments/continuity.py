@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..nets.models import Generator
-from ..samples import generate, grid, save_gif, sheet_latents
+from ..runs.sheets import generate, grid, save_gif, sheet_latents
 from .pictures import below, beside
 from .study import Study
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint import list_checkpoints, read_checkpoint
 from ..errors import UserError
 from ..nets.models import Generator
-from ..plots import save_figure
-from ..samples import generate, grid, sheet_latents
+from ..runs.checkpoint import list_checkpoints, read_checkpoint
+from ..runs.curves import save_figure
+from ..runs.sheets import generate, grid, sheet_latents
 from .pictures import plot
 from .study import Study, Trained
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..plots import save_figure
+from ..runs.curves import save_figure
 from .convergence import ranks_correlate
 from .pictures import beside, plot
 from .study import Study, Trained

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..files import atomic
-from ..samples import save_png
+from ..runs.sheets import save_png
 
 
 class Page:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from ..samples import grid
+from ..runs.sheets import grid
 
 _GAP, _LABEL = 12, 22
 

@@ -31,8 +31,8 @@ from ..extractors import Extractor
 from ..files import make_folder, read_json, write_json
 from ..nets.models import Generator
 from ..report import Report, duration
-from ..run import RunFolder
-from ..samples import generate, sheet_latents
+from ..runs.folder import RunFolder
+from ..runs.sheets import generate, sheet_latents
 from ..train import NOT_FINITE
 from ..version import __version__
 from .page import Page

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastbegan.data import dali_loader
 from fastbegan.data.pack import read_pack
-from fastbegan.run import RunFolder
+from fastbegan.runs.folder import RunFolder
 from tests.data import zoo
 
 Run = Callable[..., "CompletedProcess[str]"]

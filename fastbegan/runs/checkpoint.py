@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from .distributed.ranks import Ranks
-from .errors import UserError
-from .files import sha256, sync_folder, write_json
+from ..distributed.ranks import Ranks
+from ..errors import UserError
+from ..files import sha256, sync_folder, write_json
 
 _STATE, _MANIFEST, _TEMPORARY = "state.pt", "manifest.json", ".writing-"
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from . import counter
-from .files import atomic
+from .. import counter
+from ..files import atomic
 
 BANDS = ("real", "real, reconstructed", "generated", "generated, reconstructed")
 COLUMNS, ROWS = 10, 2  # tiles in each band of a training sheet

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import atomic
+from ..files import atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from .config import FREE_ON_RESUME, ModelConfig, TrainConfig, from_dict
-from .errors import UserError
-from .files import atomic, read_json, visible, write_json, writing
-from .nets.models import Generator
-from .version import __version__
+from ..config import FREE_ON_RESUME, ModelConfig, TrainConfig, from_dict
+from ..errors import UserError
+from ..files import atomic, read_json, visible, write_json, writing
+from ..nets.models import Generator
+from ..version import __version__
 
 
 @dataclass(frozen=True)
