@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu_cases import DEVICE, ON_CPU
-from fastbegan.bench.results import Row
 from fastbegan.convert import accelerate
 from fastbegan.device import pick_compile
+from fastbegan.measure.results import Row
 
 BATCH = 16
 

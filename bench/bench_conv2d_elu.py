@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench.gpu_cases import Case
-from fastbegan.bench.results import Row
+from fastbegan.measure.results import Row
 
 
 @pytest.mark.parametrize("direction", ["forward", "both"])

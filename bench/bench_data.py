@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from bench.gpu_cases import DEVICE
-from fastbegan.bench.results import Row
 from fastbegan.config import TrainConfig
 from fastbegan.data import dali_loader
 from fastbegan.data.choose import open_loader
 from fastbegan.data.faces import faces
 from fastbegan.data.loader import Loader
 from fastbegan.data.prepare import make_pack
+from fastbegan.measure.results import Row
 
 WIDTH, HEIGHT = 178, 218  # of CelebA's aligned images
 BATCH, COUNT, KINDS = 64, 4096, 256  # files, and different pictures among them

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.gpu_cases import Case
-from fastbegan.bench.results import Row
+from fastbegan.measure.results import Row
 
 
 def bench_equilibrium_update(race_op: Callable[..., Row]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from bench.gpu_cases import ON_CPU, Case
-from fastbegan.bench.results import Row
+from fastbegan.measure.results import Row
 
 
 @pytest.mark.parametrize("direction", ["forward", "both"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from bench.gpu_cases import ON_CPU, Case
-from fastbegan.bench.results import Row
+from fastbegan.measure.results import Row
 
 HUGE = 1 << (24 if ON_CPU else 28)  # bytes a tensor, so that no cache holds it
 

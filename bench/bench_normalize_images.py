@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.gpu_cases import ON_CPU, Case
-from fastbegan.bench.results import Row
+from fastbegan.measure.results import Row
 
 
 def bench_normalize_images(race_op: Callable[..., Row]) -> None:

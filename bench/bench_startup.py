@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastbegan.bench.results import Row
+from fastbegan.measure.results import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 

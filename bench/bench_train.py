@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fastbegan.bench.results import Row
 from fastbegan.config import PRESETS
+from fastbegan.measure.results import Row
 from fastbegan.report import Report
 from fastbegan.runs.folder import RunConfig
 from fastbegan.train import Training

@@ -21,9 +21,9 @@ from rich.console import Console
 from bench import ops
 from bench.gpu_cases import DEVICE, ON_CPU
 from bench.regression import Accepted
-from fastbegan.bench.machine import facts, roofline, synchronize
-from fastbegan.bench.results import Results, Row, count_lines, ratio, spread, table
 from fastbegan.capacity import available_memory
+from fastbegan.measure.machine import facts, roofline, synchronize
+from fastbegan.measure.results import Results, Row, count_lines, ratio, spread, table
 from fastbegan_kernels import tuning
 from fastbegan_kernels.child import Trial
 

@@ -16,9 +16,9 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbegan import objective
-from fastbegan.bench.machine import synchronize
-from fastbegan.bench.step import configured, inputs
 from fastbegan.config import ModelConfig, TrainConfig
+from fastbegan.measure.machine import synchronize
+from fastbegan.measure.step import configured, inputs
 from fastbegan.nets.models import build
 from fastbegan.step import TrainStep
 

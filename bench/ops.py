@@ -15,7 +15,7 @@ from bench.gpu_candidates import differentiable
 from bench.gpu_cases import ON_CPU, Case
 from bench.gpu_timed_cases import SLOW
 from bench.gpu_timing import Run, capture, contenders, in_turns, rotation
-from fastbegan.bench.results import Row
+from fastbegan.measure.results import Row
 
 MODE = "fp32" if ON_CPU else "bf16"
 _PRECISION = {"fp32": "float32", "bf16": "bf16"}

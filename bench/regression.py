@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastbegan.bench.machine import slug
-from fastbegan.bench.results import Row
 from fastbegan.files import read_json, write_json
+from fastbegan.measure.machine import slug
+from fastbegan.measure.results import Row
 
 BAND = 0.10  # how far a ratio may fall under the accepted one
 

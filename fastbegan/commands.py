@@ -311,7 +311,7 @@ class BenchStep:
     """Print only JSON."""
 
     def run(self) -> int:
-        from .bench.step import DEFAULT_MODES, bench_step
+        from .measure.step import DEFAULT_MODES, bench_step
 
         preset = find_preset(self.preset)
         batch_size = preset.train.batch_size if self.batch_size is None else self.batch_size
@@ -340,7 +340,7 @@ class BenchReport:
     """Print the README's section on speed."""
 
     def run(self) -> int:
-        from .bench.report import bench_report
+        from .measure.report import bench_report
 
         return bench_report(self.results, out=self.out, as_readme=self.readme)
 
@@ -369,7 +369,7 @@ class BenchPlan:
     """Print only JSON."""
 
     def run(self) -> int:
-        from .bench.plan import bench_plan
+        from .measure.plan import bench_plan
 
         preset = find_preset(self.preset)
         batch_size = preset.train.batch_size if self.batch_size is None else self.batch_size

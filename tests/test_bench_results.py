@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from fastbegan import PRESETS, UserError
-from fastbegan.bench import machine, plan, report
-from fastbegan.bench.results import Results, Row, ratio, spread
 from fastbegan.cli import main
 from fastbegan.info import step_cost
+from fastbegan.measure import machine, plan, report
+from fastbegan.measure.results import Results, Row, ratio, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOFLINE = {"copy_bytes_per_s": 1e10, "flop_per_s": {"float32": 1e11}}

@@ -10,8 +10,8 @@ import torch
 
 from bench import gpu_step
 from fastbegan import ModelConfig, TrainConfig, UserError, capacity, objective
-from fastbegan.bench import step as bench
 from fastbegan.cli import main
+from fastbegan.measure import step as bench
 from fastbegan.objective import OBJECTIVES, SinglePass
 
 SMALL = ["bench", "step", "--filters", "2", "--batch-size", "2", "--rounds", "2", "--device", "cpu"]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from bench.regression import Accepted
-from fastbegan.bench.results import Results, Row
 from fastbegan.files import read_json, write_json
+from fastbegan.measure.results import Results, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = {"device": "CPU Test", "threads": 2}

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig
-from fastbegan.bench.step import configured
 from fastbegan.cli import main
 from fastbegan.info import preset_markdown, step_cost
+from fastbegan.measure.step import configured
 from fastbegan.nets.models import build
 
 from .conftest import ROOT, TINY

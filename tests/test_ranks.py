@@ -20,9 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastbegan.bench.plan import all_reduce_seconds
 from fastbegan.distributed.ranks import _roll_call
 from fastbegan.distributed.stop import StopRequest
+from fastbegan.measure.plan import all_reduce_seconds
 from fastbegan.runs.checkpoint import list_checkpoints
 from fastbegan.runs.folder import RunFolder
 from tests.conftest import ROOT, environment

@@ -22,13 +22,13 @@ import torch
 
 import fastbegan_kernels
 
-from ..bench.machine import facts
 from ..data.faces import faces
 from ..data.prepare import load_images
 from ..errors import UserError
 from ..evaluate import Yardstick, names
 from ..extractors import Extractor
 from ..files import make_folder, read_json, write_json
+from ..measure.machine import facts
 from ..nets.models import Generator
 from ..report import Report, duration
 from ..runs.folder import RunFolder
