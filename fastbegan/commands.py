@@ -90,7 +90,7 @@ class Evaluate:
     """Print only JSON."""
 
     def run(self) -> int:
-        from .evaluate import evaluate_command
+        from .evaluation.scores import evaluate_command
 
         return evaluate_command(**vars(self))
 

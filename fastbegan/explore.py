@@ -27,8 +27,8 @@ from .data.prepare import ImageSet, load_images
 from .data.source import without_folders
 from .device import pick_device
 from .errors import UserError
+from .evaluation.nearest import Comparison, Neighbour, compare
 from .files import atomic, make_folder, read_json
-from .nearest import Comparison, Neighbour, compare
 from .nets.models import Generator
 from .report import Report
 from .runs.checkpoint import load_latest

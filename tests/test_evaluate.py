@@ -19,11 +19,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from fastbegan import ModelConfig, TrainConfig, UserError, evaluate, extractors
+from fastbegan import ModelConfig, TrainConfig, UserError
 from fastbegan.cli import main
 from fastbegan.data.faces import faces
-from fastbegan.evaluate import Yardstick, names, score
-from fastbegan.extractors import open_extractor
+from fastbegan.evaluation import extractors
+from fastbegan.evaluation import scores as evaluate
+from fastbegan.evaluation.extractors import open_extractor
+from fastbegan.evaluation.scores import Yardstick, names, score
 from fastbegan.files import sha256
 from fastbegan.nets.models import Generator, build
 from fastbegan.runs.folder import RunConfig, RunFolder
@@ -383,7 +385,7 @@ def test_bad_input_is_one_clear_line(arguments: list[str], message: str, capsys:
 
 def test_importing_it_needs_no_extra() -> None:
     code = (
-        "import sys, fastbegan.evaluate; assert not {'torch_fidelity', 'torchvision', 'efficientnet_lite_pytorch'} "
+        "import sys, fastbegan.evaluation.scores; assert not {'torch_fidelity', 'torchvision', 'efficientnet_lite_pytorch'} "
         "& set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=120)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastbegan import nearest as nearest_module
-from fastbegan.nearest import compare, nearest
+from fastbegan.evaluation import nearest as nearest_module
+from fastbegan.evaluation.nearest import compare, nearest
 
 
 def _brute(query: np.ndarray, images: np.ndarray, flip: bool) -> list[tuple[float, int, bool]]:

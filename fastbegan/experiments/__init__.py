@@ -10,7 +10,7 @@ from ..data.source import absolute, find_source
 from ..device import pick_device
 from ..distributed.stop import StopRequest
 from ..errors import UserError
-from ..extractors import open_extractor
+from ..evaluation.extractors import open_extractor
 from ..files import locked, make_folder, sha256, visible
 from ..report import Report
 from ..runs.folder import RunFolder

@@ -25,8 +25,8 @@ import fastbegan_kernels
 from ..data.faces import faces
 from ..data.prepare import load_images
 from ..errors import UserError
-from ..evaluate import Yardstick, names
-from ..extractors import Extractor
+from ..evaluation.extractors import Extractor
+from ..evaluation.scores import Yardstick, names
 from ..files import make_folder, read_json, write_json
 from ..measure.machine import facts
 from ..nets.models import Generator

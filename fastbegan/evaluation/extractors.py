@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from .errors import UserError
-from .files import sha256
+from ..errors import UserError
+from ..files import sha256
 
 DISPLAY = {"efficientnet-lite0": "EfficientNet-Lite0", "inception": "Inception"}
 

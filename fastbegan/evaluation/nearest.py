@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .data.prepare import Progress
+from ..data.prepare import Progress
 
 _CHUNK_BYTES = 1 << 26  # of training images as float32 at a time
 _MEASURED, _MEASURED_BYTES = 200, 1 << 27  # training images that are compared with all others, at most; as float32

@@ -17,16 +17,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from . import counter
-from .config import require_seed
-from .data.prepare import Progress, load_images
-from .data.scale import scale
-from .device import pick_device
-from .errors import UserError
+from .. import counter
+from ..config import require_seed
+from ..data.prepare import Progress, load_images
+from ..data.scale import scale
+from ..device import pick_device
+from ..errors import UserError
+from ..report import Report
+from ..runs import sheets as samples
+from ..runs.folder import RunConfig, RunFolder
 from .extractors import DISPLAY, Extractor, open_extractor
-from .report import Report
-from .runs import sheets as samples
-from .runs.folder import RunConfig, RunFolder
 
 LEAST = 10
 """Images of a side: the inception score is a mean over ten parts."""

@@ -1,1 +1,0 @@
-"""Measuring: `fastbegan bench step`, `report` and `plan`, and what they share with the suites in the folder bench/."""

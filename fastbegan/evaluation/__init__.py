@@ -1,0 +1,1 @@
+"""How good images are: Frechet and kernel distances, inception score, precision and recall, nearest images."""
