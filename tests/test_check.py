@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastbegan import chains, compare
-from fastbegan.convert import accelerate
+from fastbegan.convert import accelerate, chains, compare
 
 from .gans import GANS, seeded
 

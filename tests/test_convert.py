@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbegan import chains, compare
-from fastbegan.convert import Report, accelerate, restore
+from fastbegan.convert import Report, accelerate, chains, compare, restore
 
 from .families import FAMILIES, Interpolating, Latent, images, sequential
 from .gans import seeded
@@ -334,7 +333,7 @@ def test_wrong_use_is_refused() -> None:
 
 
 def test_a_failed_check_restores(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastbegan import chains
+    from fastbegan.convert import chains
 
     real = chains.conv_stage
     monkeypatch.setattr(chains, "conv_stage", lambda *args, **options: 1.0001 * real(*args, **options))

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbegan import chains, compare
-from fastbegan.convert import accelerate, restore
+from fastbegan.convert import accelerate, chains, compare, restore
 
 from .families import Interpolating, images, made
 

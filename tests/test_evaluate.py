@@ -384,8 +384,6 @@ def test_bad_input_is_one_clear_line(arguments: list[str], message: str, capsys:
 
 
 def test_importing_it_needs_no_extra() -> None:
-    code = (
-        "import sys, fastbegan.evaluation.scores; assert not {'torch_fidelity', 'torchvision', 'efficientnet_lite_pytorch'} "
-        "& set(sys.modules)"
-    )
+    extras = {"torch_fidelity", "torchvision", "efficientnet_lite_pytorch"}
+    code = f"import sys, fastbegan.evaluation.scores; assert not {extras} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=120)

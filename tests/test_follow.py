@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbegan.convert import accelerate, restore
-from fastbegan.follow import CannotFollowError, follow
+from fastbegan.convert.follow import CannotFollowError, follow
 
 from .families import Interpolating, images, made
 

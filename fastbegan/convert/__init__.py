@@ -1,0 +1,5 @@
+"""`accelerate(model)` puts the fast layers under a model that does not know them; `restore` takes them out."""
+
+from .shell import Report, accelerate, restore
+
+__all__ = ["Report", "accelerate", "restore"]
