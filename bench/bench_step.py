@@ -11,9 +11,9 @@ from bench.counts import breakdown, graphs, launches
 from bench.gpu_cases import DEVICE, ON_CPU
 from fastbegan.config import ModelConfig, TrainConfig
 from fastbegan.device import pick_compile, pick_precision, set_backends
-from fastbegan.info import step_cost
 from fastbegan.measure.results import Row
 from fastbegan.measure.step import COMPILED, Candidate, check, configured, prepare, turn
+from fastbegan.training.cost import step_cost
 
 PRECISION = "float32" if ON_CPU else "bf16"
 # image size, n, batch; the first one is the quick run's

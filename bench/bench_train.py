@@ -10,7 +10,7 @@ from fastbegan.config import PRESETS
 from fastbegan.measure.results import Row
 from fastbegan.report import Report
 from fastbegan.runs.folder import RunConfig
-from fastbegan.train import Training
+from fastbegan.training.loop import Training
 
 STEPS = 10  # a turn
 

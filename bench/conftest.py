@@ -21,7 +21,7 @@ from rich.console import Console
 from bench import ops
 from bench.gpu_cases import DEVICE, ON_CPU
 from bench.regression import Accepted
-from fastbegan.capacity import available_memory
+from fastbegan.device import available_memory
 from fastbegan.measure.machine import facts, roofline, synchronize
 from fastbegan.measure.results import Results, Row, count_lines, ratio, spread, table
 from fastbegan_kernels import tuning

@@ -15,12 +15,12 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbegan import objective
 from fastbegan.config import ModelConfig, TrainConfig
 from fastbegan.measure.machine import synchronize
 from fastbegan.measure.step import configured, inputs
 from fastbegan.nets.models import build
-from fastbegan.step import TrainStep
+from fastbegan.training import objective
+from fastbegan.training.step import TrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
 _NAMED = 9  # operations or kernels with a share of their own

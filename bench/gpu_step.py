@@ -28,11 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from fastbegan.config import ModelConfig, TrainConfig  # noqa: E402
 from fastbegan.data.loader import Batching, Loader, PackedLoader, ResidentLoader  # noqa: E402
 from fastbegan.device import pick_precision, set_backends  # noqa: E402
-from fastbegan.graph import GraphedStep  # noqa: E402
-from fastbegan.info import step_cost  # noqa: E402
 from fastbegan.measure import step as bench  # noqa: E402
 from fastbegan.nets.models import build  # noqa: E402
-from fastbegan.step import TrainStep  # noqa: E402
+from fastbegan.training.cost import step_cost  # noqa: E402
+from fastbegan.training.graph import GraphedStep  # noqa: E402
+from fastbegan.training.step import TrainStep  # noqa: E402
 
 DRY = "--dry" in sys.argv
 DEVICE = torch.device("cpu" if DRY else "cuda")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .errors import UserError
     from .layers import Conv2dELU, Equilibrium, UpsampleConv2dELU
     from .nets.models import Decoder, Discriminator, Encoder, Generator, build, to_plain
-    from .step import TrainStep
+    from .training.step import TrainStep
 
 
 __all__ = [
@@ -46,7 +46,7 @@ _HOMES = {
     "errors": ("UserError",),
     "layers": ("Conv2dELU", "Equilibrium", "UpsampleConv2dELU"),
     "nets.models": ("Decoder", "Discriminator", "Encoder", "Generator", "build", "to_plain"),
-    "step": ("TrainStep",),
+    "training.step": ("TrainStep",),
 }
 
 

@@ -29,7 +29,7 @@ class Train:
     """off: refuse a folder that holds a run."""
 
     def run(self) -> int:
-        from .train import train
+        from .training.loop import train
 
         return train(RunConfig(self.preset, self.model, self.train), self.out, resume=self.resume == "auto")
 

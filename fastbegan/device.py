@@ -132,6 +132,13 @@ def set_backends(precision: str, *, deterministic: bool = False, search: bool = 
     torch.backends.cudnn.allow_tf32 = precision == "tf32"  # torch's default is on, for convolutions only
 
 
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on a device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

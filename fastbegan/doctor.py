@@ -14,13 +14,13 @@ from rich.table import Table
 from fastbegan_kernels import dispatch, problems, tuning
 from fastbegan_kernels.problems import Layer, Pointwise
 
-from .capacity import capacity
 from .config import ModelConfig, TrainConfig
 from .device import pick_device, pick_precision, set_backends
 from .errors import UserError
-from .info import step_cost
 from .report import Report
-from .tune import tune
+from .training.capacity import capacity
+from .training.cost import step_cost
+from .training.tune import tune
 
 Row = tuple[str, str, str]
 

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from fastbegan import cli, files, train
+from fastbegan import cli, files
 from fastbegan.data.loader import PackedLoader
 from fastbegan.distributed.bucket import Bucket
 from fastbegan.distributed.ranks import Flight, LostContactError
 from fastbegan.runs import checkpoint
 from fastbegan.runs.folder import RunFolder
-from fastbegan.step import TrainStep
+from fastbegan.training import loop as train
+from fastbegan.training.step import TrainStep
 
 PLACES: dict[str, tuple[Any, str]] = {
     "load": (train, "open_loader"),

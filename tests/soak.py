@@ -15,7 +15,7 @@ from fastbegan import PRESETS, ModelConfig
 from fastbegan.distributed.stop import StopRequest
 from fastbegan.report import Report
 from fastbegan.runs.folder import RunConfig
-from fastbegan.train import Training
+from fastbegan.training.loop import Training
 
 
 def _kib() -> int:

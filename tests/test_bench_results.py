@@ -13,9 +13,9 @@ from PIL import Image
 
 from fastbegan import PRESETS, UserError
 from fastbegan.cli import main
-from fastbegan.info import step_cost
 from fastbegan.measure import machine, plan, report
 from fastbegan.measure.results import Results, Row, ratio, spread
+from fastbegan.training.cost import step_cost
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOFLINE = {"copy_bytes_per_s": 1e10, "flop_per_s": {"float32": 1e11}}

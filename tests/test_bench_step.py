@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from bench import gpu_step
-from fastbegan import ModelConfig, TrainConfig, UserError, capacity, objective
+from fastbegan import ModelConfig, TrainConfig, UserError
 from fastbegan.cli import main
 from fastbegan.measure import step as bench
-from fastbegan.objective import OBJECTIVES, SinglePass
+from fastbegan.training import capacity, objective
+from fastbegan.training.objective import OBJECTIVES, SinglePass
 
 SMALL = ["bench", "step", "--filters", "2", "--batch-size", "2", "--rounds", "2", "--device", "cpu"]
 

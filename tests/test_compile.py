@@ -12,7 +12,7 @@ from torch import Tensor
 from fastbegan import ModelConfig, TrainConfig, TrainStep, UserError
 from fastbegan.device import pick_compile
 from fastbegan.nets.models import build
-from fastbegan.objective import OBJECTIVES
+from fastbegan.training.objective import OBJECTIVES
 
 MODEL = ModelConfig(size=32, filters=4, hidden=8, latent=8)
 TRAIN = TrainConfig(batch_size=4, lr=1e-3)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastbegan import ModelConfig, TrainConfig, UserError, device, tune
+from fastbegan import ModelConfig, TrainConfig, UserError, device
 from fastbegan.device import pick_device, pick_precision, set_backends
+from fastbegan.training import tune
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbegan import Equilibrium, TrainConfig, UserError
-from fastbegan.schedule import StallHalving
+from fastbegan.training.schedule import StallHalving
 from fastbegan_kernels import equilibrium_update, reference
 
 

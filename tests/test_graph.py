@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastbegan.graph import GraphedStep
+from fastbegan.training.graph import GraphedStep
 
 CUDA = torch.device("cuda", 0)
 

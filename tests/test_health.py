@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fastbegan import train as train_module
 from fastbegan.cli import main
-from fastbegan.health import HealthMonitor
+from fastbegan.training import loop as train_module
+from fastbegan.training.health import HealthMonitor
 
 from .conftest import TINY
 

@@ -10,9 +10,10 @@ import torch
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig
 from fastbegan.cli import main
-from fastbegan.info import preset_markdown, step_cost
+from fastbegan.info import preset_markdown
 from fastbegan.measure.step import configured
 from fastbegan.nets.models import build
+from fastbegan.training.cost import step_cost
 
 from .conftest import ROOT, TINY
 

@@ -10,7 +10,7 @@ import torch
 
 from fastbegan import PRESETS
 from fastbegan.runs.folder import RunConfig, RunFolder
-from fastbegan.train import train
+from fastbegan.training.loop import train
 
 
 @pytest.mark.slow

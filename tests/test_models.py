@@ -20,8 +20,8 @@ from fastbegan import (
     UserError,
     plain,
 )
-from fastbegan.info import step_cost
 from fastbegan.nets.models import build, count_parameters, to_plain
+from fastbegan.training.cost import step_cost
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastbegan import Discriminator, Generator, ModelConfig
 from fastbegan.nets.models import build
-from fastbegan.objective import OBJECTIVES, Objective
+from fastbegan.training.objective import OBJECTIVES, Objective
 
 K = torch.tensor(0.37)
 EVERY = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)

@@ -15,17 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbegan import PRESETS, ModelConfig, TrainConfig, TrainStep, UserError, train
+from fastbegan import PRESETS, ModelConfig, TrainConfig, TrainStep, UserError
 from fastbegan.data.choose import same_images
 from fastbegan.distributed.bucket import Bucket
 from fastbegan.distributed.ranks import Flight, LostContactError, Ranks
 from fastbegan.layers import Equilibrium
 from fastbegan.nets.models import build
-from fastbegan.objective import OBJECTIVES
 from fastbegan.report import Report
 from fastbegan.runs.checkpoint import list_checkpoints
 from fastbegan.runs.folder import RunConfig
-from fastbegan.train import Training
+from fastbegan.training import loop as train
+from fastbegan.training.loop import Training
+from fastbegan.training.objective import OBJECTIVES
 from fastbegan_kernels import tuning
 
 MODEL = ModelConfig(size=16, filters=4, hidden=6, latent=6, widths=(1, 2))

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-import fastbegan.train
+import fastbegan.training.loop
 from fastbegan import ModelConfig, TrainConfig
-from fastbegan.reading import Reading
 from fastbegan.report import Report
 from fastbegan.runs.checkpoint import list_checkpoints
 from fastbegan.runs.folder import RunConfig, RunFolder
-from fastbegan.train import NOT_FINITE, StopRequest, Training
+from fastbegan.training.loop import NOT_FINITE, StopRequest, Training
+from fastbegan.training.reading import Reading
 
 SHORT = TrainConfig(
     data="faces:64", batch_size=8, steps=20, log_every=5, sample_every=15, checkpoint_every=1000, device="cpu",
@@ -96,14 +96,14 @@ def test_a_checkpoint_waits_for_the_row_and_for_the_numbers(tmp_path: Path, monk
 
 def test_images_a_second_are_of_the_row_and_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("fastbegan.train.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fastbegan.training.loop.time.monotonic", lambda: now[0])
 
     def slow(training: Training) -> None:
-        advance, save, draw = training.advance, training._checkpoint, fastbegan.train.training_sheet
+        advance, save, draw = training.advance, training._checkpoint, fastbegan.training.loop.training_sheet
         monkeypatch.setattr(advance, "work", lambda work=advance.work: (work(), now.__setitem__(0, now[0] + 0.5)))
         monkeypatch.setattr(training, "_checkpoint", lambda: (save(), now.__setitem__(0, now[0] + 70)))
         sheet = lambda *given: (now.__setitem__(0, now[0] + 30), draw(*given))[1]  # noqa: E731
-        monkeypatch.setattr(fastbegan.train, "training_sheet", sheet)
+        monkeypatch.setattr(fastbegan.training.loop, "training_sheet", sheet)
 
     assert _run(tmp_path / "run", slow, checkpoint_every=7) == 0
     rows = RunFolder(tmp_path / "run").read_metrics()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastbegan import ModelConfig, TrainConfig, TrainStep
 from fastbegan.nets.models import Discriminator, Generator, build
-from fastbegan.objective import OBJECTIVES
+from fastbegan.training.objective import OBJECTIVES
 
 MODEL = ModelConfig(size=16, filters=4, hidden=6, latent=6, widths=(1, 2))
 TRAIN = TrainConfig(batch_size=3, lr=1e-3)

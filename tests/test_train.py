@@ -24,7 +24,7 @@ from fastbegan.counter import Z_D, latents
 from fastbegan.report import Report
 from fastbegan.runs.checkpoint import list_checkpoints, save_checkpoint
 from fastbegan.runs.folder import RunConfig, RunFolder
-from fastbegan.train import NOT_FINITE, StopRequest, Training, train
+from fastbegan.training.loop import NOT_FINITE, StopRequest, Training, train
 from fastbegan_kernels import tuning
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

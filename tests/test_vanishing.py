@@ -11,10 +11,10 @@ import torch
 
 from fastbegan import Generator, ModelConfig, TrainConfig, TrainStep
 from fastbegan.cli import main
-from fastbegan.graph import GraphedStep
 from fastbegan.nets.models import build
 from fastbegan.runs.checkpoint import list_checkpoints
 from fastbegan.runs.folder import RunFolder
+from fastbegan.training.graph import GraphedStep
 
 from .conftest import TINY
 from .test_graph import CUDA, fake_cuda  # noqa: F401  # a fixture

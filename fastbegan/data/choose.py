@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..capacity import available_memory
 from ..config import TrainConfig
+from ..device import available_memory
 from ..errors import UserError
 from . import dali_loader
 from .files_loader import TorchLoader

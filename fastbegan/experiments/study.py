@@ -33,7 +33,7 @@ from ..nets.models import Generator
 from ..report import Report, duration
 from ..runs.folder import RunFolder
 from ..runs.sheets import generate, sheet_latents
-from ..train import NOT_FINITE
+from ..training.loop import NOT_FINITE
 from ..version import __version__
 from .page import Page
 from .scales import SCALES, Scale

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..config import ModelConfig, TrainConfig
 from ..errors import UserError
-from ..info import step_cost
+from ..training.cost import step_cost
 from .results import Results
 
 

@@ -23,11 +23,11 @@ from ..config import ModelConfig, TrainConfig
 from ..counter import Z_D, latents
 from ..device import pick_compile, pick_device, pick_precision, set_backends
 from ..errors import UserError
-from ..graph import GraphedStep
-from ..info import step_cost
 from ..nets.models import build
-from ..objective import OBJECTIVES
-from ..step import FIRST_LOSS_SCALE, TrainStep
+from ..training.cost import step_cost
+from ..training.graph import GraphedStep
+from ..training.objective import OBJECTIVES
+from ..training.step import FIRST_LOSS_SCALE, TrainStep
 from . import machine
 from .results import ratio
 

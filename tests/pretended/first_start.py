@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastbegan.config import ModelConfig, TrainConfig
-from fastbegan.tune import tune
+from fastbegan.training.tune import tune
 from fastbegan_kernels import child, problems, tuning
 
 _ANSWERS = """

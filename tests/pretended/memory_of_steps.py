@@ -7,8 +7,8 @@ import json
 
 import torch
 
-from fastbegan.capacity import fits
 from fastbegan.config import ModelConfig, TrainConfig
+from fastbegan.training.capacity import fits
 from fastbegan_kernels import tuning
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from fastbegan.config import ModelConfig, TrainConfig
 from fastbegan.counter import Z_D, Z_G, latents
 from fastbegan.data.loader import Batching, PackedLoader, ResidentLoader
 from fastbegan.device import pick_precision
-from fastbegan.graph import GraphedStep
 from fastbegan.nets.models import build
-from fastbegan.reading import Reading
-from fastbegan.step import TrainStep
+from fastbegan.training.graph import GraphedStep
+from fastbegan.training.reading import Reading
+from fastbegan.training.step import TrainStep
 
 from .findings import FINDINGS, PAGEABLE
 
@@ -94,7 +94,7 @@ class Ended:
 
 
 def steps(variant: Variant, *, graphed: bool) -> Ended:
-    """Train for a few steps as `fastbegan.train` does."""
+    """Train for a few steps as `fastbegan.training.loop` does."""
     model = ModelConfig(**(_MODEL | variant.model))
     config = TrainConfig(batch_size=2, lr=1e-3, **variant.train)
     step = TrainStep(*build(model, seed=0, device=DEVICE), config, pick_precision(variant.precision, DEVICE)[1])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastbegan_kernels import l1_reconstruction_loss_with_gradients
 
-from .nets.models import Discriminator, Generator, Packed, to_plain
+from ..nets.models import Discriminator, Generator, Packed, to_plain
 
 
 @contextlib.contextmanager

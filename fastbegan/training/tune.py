@@ -11,11 +11,11 @@ import torch
 from fastbegan_kernels import normalize_images, tuning
 from fastbegan_kernels.faults import in_short
 
-from .config import ModelConfig, TrainConfig
-from .device import without_search
-from .distributed.ranks import Ranks
-from .nets.models import build
-from .runs.sheets import COLUMNS, ROWS, training_sheet
+from ..config import ModelConfig, TrainConfig
+from ..device import without_search
+from ..distributed.ranks import Ranks
+from ..nets.models import build
+from ..runs.sheets import COLUMNS, ROWS, training_sheet
 from .step import TrainStep
 
 

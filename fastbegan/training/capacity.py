@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,10 +11,10 @@ import torch
 from fastbegan_kernels import tuning
 from fastbegan_kernels.faults import is_out_of_memory
 
-from .config import ModelConfig, TrainConfig
-from .device import without_search
-from .info import step_cost
-from .nets.models import build
+from ..config import ModelConfig, TrainConfig
+from ..device import available_memory, without_search
+from ..nets.models import build
+from .cost import step_cost
 from .step import TrainStep
 
 _USABLE = 0.9  # of free memory: the rest is the library's workspaces and the loader
@@ -29,13 +28,6 @@ class Capacity:
     fixed: int
     largest: int
     tried: bool
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that are free on a device now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def capacity(model: ModelConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> Capacity:

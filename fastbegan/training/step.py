@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from fastbegan_kernels import tuning
 from fastbegan_kernels.faults import is_failed_search, is_out_of_memory
 
-from .config import TrainConfig
-from .distributed.bucket import Bucket
-from .distributed.ranks import LostContactError, Ranks
-from .errors import UserError
-from .layers import Equilibrium
-from .nets.models import Discriminator, Generator
+from ..config import TrainConfig
+from ..distributed.bucket import Bucket
+from ..distributed.ranks import LostContactError, Ranks
+from ..errors import UserError
+from ..layers import Equilibrium
+from ..nets.models import Discriminator, Generator
 from .objective import OBJECTIVES, Objective
 from .reading import Reading
 

@@ -13,24 +13,20 @@ import torch
 
 from fastbegan_kernels import normalize_images, tuning
 
-from .counter import Z_D, Z_G, latents
-from .data.choose import open_loader, same_images
-from .data.source import absolute
-from .device import pick_compile, pick_device, pick_precision, set_backends
-from .distributed.ranks import Ranks
-from .distributed.stop import STOPPED_BY_USER, StopRequest
-from .errors import UserError
-from .files import make_folder, write_json
-from .graph import GraphedStep
-from .health import HealthMonitor, not_finite
-from .info import run_seconds
-from .nets.models import build, count_parameters
-from .reading import Reading
-from .report import Report, summary_writer
-from .runs.checkpoint import Writer, copied, load_for_all, save_checkpoint
-from .runs.curves import save_curves
-from .runs.folder import RunConfig, RunFolder, check_resumable, new_run_folder
-from .runs.sheets import (
+from ..counter import Z_D, Z_G, latents
+from ..data.choose import open_loader, same_images
+from ..data.source import absolute
+from ..device import pick_compile, pick_device, pick_precision, set_backends
+from ..distributed.ranks import Ranks
+from ..distributed.stop import STOPPED_BY_USER, StopRequest
+from ..errors import UserError
+from ..files import make_folder, write_json
+from ..nets.models import build, count_parameters
+from ..report import Report, summary_writer
+from ..runs.checkpoint import Writer, copied, load_for_all, save_checkpoint
+from ..runs.curves import save_curves
+from ..runs.folder import RunConfig, RunFolder, check_resumable, new_run_folder
+from ..runs.sheets import (
     COLUMNS,
     ROWS,
     diversity,
@@ -39,6 +35,10 @@ from .runs.sheets import (
     sheet_latents,
     training_sheet,
 )
+from .cost import run_seconds
+from .graph import GraphedStep
+from .health import HealthMonitor, not_finite
+from .reading import Reading
 from .schedule import StallHalving
 from .step import TrainStep
 from .tune import tune_for_all
