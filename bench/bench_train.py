@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastbegan.config import PRESETS
+from fastbegan.display import Display
 from fastbegan.measure.results import Row
-from fastbegan.report import Report
 from fastbegan.runs.folder import RunConfig
 from fastbegan.training.loop import Training
 
@@ -18,11 +18,11 @@ STEPS = 10  # a turn
 def bench_train(race: Callable[..., Row], tmp_path: Path) -> None:
     preset = PRESETS["demo"]
     runs: dict[str, Training] = {}
-    with Report() as report:
+    with Display() as display:
         for passes in ("single-pass", "textbook"):
             train = replace(preset.train, passes=passes, data="faces:512", images=None, steps=1, cuda_graph="auto")
             config = RunConfig("demo", preset.model, train)
-            runs[passes] = Training(config, tmp_path / passes, resume=False, report=report)
+            runs[passes] = Training(config, tmp_path / passes, resume=False, display=display)
 
         def turn(training: Training) -> Callable[[], None]:
             def work() -> None:

@@ -16,8 +16,8 @@ from fastbegan_kernels.problems import Layer, Pointwise
 
 from .config import ModelConfig, TrainConfig
 from .device import pick_device, pick_precision, set_backends
+from .display import Display
 from .errors import UserError
-from .report import Report
 from .training.capacity import capacity
 from .training.cost import step_cost
 from .training.tune import tune
@@ -102,8 +102,8 @@ def doctor_tune(
     for precision in precisions:
         used, dtype = pick_precision(precision, where)
         set_backends(used, search=cudnn_search)
-        with Report() as report:
-            missing = tune(model, train, where, dtype, report.trying)
+        with Display() as display:
+            missing = tune(model, train, where, dtype, display.trying)
         failed += missing
         print(f"{used:<12}{f'{missing} not chosen for good, as said above' if missing else 'all kernels are chosen'}")
     return 1 if failed else 0

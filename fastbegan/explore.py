@@ -26,11 +26,11 @@ from .config import ModelConfig, TrainConfig, require_seed
 from .data.prepare import ImageSet, load_images
 from .data.source import without_folders
 from .device import pick_device
+from .display import Display
 from .errors import UserError
 from .evaluation.nearest import Comparison, Neighbour, compare
 from .files import atomic, make_folder, read_json
 from .nets.models import Generator
-from .report import Report
 from .runs.checkpoint import load_latest
 from .runs.folder import RunConfig, RunFolder
 from .runs.sheets import BANDS, COLUMNS, ROWS, banded_sheet, generate, interpolate_latents, sheet_latents
@@ -88,14 +88,14 @@ def explore(
     generator = run.load_generator(place)
     make_folder(target.parent)
     plan = _Plan.of(config.model.size)
-    with Report() as report:
-        ways, square, samples = _draw(generator, config.model, plan, seed, place, report)
+    with Display() as display:
+        ways, square, samples = _draw(generator, config.model, plan, seed, place, display)
         rows, damaged = _metrics(run)
         sheets, lost = _sheets(run, config, 0.38 * plan.room)
         state = _checkpoint(run)
-        near, line = _nearest(samples, config, data, seed, state, 0.14 * plan.room, place, report)
+        near, line = _nearest(samples, config, data, seed, state, 0.14 * plan.room, place, display)
         if line:
-            report.say(line)
+            display.say(line)
         values = {
             "ways": {"ends": plan.ends, "frames": plan.frames, "image": _encoded([ways], 0.36 * plan.room)[0]},
             "square": {"side": plan.side, "image": _encoded([square], 0.12 * plan.room)[0]},
@@ -123,7 +123,7 @@ def explore(
 
 
 def _draw(
-    generator: Generator, model: ModelConfig, plan: _Plan, seed: int, place: torch.device, report: Report
+    generator: Generator, model: ModelConfig, plan: _Plan, seed: int, place: torch.device, display: Display
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pictures of all ways (a row each) and of the square, and the samples, uint8 [12, size, size, 3]."""
     z = sheet_latents(model.latent, seed, max(_SAMPLES, plan.ends + _CORNERS), place)
@@ -131,17 +131,17 @@ def _draw(
     upper, lower = interpolate_latents(z[plan.ends : plan.ends + _CORNERS], plan.side)[[0, 2]]
     share = torch.linspace(0, 1, plan.side, device=place)[:, None, None]
     square = torch.lerp(upper[None], lower[None], share).flatten(0, 1)  # [side * side, latent], row by row
-    images = _generate(generator, torch.cat([*pairs, square, z[:_SAMPLES]]), model.size, report)
+    images = _generate(generator, torch.cat([*pairs, square, z[:_SAMPLES]]), model.size, display)
     ways, rest = np.split(images, [len(pairs) * plan.frames])
     return _atlas(ways, plan.frames), _atlas(rest[:-_SAMPLES], plan.side), rest[-_SAMPLES:]
 
 
-def _generate(generator: Generator, z: Tensor, size: int, report: Report) -> np.ndarray:
+def _generate(generator: Generator, z: Tensor, size: int, display: Display) -> np.ndarray:
     batch = max(1, 64 * 64 * 64 // size**2)  # a CPU's memory
     images = []
     for part in z.split(batch):
         images.append(generate(generator, part, batch))
-        report.preparing("drawing images", sum(map(len, images)), len(z))
+        display.preparing("drawing images", sum(map(len, images)), len(z))
     return np.concatenate(images)
 
 
@@ -275,13 +275,13 @@ def _nearest(
     state: dict[str, Any],
     room: float,
     place: torch.device,
-    report: Report,
+    display: Display,
 ) -> tuple[str, str | None]:
     """The section about nearest training images as HTML, and a line where something is to be said about them."""
     train, size = config.train, config.model.size
     try:
         found = load_images(
-            train.data if data is None else data, size + 2 * train.jitter, train.crop, report.preparing,
+            train.data if data is None else data, size + 2 * train.jitter, train.crop, display.preparing,
             max_bad=train.max_bad, workers=train.workers,
         )  # fmt: skip
     except (UserError, OSError) as error:
@@ -292,7 +292,7 @@ def _nearest(
         return _note(f"{line}; --data names another place"), f"{line}: {error}; --data names another place"
     line = None if _same(found, state) else "these images are not those that the run was trained on (other pixels)"
     seen = compare(
-        samples, found.images, _NEIGHBOURS, flip=train.flip, seed=seed, device=place, progress=report.preparing
+        samples, found.images, _NEIGHBOURS, flip=train.flip, seed=seed, device=place, progress=display.preparing
     )
     files = iter(_encoded([picture for row in seen.pictures for picture in row], room))
     items = [_row(number, row, [next(files) for _ in range(1 + len(row))]) for number, row in enumerate(seen.rows)]

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch._dynamo.utils import counters
 
 from fastbegan import PRESETS, ModelConfig
+from fastbegan.display import Display
 from fastbegan.distributed.stop import StopRequest
-from fastbegan.report import Report
 from fastbegan.runs.folder import RunConfig
 from fastbegan.training.loop import Training
 
@@ -31,9 +31,9 @@ def main(folder: Path, steps: int) -> None:
         PRESETS["demo"].train, data="faces:64", images=None, steps=steps, batch_size=8, device="cpu", log_every=10,
         sample_every=100, checkpoint_every=50, compile="default", precision="float32",
     )  # fmt: skip
-    with Report(quiet=True) as report:
+    with Display(quiet=True) as display:
         config = RunConfig("demo", ModelConfig(size=32, filters=4), train)
-        training = Training(config, folder, resume=True, report=report)
+        training = Training(config, folder, resume=True, display=display)
         found: list[dict[str, int]] = []
         step = training.advance_one
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig, TrainStep, UserError
 from fastbegan.data.choose import same_images
+from fastbegan.display import Display
 from fastbegan.distributed.bucket import Bucket
 from fastbegan.distributed.ranks import Flight, LostContactError, Ranks
 from fastbegan.layers import Equilibrium
 from fastbegan.nets.models import build
-from fastbegan.report import Report
 from fastbegan.runs.checkpoint import list_checkpoints
 from fastbegan.runs.folder import RunConfig
 from fastbegan.training import loop as train
@@ -275,8 +275,8 @@ class _Pair(Ranks):
 
 def _training(folder: Path, ranks: Ranks, **options: Any) -> Training:
     config = replace(TRAIN, data="faces:64", device="cpu", compile="off", steps=10, **options)
-    with Report(quiet=True) as report:
-        return Training(RunConfig("demo", MODEL, config), folder, resume=True, report=report, ranks=ranks)
+    with Display(quiet=True) as display:
+        return Training(RunConfig("demo", MODEL, config), folder, resume=True, display=display, ranks=ranks)
 
 
 def test_all_ranks_wait_until_the_first_has_said_what_was_not_finite(
@@ -332,8 +332,8 @@ def test_a_checkpoint_hardly_holds_up_the_step(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(train, "save_checkpoint", lambda *what: (time.sleep(1), save(*what)))
     preset = PRESETS["demo"]
     config = replace(preset.train, data="faces:64", device="cpu", compile="off")
-    with Report(quiet=True) as report:
-        training = Training(RunConfig("demo", preset.model, config), tmp_path / "run", resume=True, report=report)
+    with Display(quiet=True) as display:
+        training = Training(RunConfig("demo", preset.model, config), tmp_path / "run", resume=True, display=display)
         waited = []
         for _ in range(3):
             training.advance_one()

@@ -12,7 +12,7 @@ import torch
 
 import fastbegan.training.loop
 from fastbegan import ModelConfig, TrainConfig
-from fastbegan.report import Report
+from fastbegan.display import Display
 from fastbegan.runs.checkpoint import list_checkpoints
 from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.training.loop import NOT_FINITE, StopRequest, Training
@@ -26,8 +26,8 @@ SHORT = TrainConfig(
 
 def _run(out: Path, prepare: Callable[[Training], None] = lambda training: None, **changes: Any) -> int:
     config = RunConfig("demo", ModelConfig(size=32, filters=4), replace(SHORT, **changes))
-    with Report() as report:
-        training = Training(config, out, resume=True, report=report)
+    with Display() as display:
+        training = Training(config, out, resume=True, display=display)
         prepare(training)
         return training.run(StopRequest())
 

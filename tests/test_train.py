@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig, UserError
 from fastbegan.counter import Z_D, latents
-from fastbegan.report import Report
+from fastbegan.display import Display
 from fastbegan.runs.checkpoint import list_checkpoints, save_checkpoint
 from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.training.loop import NOT_FINITE, StopRequest, Training, train
@@ -224,8 +224,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(forty: Path, tmp_path: Path)
 
 def test_nan_ends_the_run_with_a_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     out = tmp_path / "run"
-    with Report() as report:
-        training = Training(RunConfig("demo", SMALL, SHORT), out, resume=True, report=report)
+    with Display() as display:
+        training = Training(RunConfig("demo", SMALL, SHORT), out, resume=True, display=display)
         sound = training.loader.current
         poisoned = lambda position: sound(position) * (float("nan") if position == 8 * 22 else 1)  # noqa: E731
         monkeypatch.setattr(training.loader, "current", poisoned)
@@ -248,17 +248,17 @@ def test_the_rate_asked_for_survives_a_kill(tmp_path: Path, monkeypatch: pytest.
     out = tmp_path / "run"
     _train(out, steps=20, lr_window=0)
     for _ in range(2):
-        with Report() as report:
+        with Display() as display:
             config = RunConfig("demo", SMALL, replace(SHORT, lr=5e-4, lr_window=0))
-            training = Training(config, out, resume=True, report=report)
+            training = Training(config, out, resume=True, display=display)
             assert training.step.optimizer_d.param_groups[0]["lr"].item() == pytest.approx(5e-4)
             assert training.schedule.lr == 5e-4 and training.done == 20
 
 
 def test_the_first_batch_and_draw_are_those_of_position_zero(tmp_path: Path) -> None:
     seen: list[Tensor] = []
-    with Report() as report:
-        training = Training(RunConfig("demo", SMALL, SHORT), tmp_path / "run", resume=True, report=report)
+    with Display() as display:
+        training = Training(RunConfig("demo", SMALL, SHORT), tmp_path / "run", resume=True, display=display)
         training.step.register_forward_pre_hook(lambda _, given: seen.extend(value.clone() for value in given[:2]))
         for _ in range(2):
             training.advance_one()
@@ -271,9 +271,9 @@ def test_the_first_batch_and_draw_are_those_of_position_zero(tmp_path: Path) -> 
 @pytest.mark.parametrize("where", ["_sheet", "_log", "_checkpoint"])
 def test_a_signal_at_any_moment_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     out = tmp_path / "run"
-    with Report() as report, StopRequest() as stop:
+    with Display() as display, StopRequest() as stop:
         config = RunConfig("demo", SMALL, replace(SHORT, steps=1000, log_every=4, sample_every=6, checkpoint_every=10))
-        training = Training(config, out, resume=True, report=report)
+        training = Training(config, out, resume=True, display=display)
         sound, calls = getattr(training, where), list[int]()
 
         def interrupted(*arguments: object, **options: object) -> object:
@@ -369,9 +369,9 @@ def test_learning_rate_halves_when_the_measure_stalls(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("latents", ["shared", "independent"])
 def test_independent_draws_are_other_draws(tmp_path: Path, latents: str) -> None:
-    with Report() as report:
+    with Display() as display:
         config = RunConfig("demo", SMALL, replace(SHORT, latents=latents))
-        training = Training(config, tmp_path / "run", resume=True, report=report)
+        training = Training(config, tmp_path / "run", resume=True, display=display)
     given: list[Tensor] = []
     training.step.forward = lambda *tensors: given.extend(tensors)  # pyright: ignore[reportAttributeAccessIssue]
     training.loader.prepare(0)

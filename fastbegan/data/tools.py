@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..display import Display
 from ..errors import UserError
-from ..report import Report
 from ..runs.sheets import save_png
 from .pack import DamagedPackError, read_pack
 from .prepare import load_catalogue, make_pack
@@ -25,25 +25,25 @@ def pack(data: str, out: Path, *, size: int, crop: str, max_bad: float, workers:
         raise UserError(f"max_bad is {max_bad}; accepted: 0 to 100")
     if out.suffix != ".pack":
         raise UserError(f"out is {out}; accepted: a name that ends with .pack")
-    with Report() as report:
-        found = make_pack(data, out, size, crop, report.preparing, max_bad=max_bad, workers=workers)
-        report.say(found.description)
-        report.say(f"  train on it: fastbegan train --size {size} --data {out}")
+    with Display() as display:
+        found = make_pack(data, out, size, crop, display.preparing, max_bad=max_bad, workers=workers)
+        display.say(found.description)
+        display.say(f"  train on it: fastbegan train --size {size} --data {out}")
         rejected = out.with_suffix(".rejected.txt")
         if rejected.exists() and rejected.stat().st_size:
-            report.say(f"  rejected, left out and converted: {rejected}")
+            display.say(f"  rejected, left out and converted: {rejected}")
     return 0
 
 
 def check(data: str, *, crop: str, workers: int | None) -> int:
     """Decode all of `data` and name what is broken; returns 1 if something is. Raises UserError."""
     _check_workers(workers)
-    with Report() as report:
-        found = load_catalogue(data, crop, report.preparing, max_bad=100.0, workers=workers, again=True)
+    with Display() as display:
+        found = load_catalogue(data, crop, display.preparing, max_bad=100.0, workers=workers, again=True)
         for name, reason in found.broken:
-            report.say(f"broken  {name}: {reason}")
+            display.say(f"broken  {name}: {reason}")
         converted = int(found.seen[:, 2].sum())
-        report.say(
+        display.say(
             f"{found.description}; {len(found.broken):,} broken, {converted:,} with colours or rotation converted"
         )
     return 1 if found.broken else 0

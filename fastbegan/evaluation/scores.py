@@ -22,8 +22,8 @@ from ..config import require_seed
 from ..data.prepare import Progress, load_images
 from ..data.scale import scale
 from ..device import pick_device
+from ..display import Display
 from ..errors import UserError
-from ..report import Report
 from ..runs import sheets as samples
 from ..runs.folder import RunConfig, RunFolder
 from .extractors import DISPLAY, Extractor, open_extractor
@@ -227,8 +227,8 @@ def evaluate_command(
         size = config.model.size if config else 64
     if config is not None and size == config.model.size:
         jitter = config.train.jitter
-    with Report(quiet=json) as report:
-        show, max_bad = report.preparing, config.train.max_bad if config else 1.0
+    with Display(quiet=json) as display:
+        show, max_bad = display.preparing, config.train.max_bad if config else 1.0
         other = _load(against, size, crop, jitter, count, seed, max_bad, show)
         if config is None:
             side = _load(images, size, crop, 0, count, seed, 1.0, show, from_end=True)

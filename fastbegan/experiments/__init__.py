@@ -8,11 +8,11 @@ from pathlib import Path
 from ..config import require_seed
 from ..data.source import absolute, find_source
 from ..device import pick_device
+from ..display import Display
 from ..distributed.stop import StopRequest
 from ..errors import UserError
 from ..evaluation.extractors import open_extractor
 from ..files import locked, make_folder, sha256, visible
-from ..report import Report
 from ..runs.folder import RunFolder
 from . import ablation, continuity, convergence, diversity, scores, unbalanced
 from .scales import SCALES
@@ -87,8 +87,8 @@ def experiment(
     options += ["--any-code"] if any_code else []
     make_folder(folder)
     # a SIGTERM is a KeyboardInterrupt in here, and so ends the runs too
-    with Report() as report, StopRequest(), locked(folder / "study", lambda: report.say(_waiting(folder))) as lock:
-        study = Study(settings, folder, place, net, report, lock, any_code=any_code)
+    with Display() as display, StopRequest(), locked(folder / "study", lambda: display.say(_waiting(folder))) as lock:
+        study = Study(settings, folder, place, net, display, lock, any_code=any_code)
         study.command = shlex.join(["fastbegan", "experiment", name, "--scale", scale, *options])
         try:
             EXPERIMENTS[name](study)

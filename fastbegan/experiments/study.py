@@ -24,13 +24,13 @@ import fastbegan_kernels
 
 from ..data.faces import faces
 from ..data.prepare import load_images
+from ..display import Display, duration
 from ..errors import UserError
 from ..evaluation.extractors import Extractor
 from ..evaluation.scores import Yardstick, names
 from ..files import make_folder, read_json, write_json
 from ..measure.machine import facts
 from ..nets.models import Generator
-from ..report import Report, duration
 from ..runs.folder import RunFolder
 from ..runs.sheets import generate, sheet_latents
 from ..training.loop import NOT_FINITE
@@ -97,7 +97,7 @@ class Study(Page):
         folder: Path,
         device: torch.device,
         extractor: Extractor | None,
-        report: Report,
+        display: Display,
         lock: int | None = None,
         *,
         any_code: bool = False,
@@ -107,7 +107,7 @@ class Study(Page):
         Raises UserError for another's folder; `any_code` goes on with what other code, or another device, has made.
         """
         super().__init__(folder)
-        self.settings, self.report, self.device = settings, report, device
+        self.settings, self.display, self.device = settings, display, device
         self.scale: Scale = SCALES[settings.scale]
         self.command = ""
         self._extractor, self._lock = extractor, lock
@@ -155,7 +155,7 @@ class Study(Page):
             begun = time.monotonic()
             write_json(path, compute())
             self.save()
-            self.report.say(f"{name}: {duration(time.monotonic() - begun)}")
+            self.display.say(f"{name}: {duration(time.monotonic() - begun)}")
         return read_json(path)
 
     # training
@@ -184,7 +184,7 @@ class Study(Page):
                 if time.monotonic() - told > _TELL:
                     told = time.monotonic()
                     self.save()
-                    self.report.say(f"{', '.join(self._progress(active, steps))}; {len(waiting)} more runs to come")
+                    self.display.say(f"{', '.join(self._progress(active, steps))}; {len(waiting)} more runs to come")
                 time.sleep(_POLL)
         finally:
             for process in active.values():
@@ -217,7 +217,7 @@ class Study(Page):
         return [sys.executable, "-m", "fastbegan", "train", *map(str, every)]
 
     def _start(self, name: str, command: list[str], jobs: int) -> subprocess.Popen[bytes]:
-        self.report.say(f"training {name}: fastbegan {shlex.join(command[3:])}")
+        self.display.say(f"training {name}: fastbegan {shlex.join(command[3:])}")
         # not all cores for one run: those beyond half bring little, and cost much on a machine that is shared
         threads = {"OMP_NUM_THREADS": str(max(1, _cores() // max(jobs, 2)))}
         with (self.folder / "runs" / f"{name}.log").open("ab") as log:
@@ -237,7 +237,7 @@ class Study(Page):
         rows = self._run(name).read_metrics()
         rate = f", {rows[-1]['images_per_second']:g} images/s at its end" if rows else ""
         write_json(self._outcome(name), {"code": code})
-        self.report.say(f"trained {name}" + (rate if code == 0 else ": a number was not finite"))
+        self.display.say(f"trained {name}" + (rate if code == 0 else ": a number was not finite"))
         return code
 
     def _progress(self, active: Mapping[str, object], steps: int) -> Iterator[str]:
@@ -261,7 +261,7 @@ class Study(Page):
         config = run.folder.read_config()
         train, size = config.train, config.model.size
         stored = size + 2 * train.jitter
-        images = load_images(train.data, stored, train.crop, self.report.preparing, max_bad=train.max_bad).images
+        images = load_images(train.data, stored, train.crop, self.display.preparing, max_bad=train.max_bad).images
         return images[:, train.jitter : train.jitter + size, train.jitter : train.jitter + size]
 
     def some_real(self, run: Trained, count: int) -> np.ndarray:
@@ -335,8 +335,10 @@ class Study(Page):
         measured = f"{machine['device']}, {machine['date']}, torch {machine['torch']}, {duration(self.seconds)} in all"
         self.write([f"# {title}", summary, f"```sh\n{self.command}\n```", f"Measured on {measured}."], self._limits())
         for one in self.checks:
-            self.report.say(f"{'holds' if one['holds'] else 'DOES NOT HOLD'}: {one['expected']}; found: {one['found']}")
-        self.report.say(str(self.folder / "report.md"))
+            self.display.say(
+                f"{'holds' if one['holds'] else 'DOES NOT HOLD'}: {one['expected']}; found: {one['found']}"
+            )
+        self.display.say(str(self.folder / "report.md"))
 
     def _limits(self) -> Iterator[str]:
         if self._shown is not None:

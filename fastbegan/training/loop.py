@@ -17,12 +17,12 @@ from ..counter import Z_D, Z_G, latents
 from ..data.choose import open_loader, same_images
 from ..data.source import absolute
 from ..device import pick_compile, pick_device, pick_precision, set_backends
+from ..display import Display, summary_writer
 from ..distributed.ranks import Ranks
 from ..distributed.stop import STOPPED_BY_USER, StopRequest
 from ..errors import UserError
 from ..files import make_folder, write_json
 from ..nets.models import build, count_parameters
-from ..report import Report, summary_writer
 from ..runs.checkpoint import Writer, copied, load_for_all, save_checkpoint
 from ..runs.curves import save_curves
 from ..runs.folder import RunConfig, RunFolder, check_resumable, new_run_folder
@@ -53,7 +53,7 @@ class Training:
     """One run, from its config to its folder. `run` does it all; the other methods are its parts."""
 
     def __init__(
-        self, config: RunConfig, out: Path, *, resume: bool, report: Report, ranks: Ranks | None = None
+        self, config: RunConfig, out: Path, *, resume: bool, display: Display, ranks: Ranks | None = None
     ) -> None:
         """Open or create the run folder, load data, nets and the newest checkpoint. Raises UserError.
 
@@ -73,16 +73,16 @@ class Training:
         # what the run continues with elsewhere
         train = dataclasses.replace(train, precision=precision, data=absolute(train.data))
         self.config = config = dataclasses.replace(config, train=train)
-        self.report, self.folder = report, RunFolder(out)
+        self.display, self.folder = display, RunFolder(out)
         stored = ranks.from_first(self._stored(resume) if ranks.first else None)
         self.loader, data_line, self.data = open_loader(
-            train, config.model.size, self.device, report.preparing, rank=ranks.rank, world=ranks.world
+            train, config.model.size, self.device, display.preparing, rank=ranks.rank, world=ranks.world
         )
         ranks.require_same("data", self.data, same_images)
         state = None if stored is None else load_for_all(self.folder.checkpoints, self.device, ranks)
         if state is not None:  # the kernels of the run so far, not those that are fastest today
             tuning.adopt(self.device, state.get("kernels", {}))
-        tune_for_all(config.model, train, self.device, dtype, ranks, report.trying)
+        tune_for_all(config.model, train, self.device, dtype, ranks, display.trying)
         generator, discriminator = build(config.model, seed=train.seed, device=self.device)
         self.step = TrainStep(generator, discriminator, train, dtype, compile_mode, ranks)
         self.advance = GraphedStep(self._work, self.device, enabled=train.cuda_graph == "auto", agree=ranks.agree)
@@ -111,12 +111,12 @@ class Training:
                 self._tensorboard = events(str(out / "tensorboard"), purge_step=self.done + 1)
         size = f"{config.model.size} px, {count_parameters(generator, discriminator):,} parameters (D + G)"
         many = "" if ranks.alone else f"; {ranks.world} ranks of {train.batch_size // ranks.world} images a step"
-        report.say(f"device     {device_line}; {precision}{many}")
-        report.say(f"networks   {config.preset}: {size}; {train.updates} updates, {train.latents} z")
+        display.say(f"device     {device_line}; {precision}{many}")
+        display.say(f"networks   {config.preset}: {size}; {train.updates} updates, {train.latents} z")
         graph_line = "the whole step one CUDA graph" if self.advance.enabled else "no CUDA graph"
-        report.say(f"step       {self.step.describe()}; {compile_line}; {graph_line}")
-        report.say(f"data       {data_line}")
-        report.say(f"run        {out}" + (f", continued at step {self.done:,}" if self.done else ""))
+        display.say(f"step       {self.step.describe()}; {compile_line}; {graph_line}")
+        display.say(f"data       {data_line}")
+        display.say(f"run        {out}" + (f", continued at step {self.done:,}" if self.done else ""))
 
     def run(self, stop: StopRequest) -> int:
         """Train until a total is reached or someone asks to stop; returns the exit code."""
@@ -145,7 +145,7 @@ class Training:
             if log_due:
                 self._begin_row(spread)
             else:
-                self.report.step(self.fraction(), self.done, self._seconds_left())
+                self.display.step(self.fraction(), self.done, self._seconds_left())
             if not self._log(wait=waits):
                 return self._stop_not_finite()
             if checkpoint_due:
@@ -236,7 +236,7 @@ class Training:
         if self._tensorboard is not None:
             for name, value in row.items():
                 self._tensorboard.add_scalar(name, value, step)
-        self.report.training(self.fraction(), row, self._seconds_left())
+        self.display.training(self.fraction(), row, self._seconds_left())
         return True
 
     def _sheet_inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,7 +284,7 @@ class Training:
             self.folder.nonfinite_file.unlink(missing_ok=True)  # got over
 
         if self._writer.busy:
-            self.report.say(f"warning: step {step:,}: the checkpoint before is still being written; waiting for it")
+            self.display.say(f"warning: step {step:,}: the checkpoint before is still being written; waiting for it")
             self.ranks.settle(False)  # slow storage is no reason to end the run
         self._writer.begin(write)
         self.ranks.settle(self._settling <= 0)
@@ -330,7 +330,7 @@ class Training:
 
     def _warn(self, message: str | None, step: int) -> None:
         if message:
-            self.report.say(f"warning: step {step:,}: {message}")
+            self.display.say(f"warning: step {step:,}: {message}")
 
     def _stop_not_finite(self) -> int:
         """Say where a number stopped being finite; the weights are those of the step before."""
@@ -351,7 +351,7 @@ class Training:
         write_json(self.folder.nonfinite_file, dump)
         lr, alternating = self.schedule.lr / self.config.train.scale, self.config.train.updates == "alternating"
         message = not_finite(step, self.folder.nonfinite_file, self.folder.path, lr, alternating=alternating)
-        self.report.say(message)
+        self.display.say(message)
 
     def _finish(self) -> None:
         """Curves and animation, and where everything is."""
@@ -366,11 +366,11 @@ class Training:
         save_curves(self.folder.curves_file, rows, title)
         save_animation(self.folder.animation_file, sorted(self.folder.samples.glob("*.png")))
         finished = self.fraction() >= 1
-        self.report.say(f"{'done' if finished else 'stopped'} after {self.done:,} steps, {self.images:,} images")
+        self.display.say(f"{'done' if finished else 'stopped'} after {self.done:,} steps, {self.images:,} images")
         for line in self.folder.contents(self.done):
-            self.report.say(f"  {line}")
+            self.display.say(f"  {line}")
         next_command = f"more faces: fastbegan sample {self.folder.path}"
-        self.report.say(next_command if finished else f"to continue: fastbegan train --out {self.folder.path}")
+        self.display.say(next_command if finished else f"to continue: fastbegan train --out {self.folder.path}")
 
 
 def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
@@ -387,8 +387,8 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
                 raise UserError("--out is missing; several ranks need it, so that a restart finds the run")
             config = ranks.from_first(config)
             folder = new_run_folder(config.preset) if out is None else out
-            with Report(quiet=not ranks.first) as report:
-                training = Training(config, folder, resume=resume, report=report, ranks=ranks)
+            with Display(quiet=not ranks.first) as display:
+                training = Training(config, folder, resume=resume, display=display, ranks=ranks)
                 with contextlib.closing(training.loader):
                     code = training.run(stop)
             ranks.leave()

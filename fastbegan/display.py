@@ -21,7 +21,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class Report:
+class Display:
     """Messages and progress on standard output. Use as a context manager, so that the live line is closed."""
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -32,7 +32,7 @@ class Report:
         self._last = float("-inf")
         self._numbers = ""
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> Display:
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
