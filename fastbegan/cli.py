@@ -18,24 +18,19 @@ from tyro.conf import subcommand
 from fastbegan_kernels import dispatch
 from fastbegan_kernels.faults import is_out_of_memory
 
-from .commands import (
-    BenchPlan,
-    BenchReport,
-    BenchStep,
-    DataCheck,
-    DataInfo,
-    DataPack,
-    Doctor,
-    Evaluate,
-    Experiment,
-    Explore,
-    Export,
-    Info,
-    Sample,
-    Train,
-    find_preset,
-)
-from .config import PRESETS
+from .commands.bench_plan import BenchPlan
+from .commands.bench_report import BenchReport
+from .commands.bench_step import BenchStep
+from .commands.data import DataCheck, DataInfo, DataPack
+from .commands.doctor import Doctor
+from .commands.evaluate import Evaluate
+from .commands.experiment import Experiment
+from .commands.explore import Explore
+from .commands.export import Export
+from .commands.info import Info
+from .commands.sample import Sample
+from .commands.train import Train
+from .config import PRESETS, find_preset
 from .errors import UserError
 from .runs.folder import RunFolder
 

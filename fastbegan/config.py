@@ -300,6 +300,13 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def find_preset(name: str) -> Preset:
+    """Raises UserError for a name that no preset has."""
+    if name not in PRESETS:
+        raise UserError(f"preset is {name!r}; accepted: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
     """Rebuild a config dataclass from parsed JSON. Raises UserError for unknown or ill-typed fields."""
     if not isinstance(values, dict):

@@ -6,6 +6,7 @@ of SplitMix64 (Steele, Lea, Flood 2014).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,3 +61,9 @@ def latents(
     """
     counters = torch.arange(count * width, dtype=torch.int64, device=device) + position * width
     return uniform(seed, stream, counters).mul_(2).sub_(1).view(count, width)
+
+
+def chosen(total: int, count: int, seed: int, *, from_end: bool = False) -> np.ndarray:
+    """`count` of `total` places, in rising order: the first of a random order, or its last."""
+    order = permutation(seed, SHEET, 0, total)
+    return (order[max(0, total - count) :] if from_end else order[:count]).sort().values.numpy()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbegan import doctor
 from fastbegan.cli import main
+from fastbegan.commands import doctor
 from fastbegan_kernels import tiers, tuning
 from fastbegan_kernels.child import Trial
 from fastbegan_kernels.problems import POINTWISE, Pointwise

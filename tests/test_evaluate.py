@@ -21,9 +21,9 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from fastbegan import ModelConfig, TrainConfig, UserError
 from fastbegan.cli import main
+from fastbegan.counter import chosen
 from fastbegan.data.faces import faces
 from fastbegan.evaluation import extractors
-from fastbegan.evaluation import scores as evaluate
 from fastbegan.evaluation.extractors import open_extractor
 from fastbegan.evaluation.scores import Yardstick, names, score
 from fastbegan.files import sha256
@@ -304,7 +304,7 @@ def test_a_folder_against_portraits(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     small = interpolate(torch.tensor(pictures).permute(0, 3, 1, 2), size=(32, 32), mode="bilinear", antialias=True)
-    order = evaluate._chosen(64, 14, 0)
+    order = chosen(64, 14, 0)
     expected = score(small.permute(0, 2, 3, 1).numpy(), _faces(0, 64)[order])
     assert {key: found[key] for key in expected} == expected
     assert found["names"] == names("efficientnet-lite0") and len(found["warnings"]) == 2
@@ -332,7 +332,7 @@ def test_a_run_is_scored_on_what_it_was_trained_on(tmp_path: Path, capsys: pytes
     found = _json(capsys, str(tmp_path / "run"), "--count", "10", "--seed", "3")
     generator = RunFolder(tmp_path / "run").load_generator()
     drawn = generate(generator, sheet_latents(TINY.latent, 3, 10))
-    expected = score(drawn, _faces(0, 40, 16)[evaluate._chosen(40, 10, 3)])
+    expected = score(drawn, _faces(0, 40, 16)[chosen(40, 10, 3)])
     assert {key: found[key] for key in expected} == expected
     assert found["about"]["images"] == f"10 drawn by {tmp_path / 'run'} (averaged generator, seed 3)"
     assert "16 px; images: drawn at 16 px; data set: drawn at 16 px" in found["about"]["size"]
@@ -345,7 +345,7 @@ def test_a_run_at_another_size_and_with_jitter(tmp_path: Path, capsys: pytest.Ca
     generator = RunFolder(tmp_path / "run").load_generator()
     drawn = generate(generator, sheet_latents(TINY.latent, 0, 10))
     middle = _faces(0, 40, 20)[:, 2:18, 2:18]  # what training shifts is 20 px
-    assert found["frechet_distance"] == score(drawn, middle[evaluate._chosen(40, 10, 0)])["frechet_distance"]
+    assert found["frechet_distance"] == score(drawn, middle[chosen(40, 10, 0)])["frechet_distance"]
     assert "drawn at 20 px, the middle of it" in found["about"]["size"]
     found = _json(capsys, str(tmp_path / "run"), "--count", "10", "--size", "24", "--against", "faces:10")
     assert found["about"]["size"] == (
@@ -354,10 +354,10 @@ def test_a_run_at_another_size_and_with_jitter(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_set_against_itself_is_two_draws_of_it(capsys: pytest.CaptureFixture[str]) -> None:
-    first, last = evaluate._chosen(40, 12, 7), evaluate._chosen(40, 12, 7, from_end=True)
+    first, last = chosen(40, 12, 7), chosen(40, 12, 7, from_end=True)
     assert len(set(first) | set(last)) == 24 and list(first) == sorted(first)
-    assert sorted({*evaluate._chosen(40, 20, 7), *evaluate._chosen(40, 20, 7, from_end=True)}) == list(range(40))
-    assert list(evaluate._chosen(5, 9, 0, from_end=True)) == list(evaluate._chosen(5, 9, 0)) == list(range(5))
+    assert sorted({*chosen(40, 20, 7), *chosen(40, 20, 7, from_end=True)}) == list(range(40))
+    assert list(chosen(5, 9, 0, from_end=True)) == list(chosen(5, 9, 0)) == list(range(5))
     found = _json(capsys, "faces:20", "--against", "faces:20", "--count", "12", "--size", "16")
     assert found["warnings"][-1] == "both sides are the same set and share 4 images"
     assert found["recall"] < 1 or found["frechet_distance"] > 1

@@ -22,7 +22,7 @@ from PIL import Image
 from docs import make_gallery
 from fastbegan import ModelConfig
 from fastbegan.cli import main
-from fastbegan.experiments import EXPERIMENTS
+from fastbegan.commands.experiment import EXPERIMENTS
 from fastbegan.experiments.continuity import recover
 from fastbegan.experiments.convergence import ranks_correlate
 from fastbegan.experiments.scales import SCALES

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from fastbegan import ModelConfig, TrainConfig, UserError
-from fastbegan import explore as explore_module
 from fastbegan.cli import main
-from fastbegan.explore import explore
+from fastbegan.commands import explore as explore_module
+from fastbegan.commands.explore import Explore
 from fastbegan.nets.models import build
 from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.runs.sheets import banded_sheet, generate, generated_band, sheet_latents
@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("page") / "page.html"
-    assert explore(run, out=out) == 0
+    assert Explore(run, out=out).run() == 0
     return out.read_text(encoding="utf-8")
 
 
@@ -189,9 +189,9 @@ def test_every_control_has_a_name_and_every_id_is_there_once(page: str) -> None:
 
 
 def test_the_same_run_and_seed_give_the_same_page(run: Path, page: str, tmp_path: Path) -> None:
-    assert explore(run, out=tmp_path / "again.html") == 0
+    assert Explore(run, out=tmp_path / "again.html").run() == 0
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
-    assert explore(run, out=tmp_path / "other.html", seed=1) == 0
+    assert Explore(run, out=tmp_path / "other.html", seed=1).run() == 0
     other = (tmp_path / "other.html").read_text(encoding="utf-8")
     assert _data(other)["ways"] != _data(page)["ways"] and _data(other)["sheets"] == _data(page)["sheets"]
 
@@ -222,7 +222,7 @@ def test_a_run_that_has_only_a_generator(copy: Path, capsys: pytest.CaptureFixtu
     config = json.loads((copy / "config.json").read_text())
     config["train"]["data"] = "/gone/<i>photos"  # and the page says its last part only
     (copy / "config.json").write_text(json.dumps(config))
-    assert explore(copy) == 0
+    assert Explore(copy).run() == 0
     said = capsys.readouterr().out
     assert "no nearest training images, since the run's data cannot be read: data '/gone/<i>photos' does not" in said
     reader = _Reader((copy / "explore.html").read_text(encoding="utf-8"))
@@ -241,16 +241,16 @@ def test_a_run_that_has_only_a_generator(copy: Path, capsys: pytest.CaptureFixtu
 
 def test_a_damaged_log_is_no_way_to_the_folder(copy: Path) -> None:
     (copy / "metrics.jsonl").write_text('{"step": 3, }\n')
-    assert explore(copy) == 0
+    assert Explore(copy).run() == 0
     page = (copy / "explore.html").read_text(encoding="utf-8")
     assert "metrics.jsonl of the run is damaged" in _Reader(page).text and str(copy.parent) not in page
 
 
 def test_data_that_was_given_has_to_be_there(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="'/gone/photos' does not exist"):
-        explore(copy, data="/gone/photos")
+        Explore(copy, data="/gone/photos").run()
     assert not (copy / "explore.html").exists()
-    assert explore(copy, data="faces:50") == 0
+    assert Explore(copy, data="faces:50").run() == 0
     assert "not those that the run was trained on" in capsys.readouterr().out
     text = _Reader((copy / "explore.html").read_text(encoding="utf-8")).text
     assert "These images are not those that the run was trained on" in text and "all 50 training images" in text
@@ -261,7 +261,7 @@ def test_weights_older_than_the_metrics_say_so(copy: Path) -> None:
     row = {"step": 70, "images": 560, "convergence": float("nan"), "loss_real": 0.5, "loss_fake": 0.25, "k": 0.5}
     with (copy / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + '\n{"images": 3}\n{"step": 4')
-    assert explore(copy) == 0
+    assert Explore(copy).run() == 0
     page = (copy / "explore.html").read_text(encoding="utf-8")
     assert "of step 40" in _Reader(page).text and "560" in _Reader(page).text
     assert _data(page)["curves"]["rows"]["convergence"][-1] is None
@@ -278,7 +278,7 @@ def test_long_runs_are_thinned_out(copy: Path) -> None:
     for row in rows[499::500]:
         row["diversity"] = 0.1
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert explore(copy) == 0
+    assert Explore(copy).run() == 0
     page = (copy / "explore.html").read_text(encoding="utf-8")
     data = _data(page)
     steps = [one["step"] for one in data["sheets"]["list"]]
@@ -310,7 +310,7 @@ def test_pages_stay_small_even_with_noise(
     for step in range(2, 41):
         folder.sheet_file(step).hardlink_to(folder.sheet_file(1))
     monkeypatch.setattr(explore_module, "generate", lambda net, z, batch: noise(len(z)))
-    assert explore(tmp_path) == 0
+    assert Explore(tmp_path).run() == 0
     page = (tmp_path / "explore.html").read_text(encoding="utf-8")
     assert len(page) < most
     plan = _data(page)["ways"]
@@ -327,18 +327,18 @@ def test_pages_stay_small_even_with_noise(
 )
 def test_wrong_options(run: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        explore(run, **options)
+        Explore(run, **options).run()
 
 
 def test_folders_that_do_not_fit(run: Path, copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run folder"):
-        explore(tmp_path / "nowhere")
+        Explore(tmp_path / "nowhere").run()
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(UserError, match=r"folder\.html, a folder; accepted: a file"):
-        explore(run, out=tmp_path / "folder.html")
+        Explore(run, out=tmp_path / "folder.html").run()
     (copy / "generator.safetensors").unlink()
     with pytest.raises(UserError, match="train until the first checkpoint"):
-        explore(copy)
+        Explore(copy).run()
     assert not (copy / "explore.html").exists()
 
 

@@ -16,7 +16,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from fastbegan.explore import explore
+from fastbegan.commands.explore import Explore
 from fastbegan.runs.folder import RunFolder
 from fastbegan.runs.sheets import generated_band
 
@@ -72,13 +72,13 @@ class _Browser:
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     run = trained(tmp_path / "run")
     full, bare = tmp_path / "full & <odd> #1.html", tmp_path / "bare.html"
-    assert explore(run, out=full) == 0
+    assert Explore(run, out=full).run() == 0
     copy = Path(shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("samples", "metrics.jsonl")))
-    assert explore(copy, out=bare) == 0
+    assert Explore(copy, out=bare).run() == 0
     names = ("convergence", "loss_real", "loss_fake", "k")
     rows = [{"step": at, "images": 1_000_000 * at, **dict.fromkeys(names, 0.1 * at)} for at in (1, 2, 3)]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert explore(copy, out=tmp_path / "long.html") == 0
+    assert Explore(copy, out=tmp_path / "long.html").run() == 0
     images, browser = samples(run, 12), _Browser(tmp_path)
     try:
         browser.open(full)

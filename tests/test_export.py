@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbegan import ModelConfig, TrainConfig, UserError
-from fastbegan import export as export_module
 from fastbegan.cli import main
-from fastbegan.export import Format, export
+from fastbegan.commands import export as export_module
+from fastbegan.commands.export import Export, Format
 from fastbegan.nets.models import build, to_plain
 from fastbegan.runs.folder import RunConfig, RunFolder
 
@@ -127,9 +127,9 @@ def test_what_differs_is_not_written(noise: float, tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(export_module._READERS, "plain", disturbed)
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"discriminator as plain, run by model.py, differs .* accepted: at most 1e-06"):
-        export(tmp_path / "run", "plain", out=out)
+        Export(tmp_path / "run", "plain", out=out).run()
     assert not list(out.iterdir())
-    assert export(tmp_path / "run", "plain", out=out, check=False) == 0
+    assert Export(tmp_path / "run", "plain", out=out, check="off").run() == 0
     assert len(list(out.iterdir())) == 4
 
 
@@ -137,10 +137,10 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     _run(tmp_path / "run", SKIPS)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"needs onnxruntime; pip install 'fastbegan\[export\]', or take --check off"):
-        export(tmp_path / "run", "onnx")
+        Export(tmp_path / "run", "onnx").run()
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"format 'onnx' needs onnxscript; pip install 'fastbegan\[export\]'$"):
-        export(tmp_path / "run", "onnx", check=False)
+        Export(tmp_path / "run", "onnx", check="off").run()
     assert not (tmp_path / "run" / "export").exists()
 
 
@@ -159,10 +159,10 @@ def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
     _run(tmp_path / "run", SKIPS)
     before = (tmp_path / "run" / "config.json").read_bytes()
     with pytest.raises(UserError, match="belongs to something else; give another --out"):
-        export(tmp_path / "run", "plain", out=tmp_path / "run")
+        Export(tmp_path / "run", "plain", out=tmp_path / "run").run()
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     for _ in range(2):  # what is its own may be written again
-        assert export(tmp_path / "run", "plain", net="generator") == 0
+        assert Export(tmp_path / "run", "plain", net="generator").run() == 0
     assert not (tmp_path / "run" / "export" / "discriminator.safetensors").exists()
 
 
@@ -172,22 +172,22 @@ def test_weights_that_do_not_fit_are_refused(format: Format, tmp_path: Path) -> 
     run = RunFolder(tmp_path / "run")
     run.write_config(RunConfig("demo", replace(SKIPS, filters=5), TrainConfig(steps=1)))
     with pytest.raises(UserError, match=r"discriminator\.safetensors does not fit .*config\.json"):
-        export(run.path, format, net="autoencoder")
+        Export(run.path, format, net="autoencoder").run()
     run.generator_file.unlink()
     with pytest.raises(UserError, match=r"generator\.safetensors does not exist; train until the first checkpoint"):
-        export(run.path, format)
+        Export(run.path, format).run()
     assert not (run.path / "export").exists()
 
 
 def test_wrong_options_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="format is 'tf'; accepted: onnx, pt2, plain"):
-        export(tmp_path, "tf")  # pyright: ignore[reportArgumentType]
+        Export(tmp_path, "tf").run()  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="net is 'encoder'; accepted: generator, autoencoder, both"):
-        export(tmp_path, "plain", net="encoder")  # pyright: ignore[reportArgumentType]
+        Export(tmp_path, "plain", net="encoder").run()  # pyright: ignore[reportArgumentType]
 
 
 def test_the_config_of_plain_is_the_whole_config(tmp_path: Path) -> None:
     _run(tmp_path / "run", FADING)
-    export(tmp_path / "run", "plain", net="generator")
+    Export(tmp_path / "run", "plain", net="generator").run()
     stored = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
     assert ModelConfig(**stored) == FADING

@@ -10,7 +10,7 @@ import torch
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig
 from fastbegan.cli import main
-from fastbegan.info import preset_markdown
+from fastbegan.commands.info import preset_markdown
 from fastbegan.measure.step import configured
 from fastbegan.nets.models import build
 from fastbegan.training.cost import step_cost

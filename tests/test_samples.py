@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from fastbegan.cli import main
+from fastbegan.commands.sample import DEMO
 from fastbegan.data.faces import faces
-from fastbegan.generate import DEMO
 from fastbegan.runs.curves import save_curves
 from fastbegan.runs.folder import RunFolder
 from fastbegan.runs.sheets import (

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..figures import new_figure, save_figure
 from ..nets.models import Generator
 from ..runs.checkpoint import list_checkpoints, read_checkpoint
-from ..runs.curves import save_figure
 from ..runs.sheets import generate, grid, sheet_latents
-from .pictures import plot
 from .study import Study, Trained
 
 _ROWS, _COLUMNS, _LEAST = 4, 9, 5
@@ -121,7 +120,7 @@ def _at(study: Study, trained: Trained, checkpoint: Path) -> Generator:
 def _draw(
     study: Study, trained: Trained, checkpoints: list[Path], rows: list[dict[str, Any]], table: list[dict[str, float]]
 ) -> None:
-    figure, (upper, lower) = plot(rows=2, height=6.8, ratios=(1, 1.05))
+    figure, (upper, lower) = new_figure(rows=2, width=8, height=6.8, ratios=(1, 1.05))
     images = [row["images"] for row in rows]
     each = [row["convergence"] for row in rows]
     upper.plot(images, each, color="#222222", alpha=0.25, linewidth=1, label="M of each row of metrics")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..runs.curves import save_figure
+from ..figures import new_figure, save_figure
 from .convergence import ranks_correlate
-from .pictures import beside, plot
+from .pictures import beside
 from .study import Study, Trained
 
 GAMMAS = (0.3, 0.5, 0.7)
@@ -35,7 +35,7 @@ def run(study: Study) -> None:
     study.picture(
         "samples", beside(panels, _COLUMNS), f"Samples after {study.scale.steps_of_many:,} steps, seed {first}."
     )
-    figure, (axes,) = plot()
+    figure, (axes,) = new_figure(width=8, height=3.6)
     axes.axhline(
         found[next(iter(found))]["diversity_against"], color="#999999", linestyle="--", label="training images"
     )

@@ -1,12 +1,10 @@
-"""Pictures of experiments: named panels beside or below each other, plots."""
+"""Pictures of experiments: named panels beside or below each other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from ..runs.sheets import grid
@@ -43,13 +41,3 @@ def below(panels: Panels, columns: int) -> Image.Image:
         whole.paste(sheet, (0, top))
         top += sheet.height
     return whole
-
-
-def plot(*, rows: int = 1, height: float = 3.6, ratios: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
-    """An empty figure in the style of all plots here, with axes one above the other."""
-    figure = Figure(figsize=(8, height), dpi=110, layout="constrained")
-    axes = list(np.ravel(figure.subplots(rows, 1, height_ratios=ratios)))
-    for one in axes:
-        one.grid(alpha=0.25)
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes

@@ -335,9 +335,8 @@ class Study(Page):
         measured = f"{machine['device']}, {machine['date']}, torch {machine['torch']}, {duration(self.seconds)} in all"
         self.write([f"# {title}", summary, f"```sh\n{self.command}\n```", f"Measured on {measured}."], self._limits())
         for one in self.checks:
-            self.display.say(
-                f"{'holds' if one['holds'] else 'DOES NOT HOLD'}: {one['expected']}; found: {one['found']}"
-            )
+            verdict = "holds" if one["holds"] else "DOES NOT HOLD"
+            self.display.say(f"{verdict}: {one['expected']}; found: {one['found']}")
         self.display.say(str(self.folder / "report.md"))
 
     def _limits(self) -> Iterator[str]:

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from ..config import ModelConfig, TrainConfig
 from ..errors import UserError
@@ -46,13 +39,13 @@ GPUS = {
 }
 # shares of the peak that a whole step reaches where nothing was measured: convolution nets in half precision keep
 # tensor cores far less busy than float32 units
-_ASSUMED = {"float32": 0.50, "fp16": 0.20, "bf16": 0.20}
-_COPY_SHARE = 0.8  # of the memory's bandwidth, by a kernel that only moves data
-_NETWORK_SHARE = 0.8  # of a node's link to the others that an all-reduce gets
+ASSUMED = {"float32": 0.50, "fp16": 0.20, "bf16": 0.20}
+COPY_SHARE = 0.8  # of the memory's bandwidth, by a kernel that only moves data
+NETWORK_SHARE = 0.8  # of a node's link to the others that an all-reduce gets
 _LATENCY = 2e-5  # seconds from a rank to the next
 _LOSSES = 12  # bytes: L(x), L(G(z)) and whether to stop
 _LAUNCH = 1e-5  # seconds between two steps that are a CUDA graph each
-_PASSES = 14  # how often the activations of a step cross the memory: written, read forward, read and written back
+PASSES = 14  # how often the activations of a step cross the memory: written, read forward, read and written back
 
 
 @dataclass(frozen=True)
@@ -104,18 +97,18 @@ def plan(
     if share is not None and not 0 < share <= 1:
         raise UserError(f"share is {share}; accepted: above 0 and up to 1")
     card = GPUS[gpu]
-    share = _ASSUMED[card.precision] if share is None else share
+    share = ASSUMED[card.precision] if share is None else share
     half = card.precision != "float32"
     cost = step_cost(model, train)
-    moved = _PASSES * cost.kept * train.batch_size // (2 if half else 1)
+    moved = PASSES * cost.kept * train.batch_size // (2 if half else 1)
     gathered = train.batch_size * 3 * model.size**2 * (1 + (2 if half else 4))
     arithmetic = cost.flops / (share * card.peak)
-    memory = moved / (_COPY_SHARE * card.memory)
-    gather = gathered / (_COPY_SHARE * card.memory)
+    memory = moved / (COPY_SHARE * card.memory)
+    gather = gathered / (COPY_SHARE * card.memory)
     work = max(arithmetic, memory)  # kernels either multiply or move
     slowest = card.nvlink if link == "nvlink" else card.pcie
     if gpus > card.cards:  # a ring crosses each node's link to the others once
-        slowest = min(slowest, _NETWORK_SHARE * network * 1e9 / 8)
+        slowest = min(slowest, NETWORK_SHARE * network * 1e9 / 8)
     of_g, of_d = (
         all_reduce_seconds(4 * count, gpus, slowest, _LATENCY)
         for count in (cost.generator, cost.parameters - cost.generator)
@@ -158,63 +151,3 @@ def measured_share(folder: Path, gpu: str) -> float | None:
             if row.group == "step" and row.flops and row.precision == card.precision:
                 best = max(best, 1e3 * row.flops / row.ms / card.peak)
     return best or None
-
-
-def bench_plan(
-    preset: str, model: ModelConfig, train: TrainConfig, *, gpu: str, gpus: Sequence[int], share: float | None,
-    link: str, network: float, folder: Path, as_json: bool,
-) -> int:  # fmt: skip
-    """Print the plan for `gpu`, or for all with "all", on each number of cards. Raises UserError for bad values."""
-    images = train.images or 7_000_000
-    plans = []
-    for one in GPUS if gpu == "all" else [gpu]:
-        seen = measured_share(folder, one) if share is None and one in GPUS else None
-        given = share if share is not None else seen
-        for count in gpus:
-            made = plan(
-                model, train, one, count, images=images, share=given, measured=seen is not None, link=link,
-                network=network,
-            )  # fmt: skip
-            plans.append(made)
-    if as_json:
-        found = [dataclasses.asdict(one) for one in plans]
-        print(json.dumps({"preset": preset, "images": images, "plans": found}, indent=1))
-        return 0
-    shown = Table(
-        title=f"{preset}: {images:,} images, {train.batch_size} a card a step; a model, not a measurement",
-        box=box.SIMPLE, padding=(0, 1, 0, 0),
-    )  # fmt: skip
-    for column in ("GPU", "cards", "of peak", "ms/step", "images/s", "a card", "hours", "kWh", "limit"):
-        shown.add_column(column, justify="left" if column in ("GPU", "limit") else "right", no_wrap=True)
-    for one in plans:
-        source = "" if one.measured or share is not None else "?"
-        shown.add_row(
-            f"{one.gpu} {one.precision}", str(one.gpus), f"{one.share:.0%}{source}", f"{1e3 * one.step:.2f}",
-            f"{one.images_per_second:,.0f}", f"{one.efficiency:.0%}", f"{one.hours:,.1f}", f"{one.kwh:,.1f}",
-            one.limit if one.fits else "does not fit",
-        )  # fmt: skip
-    console = Console()
-    console.print(shown)
-    for one in plans if len(plans) == 1 else []:
-        console.print(_limits(one, train.batch_size))
-    console.print(_assumptions(4 * step_cost(model, train).parameters, link, network))
-    return 0
-
-
-def _limits(one: Plan, batch: int) -> str:
-    """What each part alone would allow."""
-    parts = {"compute": one.arithmetic, "memory": one.memory, "images": one.gather, "network": one.network}
-    rates = (f"{name} {one.gpus * batch / seconds:,.0f}" for name, seconds in parts.items() if seconds)
-    return f"Images a second that each would allow alone: {', '.join(rates)}.\n"
-
-
-def _assumptions(sent: int, link: str, network: float) -> str:
-    shares = ", ".join(f"{share:.0%} in {name}" for name, share in _ASSUMED.items())
-    return (
-        "Peaks, bandwidths and watts are data-sheet values. A share with a question mark was not measured, and is "
-        f"assumed: {shares}. Activations cross the memory {_PASSES} times a step at {_COPY_SHARE:.0%} of its "
-        f"bandwidth; images are resident on the card. Cards sum up {sent / 1e6:,.1f} MB of gradients a step, in a ring "
-        f"or a tree, G's while D works on x: over {'NVLink' if link == 'nvlink' else 'PCIe'} within a node and "
-        f"{network:g} Gb/s between nodes, of which they get {_NETWORK_SHARE:.0%}. A card's percentage is how much of "
-        "its speed alone it keeps. Energy is the cards' alone, at full power."
-    )

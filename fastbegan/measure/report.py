@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..figures import new_figure, save_figure
 from ..files import atomic, make_folder
 from .machine import slug
 from .results import HEAD, Results, Row, cells, count_lines, title
@@ -75,7 +75,7 @@ def readme(every: Iterable[Results]) -> str:
     return "\n".join([*lines, words, ""])
 
 
-def bench_report(paths: Sequence[Path], *, out: Path | None, as_readme: bool) -> int:
+def write_report(paths: Sequence[Path], *, out: Path | None, as_readme: bool) -> int:
     """Print the newest results of each device as Markdown, or write them with pictures to the folder `out`."""
     every = load_all(paths)
     if as_readme:
@@ -93,7 +93,7 @@ def bench_report(paths: Sequence[Path], *, out: Path | None, as_readme: bool) ->
         pictures |= {"breakdown": breakdown(results)}
         for kind, figure in pictures.items():
             if figure is not None:
-                _write(out / f"{name}-{kind}.png", figure)
+                save_figure(out / f"{name}-{kind}.png", figure)
                 text += f"\n![{kind} on {results.machine['device']}]({name}-{kind}.png)\n"
     with atomic(out / "report.md") as file:
         file.write(text.encode())
@@ -101,34 +101,12 @@ def bench_report(paths: Sequence[Path], *, out: Path | None, as_readme: bool) ->
     return 0
 
 
-def _figure(height: float) -> Any:
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
-
-    return Figure(figsize=(9, height), dpi=110, layout="constrained")
-
-
-def _write(path: Path, figure: Any) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    with atomic(path) as file:
-        file.write(buffer.getvalue())
-
-
-def _plain(axes: Any) -> None:
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def speed_up(results: Results) -> Any:
     """Bars: how many times as fast as what it is held to, for every row."""
     rows = [row for row in results.rows if row.ratio is not None and row.group != "start-up"]
     if not rows:
         return None
-    figure = _figure(1.2 + 0.26 * len(rows))
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(height=1.2 + 0.26 * len(rows))
     ratios = [row.ratio or 0.0 for row in rows]
     bars = axes.barh([row.key for row in rows], ratios, color=[_BLUE if value >= 0.95 else _RED for value in ratios])
     axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
@@ -137,7 +115,6 @@ def speed_up(results: Results) -> Any:
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlabel("times as fast as eager PyTorch\n(data: ImageFolder and DataLoader; train: the textbook step)")
     axes.set_title(f"{results.machine['device']}, {results.machine['date']}", fontsize=10)
-    _plain(axes)
     return figure
 
 
@@ -146,8 +123,7 @@ def roofline(results: Results) -> Any:
     rows = [row for row in results.rows if row.flops and row.moved]
     if not rows:
         return None
-    figure = _figure(4.5)
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(height=4.5)
     copied = results.roofline["copy_bytes_per_s"]
     places = [row.flops / row.moved for row in rows if row.flops and row.moved]
     low, high = min(places) / 4, max(places) * 4
@@ -164,7 +140,6 @@ def roofline(results: Results) -> Any:
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must be moved", ylabel="FLOP/s")
     axes.set_title(f"{results.machine['device']}, {results.machine['date']}", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
-    _plain(axes)
     return figure
 
 
@@ -177,8 +152,7 @@ def breakdown(results: Results) -> Any:
 
     seen = [_large(row.breakdown) for row in rows]
     names = [*dict.fromkeys(name for shares in seen for name in shares if name != _REST), _REST]
-    figure = _figure(1.6 + 0.5 * len(rows))
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(height=1.6 + 0.5 * len(rows))
     left = [0.0] * len(rows)
     for place, name in enumerate(names):
         shares = [100 * one.get(name, 0.0) for one in seen]
@@ -189,7 +163,6 @@ def breakdown(results: Results) -> Any:
     axes.set_xlabel("percent of the step")
     axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(-0.3, -0.25))
     axes.set_title(f"{results.machine['device']}, {results.machine['date']}", fontsize=10)
-    _plain(axes)
     return figure
 
 
@@ -203,8 +176,7 @@ def history(every: Sequence[Results]) -> Any:
     """Ratios of whole steps over commits; nothing for a single run."""
     if len(every) < 2:
         return None
-    figure = _figure(5)
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(height=5)
     labels = [f"{one.machine.get('commit') or '?'}\n{one.machine['date']}" for one in every]
     for key in dict.fromkeys(row.key for one in every for row in one.rows if row.group == "step"):
         found: list[Row | None] = [next((row for row in one.rows if row.key == key), None) for one in every]
@@ -214,5 +186,4 @@ def history(every: Sequence[Results]) -> Any:
     axes.set_xticks(range(len(every)), labels, fontsize=8)
     axes.set_ylabel("times as fast as eager PyTorch")
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.15))
-    _plain(axes)
     return figure

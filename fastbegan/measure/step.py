@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from fastbegan_kernels.faults import is_out_of_memory
 
 from ..config import ModelConfig, TrainConfig
 from ..counter import Z_D, latents
-from ..device import pick_compile, pick_device, pick_precision, set_backends
+from ..device import pick_precision, set_backends
 from ..errors import UserError
 from ..nets.models import build
 from ..training.cost import step_cost
 from ..training.graph import GraphedStep
 from ..training.objective import OBJECTIVES
 from ..training.step import FIRST_LOSS_SCALE, TrainStep
-from . import machine
 from .results import ratio
 
 MODES = ("textbook", "single-pass", "joint", "alternating")
@@ -73,58 +67,6 @@ class Candidate:
     @property
     def seconds(self) -> float:
         return statistics.median(self.times)
-
-
-def bench_step(
-    model: ModelConfig,
-    train: TrainConfig,
-    *,
-    modes: Sequence[str],
-    precisions: Sequence[str],
-    compile_mode: str,
-    rounds: int,
-    as_json: bool,
-) -> int:
-    """Measure and print a table, or only JSON. Raises UserError for bad values."""
-    for mode in modes:
-        if mode.removesuffix(COMPILED) not in MODES:
-            raise UserError(f"mode is {mode!r}; accepted: {', '.join(MODES)}, each also with {COMPILED}")
-    if rounds < 1:
-        raise UserError(f"rounds is {rounds}; accepted: whole numbers from 1")
-    device, line = pick_device(train.device)
-    names = [pick_precision(name, device)[0] for name in precisions]
-    compiler = None
-    if any(mode.endswith(COMPILED) for mode in modes):
-        compiler, _ = pick_compile("default" if compile_mode == "auto" else compile_mode, device, 0.0)
-    if compiler is None:
-        modes = [mode for mode in modes if not mode.endswith(COMPILED)]
-    rows = measure(model, train, modes, names, device, compiler, rounds, say=None if as_json else print)
-    facts = {
-        **machine.facts(device),
-        "device": line,
-        "model": dataclasses.asdict(model),
-        "batch_size": train.batch_size,
-    }
-    if as_json:
-        print(json.dumps({**facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1))
-        return 0
-    table = Table(title=_title(facts), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("mode", no_wrap=True, min_width=19)
-    for name in ("type", "ms", "img/s", "GFLOP", "MiB", "eager", "compile"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        ratios = (row.ratio_eager, row.ratio_compile)
-        table.add_row(
-            row.mode, row.precision, f"{row.ms:.1f}", f"{row.images_per_second:,.0f}", f"{row.flops / 1e9:,.1f}",
-            f"{row.peak_bytes / 2**20:,.0f}", *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-        )  # fmt: skip
-    Console().print(table)
-    return 0
-
-
-def _title(facts: dict[str, Any]) -> str:
-    model = facts["model"]
-    return f"one step, {model['size']} px, n = {model['filters']}, batch {facts['batch_size']}; {facts['device']}"
 
 
 def measure(

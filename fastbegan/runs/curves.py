@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..files import atomic
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from ..figures import new_figure, save_figure
 
 
 def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     """M, both losses and k over images seen, from rows of metrics.jsonl; nothing for no rows."""
     if not rows:
         return
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
-
-    figure = Figure(figsize=(9, 6.5), dpi=110, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    figure, (upper, lower) = new_figure(rows=2, ratios=(2, 1), share_x=True)
     images = [row["images"] for row in rows]
     marker = "o" if len(rows) == 1 else None
     for name, label, colour in (
@@ -36,17 +29,4 @@ def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     lower.set_ylabel("k")
     lower.set_ylim(bottom=0)
     lower.set_xlabel("images seen")
-    for axes in (upper, lower):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     save_figure(path, figure)
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as a PNG atomically, without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    with atomic(path) as file:
-        file.write(buffer.getvalue())

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ModelConfig, TrainConfig
 from ..nets.models import Discriminator, Generator, count_parameters
@@ -39,6 +38,8 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
     `dtype` is the compute type (None: float32). `flops` counts a multiply-add as two, convolutions and matrix products
     only.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here: it takes a tenth of a second to import
+
     textbook = train.passes == "textbook"
     with torch.device("meta"):
         generator, discriminator = Generator(model), Discriminator(model)

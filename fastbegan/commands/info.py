@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import Positional
 
-from .config import PRESETS
-from .nets.models import Discriminator, Generator, count_parameters
-from .runs.checkpoint import damage, list_checkpoints
-from .runs.folder import RunFolder
-from .training.cost import step_cost
+from ..config import PRESETS
+from ..nets.models import Discriminator, Generator, count_parameters
+from ..runs.checkpoint import damage, list_checkpoints
+from ..runs.folder import RunFolder
+from ..training.cost import step_cost
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a run is and how far it came; without a folder, the presets."""
+
+    run_folder: Positional[Path | None] = None
+    """The folder that `fastbegan train` made."""
+    markdown: bool = False
+    """Print the table of presets as Markdown."""
+
+    def run(self) -> int:
+        return show_presets(markdown=self.markdown) if self.run_folder is None else show_run(self.run_folder)
 
 
 def preset_table() -> list[tuple[str, ...]]:

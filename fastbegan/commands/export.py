@@ -9,18 +9,21 @@ import io
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from tyro.conf import Positional
 
-from .config import ModelConfig
-from .errors import UserError
-from .files import atomic, make_folder, read_json
-from .runs.folder import RunFolder
-from .version import __version__, plain
+from .. import plain
+from ..config import ModelConfig
+from ..errors import UserError
+from ..files import atomic, make_folder, read_json
+from ..runs.folder import RunFolder
+from ..version import __version__
 
 Format = Literal["onnx", "pt2", "plain"]
 Nets = Literal["generator", "autoencoder", "both"]
@@ -80,30 +83,49 @@ def _weights(path: Path) -> dict[str, Tensor]:
 '''
 
 
-def export(run_folder: Path, format: Format, *, out: Path | None = None, net: Nets = "both", check: bool = True) -> int:
+@dataclass(frozen=True)
+class Export:
+    """Write a run's nets, the averaged generator and the auto-encoder D, for use without fastbegan."""
+
+    run_folder: Positional[Path]
+    """The folder that `fastbegan train` made."""
+    format: Literal["onnx", "pt2", "plain"]
+    """onnx; pt2: PyTorch's own, for torch.export.load; plain: model.py and safetensors, which need torch only."""
+    out: Path | None = None
+    """Where the files go. Default: export/ in the run folder."""
+    net: Literal["generator", "autoencoder", "both"] = "both"
+    """Which of the nets."""
+    check: Literal["on", "off"] = "on"
+    """on: read what was written, run it, and refuse it where it differs from PyTorch's modules."""
+
+    def run(self) -> int:
+        return export(self)
+
+
+def export(options: Export) -> int:
     """Write the averaged generator and the auto-encoder D of a run, float32, any batch size; prints what it wrote.
 
-    With `check` what was written is read again, run on batches of 1 and 5, and refused where its outputs differ from
-    the modules' by more than 1e-4 (ONNX, run by onnxruntime) or 1e-6. Raises UserError for that and for bad input.
+    With `check` on, what was written is read again, run on batches of 1 and 5, and refused where its outputs differ
+    from the modules' by more than 1e-4 (ONNX, run by onnxruntime) or 1e-6. Raises UserError for that and for bad input.
     """
-    for name, value, accepted in (("format", format, _LIMITS), ("net", net, _STEMS)):
+    for name, value, accepted in (("format", options.format, _LIMITS), ("net", options.net, _STEMS)):
         if value not in accepted:
             raise UserError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
-    if format == "onnx":
+    if options.format == "onnx":
         _require_packages("onnx", "onnxscript")
-        if check:
+        if options.check == "on":
             _require_packages("onnxruntime", instead=", or take --check off")
-    run = RunFolder(run_folder)
+    run = RunFolder(options.run_folder)
     config = run.read_config().model
-    nets = {stem: _load(run, stem) for stem in _STEMS[net]}
-    folder = make_folder(out or run.path / "export")
-    if format == "plain":
+    nets = {stem: _load(run, stem) for stem in _STEMS[options.net]}
+    folder = make_folder(options.out or run.path / "export")
+    if options.format == "plain":
         _require_no_other(folder / "config.json", config)
         files = _plain_files(nets, config)
     else:
-        make = _onnx if format == "onnx" else _pt2
-        files = {f"{stem}.{format}": make(module, _example(config, stem, 2)) for stem, module in nets.items()}
-    findings = _check(files, nets, config, format) if check else []
+        make = _onnx if options.format == "onnx" else _pt2
+        files = {f"{stem}.{options.format}": make(module, _example(config, stem, 2)) for stem, module in nets.items()}
+    findings = _check(files, nets, config, options.format) if options.check == "on" else []
     for name, data in files.items():
         with atomic(folder / name) as file:
             file.write(data)

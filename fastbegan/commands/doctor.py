@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -14,31 +14,75 @@ from rich.table import Table
 from fastbegan_kernels import dispatch, problems, tuning
 from fastbegan_kernels.problems import Layer, Pointwise
 
-from .config import ModelConfig, TrainConfig
-from .device import pick_device, pick_precision, set_backends
-from .display import Display
-from .errors import UserError
-from .training.capacity import capacity
-from .training.cost import step_cost
-from .training.tune import tune
+from ..config import ModelConfig, TrainConfig, find_preset
+from ..device import pick_device, pick_precision, set_backends
+from ..display import Display
+from ..errors import UserError
+from ..training.capacity import capacity
+from ..training.cost import step_cost
+from ..training.tune import tune
 
 Row = tuple[str, str, str]
 
 
-def doctor(*, device: str, precision: str, filters: int, size: int, batch_size: int, cudnn_search: bool = True) -> int:
-    """Print the machine's facts and a row for each op; layers have `filters` channels on maps of `size` x `size`.
+@dataclass(frozen=True)
+class Doctor:
+    """What this machine runs for every op, and why; on a GPU every kernel is checked and timed."""
 
-    On a GPU every form is tried and timed now, whatever was chosen before. Raises UserError for bad values.
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """auto, float32, tf32, bf16 or fp16; with --tune several with commas between."""
+    filters: int | None = None
+    """Channels of the layers that are tried (default: 64), or n of the preset."""
+    size: int | None = None
+    """Height and width of their inputs (default: 32), or the preset's image size."""
+    batch_size: int | None = None
+    """Images at once. Default: 16, or the preset's. With --tune those of one GPU, not of all ranks."""
+    preset: str | None = None
+    """Instead of layers: what a step of this preset needs here, and the largest batch that fits."""
+    tune: bool = False
+    """With --preset on a GPU: choose all its kernels now, into the cache that runs read; before a job of many nodes."""
+    cudnn_search: Literal["auto", "off"] = "auto"
+    """As for train: what is chosen under one setting is not used under the other."""
+
+    def run(self) -> int:
+        return doctor(self)
+
+
+def doctor(options: Doctor) -> int:
+    """Tell about this machine's ops, about a preset on it, or choose a preset's kernels; returns the exit code.
+
+    Raises UserError for bad values.
     """
+    if options.preset is None:
+        if options.tune:
+            raise UserError("tune is True without a preset; accepted: --preset NAME --tune")
+        return _ops(options)
+    preset = find_preset(options.preset)
+    model = preset.model.resized(options.size, options.filters)
+    batch_size = preset.train.batch_size if options.batch_size is None else options.batch_size
+    train = replace(preset.train, batch_size=batch_size)
+    return _tune(options, model, train) if options.tune else _preset(options, model, train)
+
+
+def _ops(options: Doctor) -> int:
+    """Print the machine's facts and a row for each op.
+
+    On a GPU every form is tried and timed now, whatever was chosen before.
+    """
+    filters = 64 if options.filters is None else options.filters
+    size = 32 if options.size is None else options.size
+    batch_size = 16 if options.batch_size is None else options.batch_size
     for name, value in (("filters", filters), ("size", size), ("batch-size", batch_size)):
         if value < 1 or (name == "size" and value % 2):
             raise UserError(f"{name} is {value}; accepted: {'even ' if name == 'size' else ''}numbers from 1 on")
-    where, line = pick_device(device)
-    used, dtype = pick_precision(precision, where)
-    set_backends(used, search=cudnn_search)
+    where, line = pick_device(options.device)
+    used, dtype = pick_precision(options.precision, where)
+    set_backends(used, search=options.cudnn_search == "auto")
     facts = [
         ("device", line),
-        ("precision", f"{used}{' (as nothing else was asked for)' if precision == 'auto' else ''}"),
+        ("precision", f"{used}{' (as nothing else was asked for)' if options.precision == 'auto' else ''}"),
         ("software", f"Python {platform.python_version()}, {tuning.environment(where)}"),
         *([("kernels", tier(where))] if where.type == "cuda" else []),
         ("asked for", f"FASTBEGAN_IMPL={os.environ.get('FASTBEGAN_IMPL') or '(unset: automatic)'}"),
@@ -64,13 +108,11 @@ def tier(device: torch.device) -> str:
     return f"{chip}: fused layers in Triton, loading {loads}, or cuDNN on folded weights, whichever is faster"
 
 
-def doctor_preset(
-    model: ModelConfig, train: TrainConfig, *, device: str, precision: str, cudnn_search: bool = True
-) -> int:
+def _preset(options: Doctor, model: ModelConfig, train: TrainConfig) -> int:
     """Print what a step of a preset does and needs here, and the largest batch that fits."""
-    where, line = pick_device(device)
-    used, dtype = pick_precision(precision, where)
-    set_backends(used, search=cudnn_search)
+    where, line = pick_device(options.device)
+    used, dtype = pick_precision(options.precision, where)
+    set_backends(used, search=options.cudnn_search == "auto")
     cost = step_cost(model, train, dtype)
     facts = [
         ("device", line),
@@ -87,21 +129,19 @@ def doctor_preset(
     return 0
 
 
-def doctor_tune(
-    model: ModelConfig, train: TrainConfig, *, device: str, precisions: Sequence[str], cudnn_search: bool = True
-) -> int:
+def _tune(options: Doctor, model: ModelConfig, train: TrainConfig) -> int:
     """Choose all kernels of a preset in each precision, into the cache that runs read, before a job of many nodes.
 
     Returns 1 where some could not be chosen for good. Raises UserError where there is no GPU to choose for.
     """
-    where, line = pick_device(device)
+    where, line = pick_device(options.device)
     if where.type != "cuda":
         raise UserError(f"tune is True, but the device is {line}; accepted: a GPU (a CPU has no kernels)")
     print(f"{'device':<12}{line}\n{'choices in':<12}{tuning.cache_file()}")
     failed = 0
-    for precision in precisions:
+    for precision in options.precision.split(","):
         used, dtype = pick_precision(precision, where)
-        set_backends(used, search=cudnn_search)
+        set_backends(used, search=options.cudnn_search == "auto")
         with Display() as display:
             missing = tune(model, train, where, dtype, display.trying)
         failed += missing

@@ -21,20 +21,21 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tyro.conf import Positional
 
-from .config import ModelConfig, TrainConfig, require_seed
-from .data.prepare import ImageSet, load_images
-from .data.source import without_folders
-from .device import pick_device
-from .display import Display
-from .errors import UserError
-from .evaluation.nearest import Comparison, Neighbour, compare
-from .files import atomic, make_folder, read_json
-from .nets.models import Generator
-from .runs.checkpoint import load_latest
-from .runs.folder import RunConfig, RunFolder
-from .runs.sheets import BANDS, COLUMNS, ROWS, banded_sheet, generate, interpolate_latents, sheet_latents
-from .version import __version__
+from ..config import ModelConfig, TrainConfig, require_seed
+from ..data.prepare import ImageSet, load_images
+from ..data.source import without_folders
+from ..device import pick_device
+from ..display import Display
+from ..errors import UserError
+from ..evaluation.nearest import Comparison, Neighbour, compare
+from ..files import atomic, make_folder, read_json
+from ..nets.models import Generator
+from ..runs.checkpoint import load_latest
+from ..runs.folder import RunConfig, RunFolder
+from ..runs.sheets import BANDS, COLUMNS, ROWS, banded_sheet, generate, interpolate_latents, sheet_latents
+from ..version import __version__
 
 _CORNERS = 4
 _SAMPLES, _NEIGHBOURS = 12, 5  # generated images that are compared with training images, neighbours of each
@@ -69,31 +70,48 @@ class _Page(Template):
     delimiter = "@@"  # the page's script has dollars of its own
 
 
-def explore(
-    run_folder: Path, *, out: Path | None = None, data: str | None = None, seed: int = 0, device: str = "auto"
-) -> int:
+@dataclass(frozen=True)
+class Explore:
+    """Make one HTML page of a run, to look into it in a browser: interpolations, sheets, curves, nearest images."""
+
+    run_folder: Positional[Path]
+    """The folder that `fastbegan train` made."""
+    out: Path | None = None
+    """The file to write, NAME.html. Default: explore.html in the run folder."""
+    data: str | None = None
+    """Where the images are that the run was trained on, where they have moved; as --data of train."""
+    seed: int = 0
+    """Which latents, as for sample."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def run(self) -> int:
+        return explore(self)
+
+
+def explore(options: Explore) -> int:
     """Write a page about a run to `out`, by default `explore.html` in its folder, and print its path; returns 0.
 
     Generated image i is that of `fastbegan sample` with this seed. The same run and seed give the same bytes. Images
     are looked for in `data`, by default where the run had them; where they are not, the page says so. Raises UserError
     for bad input, among it no generator yet, and a given `data` that cannot be read.
     """
-    require_seed(seed)
-    run = RunFolder(run_folder)
+    require_seed(options.seed)
+    run = RunFolder(options.run_folder)
     config = run.read_config()
-    target = run.path / "explore.html" if out is None else out
+    target = run.path / "explore.html" if options.out is None else options.out
     if target.suffix.lower() not in (".html", ".htm") or target.is_dir():
         raise UserError(f"out is {target}{', a folder' if target.is_dir() else ''}; accepted: a file NAME.html")
-    place = pick_device(device)[0]
+    place = pick_device(options.device)[0]
     generator = run.load_generator(place)
     make_folder(target.parent)
     plan = _Plan.of(config.model.size)
     with Display() as display:
-        ways, square, samples = _draw(generator, config.model, plan, seed, place, display)
+        ways, square, samples = _draw(generator, config.model, plan, options.seed, place, display)
         rows, damaged = _metrics(run)
         sheets, lost = _sheets(run, config, 0.38 * plan.room)
         state = _checkpoint(run)
-        near, line = _nearest(samples, config, data, seed, state, 0.14 * plan.room, place, display)
+        near, line = _nearest(samples, config, options.data, options.seed, state, 0.14 * plan.room, place, display)
         if line:
             display.say(line)
         values = {
@@ -103,8 +121,8 @@ def explore(
             "curves": _curves(rows),
         }
         name = run.path.resolve().name or str(run.path)
-        command = ["fastbegan", "explore", name, "--seed", str(seed)]
-        command += [] if data is None else ["--data", without_folders(data)]
+        command = ["fastbegan", "explore", name, "--seed", str(options.seed)]
+        command += [] if options.data is None else ["--data", without_folders(options.data)]
         page = _fill(
             values,
             title=html.escape(name),

@@ -1,0 +1,111 @@
+"""`fastbegan bench plan`: what training a preset would take on other GPUs. A model, not a measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..config import find_preset
+from ..errors import UserError
+from ..measure.plan import ASSUMED, COPY_SHARE, GPUS, NETWORK_SHARE, PASSES, Plan, measured_share, plan
+from ..training.cost import step_cost
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """Estimate what training a preset takes on other GPUs: images a second, hours, energy. A model, and labelled so."""
+
+    preset: str = "paper-128"
+    """Nets and number of images."""
+    gpu: str = "all"
+    """p100, v100, a100, h100, b200, or all."""
+    gpus: str = "1"
+    """How many; several numbers with commas between, to see how far it scales: 1,8,64,512."""
+    batch_size: int | None = None
+    """Images a card and step. Default: the preset's."""
+    share: float | None = None
+    """Share of the card's peak that a step reaches. Default: as measured on such a card, else an assumed one."""
+    link: Literal["nvlink", "pcie"] = "nvlink"
+    """What joins the cards of a node."""
+    network: float = 100.0
+    """Gb/s of a node's link to the others."""
+    results: Path = Path("bench/results")
+    """Where measured shares are looked for."""
+    json: bool = False
+    """Print only JSON."""
+
+    def run(self) -> int:
+        return bench_plan(self)
+
+
+def bench_plan(options: BenchPlan) -> int:
+    """Print the plan for `gpu`, or for all with "all", on each number of cards. Raises UserError for bad values."""
+    preset = find_preset(options.preset)
+    batch_size = preset.train.batch_size if options.batch_size is None else options.batch_size
+    train = dataclasses.replace(preset.train, batch_size=batch_size)
+    images = train.images or 7_000_000
+    plans = []
+    for gpu in GPUS if options.gpu == "all" else [options.gpu]:
+        measured = measured_share(options.results, gpu) if options.share is None and gpu in GPUS else None
+        share = options.share if options.share is not None else measured
+        for count in _counts(options.gpus):
+            estimate = plan(
+                preset.model, train, gpu, count, images=images, share=share, measured=measured is not None,
+                link=options.link, network=options.network,
+            )  # fmt: skip
+            plans.append(estimate)
+    if options.json:
+        rows = [dataclasses.asdict(row) for row in plans]
+        print(json.dumps({"preset": options.preset, "images": images, "plans": rows}, indent=1))
+        return 0
+    shown = Table(
+        title=f"{options.preset}: {images:,} images, {train.batch_size} a card a step; a model, not a measurement",
+        box=box.SIMPLE, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for column in ("GPU", "cards", "of peak", "ms/step", "images/s", "a card", "hours", "kWh", "limit"):
+        shown.add_column(column, justify="left" if column in ("GPU", "limit") else "right", no_wrap=True)
+    for one in plans:
+        source = "" if one.measured or options.share is not None else "?"
+        shown.add_row(
+            f"{one.gpu} {one.precision}", str(one.gpus), f"{one.share:.0%}{source}", f"{1e3 * one.step:.2f}",
+            f"{one.images_per_second:,.0f}", f"{one.efficiency:.0%}", f"{one.hours:,.1f}", f"{one.kwh:,.1f}",
+            one.limit if one.fits else "does not fit",
+        )  # fmt: skip
+    console = Console()
+    console.print(shown)
+    for one in plans if len(plans) == 1 else []:
+        console.print(_limits(one, train.batch_size))
+    console.print(_assumptions(4 * step_cost(preset.model, train).parameters, options.link, options.network))
+    return 0
+
+
+def _limits(one: Plan, batch: int) -> str:
+    """What each part alone would allow."""
+    parts = {"compute": one.arithmetic, "memory": one.memory, "images": one.gather, "network": one.network}
+    rates = (f"{name} {one.gpus * batch / seconds:,.0f}" for name, seconds in parts.items() if seconds)
+    return f"Images a second that each would allow alone: {', '.join(rates)}.\n"
+
+
+def _assumptions(sent: int, link: str, network: float) -> str:
+    shares = ", ".join(f"{share:.0%} in {name}" for name, share in ASSUMED.items())
+    return (
+        "Peaks, bandwidths and watts are data-sheet values. A share with a question mark was not measured, and is "
+        f"assumed: {shares}. Activations cross the memory {PASSES} times a step at {COPY_SHARE:.0%} of its "
+        f"bandwidth; images are resident on the card. Cards sum up {sent / 1e6:,.1f} MB of gradients a step, in a ring "
+        f"or a tree, G's while D works on x: over {'NVLink' if link == 'nvlink' else 'PCIe'} within a node and "
+        f"{network:g} Gb/s between nodes, of which they get {NETWORK_SHARE:.0%}. A card's percentage is how much of "
+        "its speed alone it keeps. Energy is the cards' alone, at full power."
+    )
+
+
+def _counts(text: str) -> list[int]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise UserError(f"gpus is {text!r}; accepted: whole numbers from 1, with commas between")
+    return [int(part) for part in text.split(",")]

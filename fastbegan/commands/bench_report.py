@@ -1,0 +1,25 @@
+"""`fastbegan bench report`: results of `pytest bench/` as Markdown and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ..measure.report import write_report
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Make tables and plots of what `pytest bench/ --results FILE.json` measured."""
+
+    results: Positional[tuple[Path, ...]] = (Path("bench/results"),)
+    """JSON files, or folders of them; of each device the newest is shown, and the others as its history."""
+    out: Path | None = None
+    """A folder for report.md and its pictures. Default: print the tables only."""
+    readme: bool = False
+    """Print the README's section on speed."""
+
+    def run(self) -> int:
+        return write_report(self.results, out=self.out, as_readme=self.readme)

@@ -1,0 +1,141 @@
+"""`fastbegan data`: pack a source, check it, look into a pack."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tyro.conf import Positional
+
+from ..data.pack import DamagedPackError, read_pack
+from ..data.prepare import load_catalogue, make_pack
+from ..display import Display
+from ..errors import UserError
+from ..runs.sheets import save_png
+
+_SHOWN = 8  # rows and columns of a contact sheet
+
+
+@dataclass(frozen=True)
+class DataPack:
+    """Decode images once into one file that training maps into memory. A pack that was cut off is taken up again."""
+
+    source: Positional[str]
+    """As --data of train: a folder, a .tar or .tfrecord file, faces:COUNT, cifar10:ROOT, fashion-mnist:ROOT."""
+    out: Positional[Path]
+    """The file to write, NAME.pack; NAME.rejected.txt beside it names what was broken, left out or converted."""
+    size: int = 64
+    """Height and width of the packed images; with --jitter J of train, 2 * J more than the nets' size."""
+    crop: str = "center"
+    """center (largest square), none (stretch), pixels (128), or celeba (the face in CelebA's aligned images)."""
+    max_bad: float = 1.0
+    """Percentage of broken files above which nothing is packed."""
+    workers: int | None = None
+    """Processes that decode. Default: as many as there are cores."""
+
+    def run(self) -> int:
+        return pack(self)
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """Decode every image of a source and name the broken ones; exit code 1 if there are any."""
+
+    source: Positional[str]
+    """A folder, a .tar or .tfrecord file."""
+    crop: str = "center"
+    """As for pack."""
+    workers: int | None = None
+    """Processes that decode. Default: as many as there are cores."""
+
+    def run(self) -> int:
+        return check(self)
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a pack holds, and a contact sheet of it."""
+
+    pack: Positional[Path]
+    """The file."""
+    sheet: Path | None = None
+    """Where the sheet goes. Default: NAME.sheet.png beside NAME.pack."""
+
+    def run(self) -> int:
+        return info(self)
+
+
+def pack(options: DataPack) -> int:
+    """Write a pack of `source` to `out`; returns the exit code. Raises UserError."""
+    if options.size < 1:
+        raise UserError(f"size is {options.size}; accepted: whole numbers from 1")
+    _check_workers(options.workers)
+    if not 0 <= options.max_bad <= 100:
+        raise UserError(f"max_bad is {options.max_bad}; accepted: 0 to 100")
+    if options.out.suffix != ".pack":
+        raise UserError(f"out is {options.out}; accepted: a name that ends with .pack")
+    with Display() as display:
+        found = make_pack(
+            options.source,
+            options.out,
+            options.size,
+            options.crop,
+            display.preparing,
+            max_bad=options.max_bad,
+            workers=options.workers,
+        )
+        display.say(found.description)
+        display.say(f"  train on it: fastbegan train --size {options.size} --data {options.out}")
+        rejected = options.out.with_suffix(".rejected.txt")
+        if rejected.exists() and rejected.stat().st_size:
+            display.say(f"  rejected, left out and converted: {rejected}")
+    return 0
+
+
+def check(options: DataCheck) -> int:
+    """Decode all of `source` and name what is broken; returns 1 if something is. Raises UserError."""
+    _check_workers(options.workers)
+    with Display() as display:
+        found = load_catalogue(
+            options.source, options.crop, display.preparing, max_bad=100.0, workers=options.workers, again=True
+        )
+        for name, reason in found.broken:
+            display.say(f"broken  {name}: {reason}")
+        converted = int(found.seen[:, 2].sum())
+        display.say(
+            f"{found.description}; {len(found.broken):,} broken, {converted:,} with colours or rotation converted"
+        )
+    return 1 if found.broken else 0
+
+
+def _check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}; accepted: whole numbers from 1")
+
+
+def info(options: DataInfo) -> int:
+    """Print what a pack holds and draw a contact sheet of it; returns the exit code. Raises UserError."""
+    path = options.pack
+    if not path.is_file():
+        raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}; accepted: a .pack file")
+    try:
+        images, header = read_pack(path, check_below=sys.maxsize)
+    except DamagedPackError as error:
+        raise UserError(str(error)) from None
+    print(f"{header.source}: {header.count:,} images of {header.size} px, {path.stat().st_size / 1e6:,.1f} MB")
+    print(f"checksum {header.crc32:08x}, made from {header.made_from or 'an earlier version'}")
+    if not header.count:
+        return 0
+    count = min(header.count, _SHOWN * _SHOWN)
+    chosen = np.linspace(0, header.count - 1, count).astype(np.int64)
+    columns = min(count, _SHOWN)
+    rows = -(-count // columns)
+    page = np.full((rows * columns, header.size, header.size, 3), 255, np.uint8)
+    page[:count] = images[chosen]
+    grid = page.reshape(rows, columns, header.size, header.size, 3).swapaxes(1, 2)
+    target = path.with_suffix(".sheet.png") if options.sheet is None else options.sheet
+    save_png(target, grid.reshape(rows * header.size, columns * header.size, 3))
+    print(f"contact sheet: {target}")
+    return 0

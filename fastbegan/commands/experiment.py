@@ -1,0 +1,135 @@
+"""`fastbegan experiment`: the experiments of the paper's section 4, each one command that leaves a report."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from ..config import require_seed
+from ..data.source import absolute, find_source
+from ..device import pick_device
+from ..display import Display
+from ..distributed.stop import StopRequest
+from ..errors import UserError
+from ..evaluation.extractors import open_extractor
+from ..experiments import ablation, continuity, convergence, diversity, scores, unbalanced
+from ..experiments.scales import SCALES
+from ..experiments.study import FILE, OF_ONE_RUN, Settings, Study
+from ..files import locked, make_folder, sha256, visible
+from ..runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Repeat an experiment of the paper (its section 4): trains what it needs, writes a report."""
+
+    name: Positional[Literal["diversity", "continuity", "convergence", "unbalanced", "scores", "ablation"]]
+    """diversity (gamma), continuity (latents of real images), convergence (M against quality), unbalanced (a starved D
+    or G), scores (of generated images), ablation (skips, vanishing residuals, updates, latents)."""
+    scale: Literal["demo", "paper", "smoke"] = "demo"
+    """demo: minutes on two cores; paper: the paper's nets and lengths, for GPUs; smoke: only that it works."""
+    out: Path | None = None
+    """The folder. One that holds this experiment is continued. Default: experiments/NAME-SCALE."""
+    data: str | None = None
+    """As --data of train. Default: portraits; paper scale needs one."""
+    trained: Path | None = None
+    """A run to look at instead of training one (continuity, convergence, scores)."""
+    seed: int = 0
+    """Everything random follows from it."""
+    seeds: int | None = None
+    """How many seeds, from `seed` on, diversity takes. Default: the scale's."""
+    extractor: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
+    """As for evaluate."""
+    inception: Path | None = None
+    """As for evaluate."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    any_code: bool = False
+    """Go on with what another version of the code, or another kind of device, has made; the report then says so."""
+
+    def run(self) -> int:
+        return experiment(self)
+
+
+EXPERIMENTS = {
+    module.__name__.rpartition(".")[2]: module.run
+    for module in (diversity, continuity, convergence, unbalanced, scores, ablation)
+}
+
+
+def experiment(options: Experiment) -> int:
+    """Do one of EXPERIMENTS in a folder: report.md, results.json, pictures, and the runs it trained.
+
+    Started again with the same settings, it goes on where it was; with `any_code` also if another version of the code,
+    or another kind of device, was at work there, which the report then says. Raises UserError for bad input.
+    """
+    name, scale, seed, trained = options.name, options.scale, options.seed, options.trained
+    data, seeds = options.data, options.seeds
+    if name not in EXPERIMENTS:
+        raise UserError(f"experiment is {name!r}; accepted: {', '.join(EXPERIMENTS)}")
+    if scale not in SCALES:
+        raise UserError(f"scale is {scale!r}; accepted: {', '.join(SCALES)}")
+    require_seed(seed)
+    if seeds is not None and (seeds < 1 or name != "diversity"):
+        raise UserError(f"seeds is {seeds} for {name}; accepted: whole numbers from 1, for diversity")
+    if trained is not None and name not in OF_ONE_RUN:
+        raise UserError(f"trained is {trained} for {name}; accepted: with {', '.join(OF_ONE_RUN)}")
+    if trained is not None and data is not None:
+        raise UserError(f"data is {data!r} beside trained; accepted: one of them, a run knows its data")
+    if name == "continuity" and (options.inception is not None or options.extractor != "efficientnet-lite0"):
+        raise UserError("extractor and inception were given for continuity, which compares no features; leave them out")
+    weights = None
+    if trained is not None:
+        RunFolder(trained).load_generator()  # before anything is made for it
+        weights = sha256(RunFolder(trained).generator_file)
+    else:
+        data = data or SCALES[scale].data
+        if data is None:
+            raise UserError(f"data is missing; at {scale} scale give --data, as for train, or --trained RUN")
+        data = absolute(data)
+        if Path(data).suffix != ".pack" or not Path(data).is_file():
+            find_source(data)
+    folder = options.out or Path("experiments") / f"{name}-{scale}"
+    if folder.is_file() or (visible(folder) and not (folder / FILE).exists()):
+        raise UserError(f"{folder} is a file, or not empty and no experiment; give another --out")
+    place = pick_device(options.device)[0]
+    net = (
+        None if name == "continuity" else open_extractor(options.extractor, options.inception, place)
+    )  # before hours of training
+    if name == "diversity" and seeds is None:
+        seeds = SCALES[scale].seeds
+    settings = Settings(
+        name=name, scale=scale, data=data, trained=None if trained is None else str(trained.resolve()), weights=weights,
+        seed=seed, seeds=seeds, extractor=None if name == "continuity" else options.extractor,
+    )  # fmt: skip
+    make_folder(folder)
+    # a SIGTERM is a KeyboardInterrupt in here, and so ends the runs too
+    with Display() as display, StopRequest(), locked(folder / "study", lambda: display.say(_waiting(folder))) as lock:
+        study = Study(settings, folder, place, net, display, lock, any_code=options.any_code)
+        study.command = _command(options)
+        try:
+            EXPERIMENTS[name](study)
+        finally:
+            study.save()
+    return 0
+
+
+def _command(options: Experiment) -> str:
+    """What repeats this experiment, for its report."""
+    words = ["fastbegan", "experiment", options.name, "--scale", options.scale]
+    for name in ("out", "data", "trained", "seeds", "inception"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name}", str(value)]
+    words += ["--seed", str(options.seed)] if options.seed else []
+    words += ["--extractor", options.extractor] if options.inception else []
+    words += ["--device", options.device] if options.device != "auto" else []
+    words += ["--any-code"] if options.any_code else []
+    return shlex.join(words)
+
+
+def _waiting(folder: Path) -> str:
+    return f"another process, or a run that one has left behind, is at work in {folder}; waiting for it to end"

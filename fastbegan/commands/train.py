@@ -1,0 +1,30 @@
+"""`fastbegan train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ..config import ModelConfig, TrainConfig
+from ..runs.folder import RunConfig
+from ..training.loop import train
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a BEGAN. Without options: the demo, on procedural portraits, into a new folder under runs/."""
+
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")]
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    preset: str = "demo"
+    """Where all other options start from: demo, paper-32, paper-64, paper-128, paper-256."""
+    out: Path | None = None
+    """The run folder. A folder that holds a run is continued, with that run's settings. Default: a new one in runs/."""
+    resume: Literal["auto", "off"] = "auto"
+    """off: refuse a folder that holds a run."""
+
+    def run(self) -> int:
+        return train(RunConfig(self.preset, self.model, self.train), self.out, resume=self.resume == "auto")
