@@ -181,7 +181,11 @@ def history(every: Sequence[Results]) -> Any:
     for key in dict.fromkeys(row.key for one in every for row in one.rows if row.group == "step"):
         found: list[Row | None] = [next((row for row in one.rows if row.key == key), None) for one in every]
         axes.plot(
-            range(len(every)), [row.ratio if row else None for row in found], marker="o", label=key, linewidth=1.2
+            range(len(every)),
+            [row.ratio if row and row.ratio else float("nan") for row in found],
+            marker="o",
+            label=key,
+            linewidth=1.2,
         )
     axes.set_xticks(range(len(every)), labels, fontsize=8)
     axes.set_ylabel("times as fast as eager PyTorch")
