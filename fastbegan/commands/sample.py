@@ -68,7 +68,7 @@ def sample(options: Sample) -> int:
         accepted = f"with count {options.count}: steps up to {_MOST // options.count}"
         raise UserError(f"interpolate is {options.interpolate}; accepted {accepted}")
     if options.gif and not options.interpolate:
-        raise UserError("gif needs options.interpolate, for instance --interpolate 12 --gif")
+        raise UserError("gif needs interpolate, for instance --interpolate 12 --gif")
     for name, value in (("single", options.single or None), ("columns", options.columns)):
         if options.interpolate and value is not None:
             raise UserError(
