@@ -194,7 +194,7 @@ def test_without_huggingface_hub_the_error_says_what_to_install(
 
 OFFLINE = """
 import sys
-from fastbegan.models import Generator, build
+from fastbegan import Generator, build
 from fastbegan import ModelConfig
 assert "huggingface_hub" not in sys.modules
 generator = build(ModelConfig(size=16, filters=2, widths=(1, 1)), seed=0)[0]

@@ -18,7 +18,7 @@ from .conftest import ROOT
 USE = """
 import fastbegan, fastbegan_kernels, torch
 assert "site" in fastbegan.__file__ and "site" in fastbegan_kernels.__file__
-from fastbegan.models import build
+from fastbegan import build
 generator, _ = build(fastbegan.ModelConfig(size=32, filters=2), seed=0)
 assert generator(torch.zeros(1, 64)).shape == (1, 3, 32, 32)
 """
@@ -32,9 +32,8 @@ def test_wheel_holds_both_packages_and_works(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"fastbegan", "fastbegan_kernels", "fastbegan-0.1.0.dist-info"}
     assert {"fastbegan/py.typed", "fastbegan_kernels/py.typed"} <= set(names)
-    assert {"fastbegan/explore.html", "fastbegan/demo/config.json", "fastbegan/demo/generator.safetensors"} <= set(
-        names
-    )
+    data = ("commands/explore.html", "demo/config.json", "demo/generator.safetensors")
+    assert {f"fastbegan/{name}" for name in data} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     venv.create(tmp_path / "fresh", symlinks=True)
     python = tmp_path / "fresh" / "bin" / "python"
