@@ -32,8 +32,8 @@ right = tiers.forward
 tiers.forward = lambda *arguments, **options: 1.1 * right(*arguments, **options)
 """
 _FULL = """
-from fastbegan import capacity
-capacity.available_memory = lambda device: 2**20
+from fastbegan import device
+device.available_memory = lambda device: 2**20
 """
 
 
