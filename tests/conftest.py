@@ -14,11 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.processes import environment
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels then run on the CPU
-
-ROOT = Path(__file__).parent.parent
-TINY = ["--filters", "4", "--data", "faces:64", "--batch-size", "8", "--log-every", "10"]
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +61,6 @@ def pictures(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
     return folder
-
-
-def environment() -> dict[str, str]:
-    # a crash in native code says where
-    ours = {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **ours, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbegan.convert import accelerate, chains, compare
-
-from .gans import GANS, seeded
+from tests.helpers.gans import GANS, seeded
 
 EVERY = pytest.mark.parametrize("name", GANS)
 

@@ -16,8 +16,7 @@ import torch
 from fastbegan import UserError
 from fastbegan.runs import checkpoint
 from fastbegan.runs.checkpoint import damage, list_checkpoints, load_latest, save_checkpoint
-
-from .conftest import TINY, environment
+from tests.helpers.processes import TINY, environment
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 CPU = torch.device("cpu")

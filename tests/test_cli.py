@@ -15,8 +15,7 @@ from PIL import Image
 
 from fastbegan import TrainStep
 from fastbegan.cli import main
-
-from .conftest import environment
+from tests.helpers.processes import environment
 
 TRAIN_OPTIONS = (
     "accumulate batch-size carry-steps checkpoint-every compile crop cuda-graph cudnn-search data deterministic "

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbegan.convert import Report, accelerate, chains, compare, restore
-
-from .families import FAMILIES, Interpolating, Latent, images, sequential
-from .gans import seeded
+from tests.helpers.families import FAMILIES, Interpolating, Latent, images, sequential
+from tests.helpers.gans import seeded
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo of torch 2.7

@@ -30,8 +30,7 @@ from fastbegan.files import sha256
 from fastbegan.nets.models import Generator, build
 from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.runs.sheets import diversity, generate, sheet_latents
-
-from .conftest import environment
+from tests.helpers.processes import environment
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

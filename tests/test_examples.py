@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from .conftest import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 SCRIPTS = {"ebgan": "EBGAN", "began_cs": "BEGAN-CS", "vae": "VAE", "latent_decoder": "latent auto-encoder"}
 

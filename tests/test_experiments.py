@@ -31,8 +31,7 @@ from fastbegan.files import read_json
 from fastbegan.nets.models import build
 from fastbegan.runs.folder import RunFolder
 from fastbegan.runs.sheets import sheet_latents
-
-from .conftest import ROOT
+from tests.helpers.processes import ROOT
 
 Start = Callable[..., "subprocess.Popen[str]"]
 NAMES = list(EXPERIMENTS)

@@ -24,8 +24,7 @@ from fastbegan.commands.explore import Explore
 from fastbegan.nets.models import build
 from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.runs.sheets import banded_sheet, generate, generated_band, sheet_latents
-
-from .conftest import TINY
+from tests.helpers.processes import TINY
 
 
 def trained(out: Path) -> Path:

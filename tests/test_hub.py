@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from fastbegan import Discriminator, Generator, ModelConfig, UserError, plain
 from fastbegan.nets import hub
 from fastbegan.nets.models import build
-
-from .conftest import environment
+from tests.helpers.processes import environment
 
 SKIPS = ModelConfig(size=32, filters=4, hidden=6, latent=5)
 FADING = ModelConfig(size=16, filters=4, hidden=6, latent=5, widths=(1, 2), skips=False, vanishing=True)

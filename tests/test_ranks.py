@@ -25,8 +25,8 @@ from fastbegan.distributed.stop import StopRequest
 from fastbegan.measure.plan import all_reduce_seconds
 from fastbegan.runs.checkpoint import list_checkpoints
 from fastbegan.runs.folder import RunFolder
-from tests.conftest import ROOT, environment
-from tests.two_nodes import NOT_HERE
+from tests.helpers.processes import ROOT, environment
+from tests.helpers.two_nodes import NOT_HERE
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -39,12 +39,12 @@ FLAGS = (
 
 @pytest.fixture
 def torchrun() -> Iterator[Start]:
-    """Start so many ranks, with a fault as `tests/faulty.py` takes it or without one; returns at once."""
+    """Start so many ranks, with a fault as `tests/helpers/faulty.py` takes it or without one; returns at once."""
     started = []
 
     def start(ranks: int, *arguments: object, fault: str = "", restarts: int = 0) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts)]
-        program = [str(ROOT / "tests" / "faulty.py"), *fault.split()] if fault else ["-m", "fastbegan"]
+        program = [str(ROOT / "tests" / "helpers" / "faulty.py"), *fault.split()] if fault else ["-m", "fastbegan"]
         command += ["--nproc-per-node", str(ranks), *program, "train", *map(str, arguments)]
         process = subprocess.Popen(
             command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -322,7 +322,7 @@ POINTS = {
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_any_point_and_continued(tmp_path: Path, whole: Path, fastbegan: Run, point: str) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "tests" / "faulty.py"), *point.split(), "kill", "0", "train"]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "faulty.py"), *point.split(), "kill", "0", "train"]
     killed = subprocess.run(
         [*command, *THIRTY_FIVE, "--out", str(out)], env=environment(), capture_output=True, text=True, check=False
     )
@@ -363,7 +363,7 @@ def test_there_are_twenty_points() -> None:
 def test_the_communication_model_fits_what_gloo_takes(ranks: int) -> None:
     """Latency and bandwidth from the smallest and the largest sum; the model then gives those between."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command.append(str(ROOT / "tests" / "gloo_times.py"))
+    command.append(str(ROOT / "tests" / "helpers" / "gloo_times.py"))
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=True)
     found = {int(size): seconds for size, seconds in json.loads(done.stdout.splitlines()[-1]).items()}
     small, large = min(found), max(found)
@@ -379,7 +379,7 @@ def test_the_communication_model_fits_what_gloo_takes(ranks: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_machines_one_of_which_is_cut_off(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tests" / "two_nodes.py"), str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "two_nodes.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=850, check=False)
     if done.returncode == NOT_HERE:
         pytest.skip(done.stdout.strip())

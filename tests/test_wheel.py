@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from tests.helpers.processes import ROOT
 
 USE = """
 import fastbegan, fastbegan_kernels, torch

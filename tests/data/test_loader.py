@@ -18,7 +18,7 @@ from fastbegan.data import choose, dali_loader
 from fastbegan.data.choose import open_loader
 from fastbegan.data.loader import Batching, Loader, PackedLoader, ResidentLoader
 from fastbegan.data.prepare import load_catalogue
-from tests.conftest import environment
+from tests.helpers.processes import environment
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
 CPU = torch.device("cpu")

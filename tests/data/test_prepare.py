@@ -17,7 +17,7 @@ from fastbegan import UserError
 from fastbegan.data.pack import leftovers, read_journal, read_pack
 from fastbegan.data.prepare import NoRoomError, cache_folder, load_catalogue, load_images, make_pack
 from fastbegan.data.source import find_source
-from tests.conftest import environment
+from tests.helpers.processes import environment
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from PIL import Image
 from fastbegan.data import dali_loader
 from fastbegan.data.pack import read_pack
 from fastbegan.runs.folder import RunFolder
-from tests.data import zoo
+from tests.helpers import zoo
 
 Run = Callable[..., "CompletedProcess[str]"]
 

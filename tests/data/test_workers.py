@@ -16,8 +16,8 @@ from fastbegan.data import worker, workers
 from fastbegan.data.decode import RejectedImageError, decode, read_bytes
 from fastbegan.data.scale import scale
 from fastbegan.data.workers import Request, Scaled, decode_all
-from tests.conftest import environment
-from tests.data import zoo
+from tests.helpers import zoo
+from tests.helpers.processes import environment
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastbegan_kernels import conv_stage, reference
-from tests.kernels.oracle import DEVICE, check, random_tensor
+from tests.helpers.oracle import DEVICE, check, random_tensor
 
 STAGES = [
     (["same", "same"], 0),

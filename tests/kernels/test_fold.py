@@ -10,7 +10,7 @@ from torch import Tensor
 from fastbegan_kernels import fold, reference, skip_phase_table
 from fastbegan_kernels.dispatch import HAS_TRITON
 from fastbegan_kernels.fold import KINDS, fold_upsample
-from tests.kernels.oracle import DEVICE, random_tensor
+from tests.helpers.oracle import DEVICE, random_tensor
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 

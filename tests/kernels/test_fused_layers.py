@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastbegan_kernels import conv2d_elu, conv_stage, reference, tiers, upsample_conv2d_elu
 from fastbegan_kernels.fold import fold_upsample
-from tests.kernels.oracle import DEVICE, DTYPES, ON_GPU, check, compare, layer_inputs, random_tensor
+from tests.helpers.oracle import DEVICE, DTYPES, ON_GPU, check, compare, layer_inputs, random_tensor
 
 launch = pytest.importorskip("fastbegan_kernels.fused.launch")  # where there is no Triton there is nothing to test
 from fastbegan_kernels.fused import tiles  # noqa: E402

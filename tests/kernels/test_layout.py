@@ -15,7 +15,7 @@ from fastbegan_kernels import upsample_conv2d_elu as up
 from fastbegan_kernels.dispatch import HAS_TRITON
 from fastbegan_kernels.layout import is_channels_last, lay_out
 from fastbegan_kernels.reference import blend
-from tests.kernels.oracle import DEVICE, DTYPES, random_tensor
+from tests.helpers.oracle import DEVICE, DTYPES, random_tensor
 from tests.kernels.test_layers import LAYERS
 
 LAST = torch.channels_last

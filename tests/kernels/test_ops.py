@@ -20,7 +20,7 @@ from fastbegan_kernels import (
     tiers,
     upsample_conv2d_elu,
 )
-from tests.kernels.oracle import DEVICE, layer_inputs, random_tensor
+from tests.helpers.oracle import DEVICE, layer_inputs, random_tensor
 
 pytest.importorskip("triton")
 LAYERS = [conv2d_elu, upsample_conv2d_elu]

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastbegan_kernels import cache, child, problems, tiers, tuning
 from fastbegan_kernels.child import Trial
 from fastbegan_kernels.problems import Layer, Pointwise
-from tests.kernels.oracle import DEVICE
+from tests.helpers.oracle import DEVICE
 
 pytest.importorskip("triton")
 PROBLEM = Layer("same", False, "float32", (2, 16, 6, 6), (16, 16, 3, 3))
