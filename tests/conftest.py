@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,20 +65,22 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fastbegan() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python -m fastbegan` with these arguments and wait for it."""
+def fastbegan(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `fastbegan` with these arguments in this process: exit code, output and errors as those of a process."""
+    from fastbegan.cli import main
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fastbegan", *map(str, arguments)]
-        return subprocess.run(
-            command,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        command = [str(argument) for argument in arguments]
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)  # printed as for a user
+            try:
+                code = main(command)
+            except SystemExit as end:
+                code = end.code
+        output, errors = capsys.readouterr()
+        assert code is None or isinstance(code, int)
+        return subprocess.CompletedProcess(command, code or 0, output, errors)
 
     return run
 
