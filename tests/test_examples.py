@@ -17,7 +17,9 @@ def test_all_are_here() -> None:
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"race", *SCRIPTS}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", [name if name == "ebgan" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
+)
 def test_both_copies_train_alike(script: str) -> None:
     command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), "--steps", "4", "--batch-size", "4"]
     done = subprocess.run(

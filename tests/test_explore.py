@@ -26,6 +26,8 @@ from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.runs.sheets import banded_sheet, generate, generated_band, sheet_latents
 from tests.helpers.processes import TINY
 
+pytestmark = pytest.mark.xdist_group("explore")  # a run and a page for all
+
 
 def trained(out: Path) -> Path:
     """A short run with four sheets."""

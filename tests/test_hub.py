@@ -212,7 +212,7 @@ def test_offline_and_imported_only_when_called(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert not done.stdout

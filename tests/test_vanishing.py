@@ -52,6 +52,7 @@ def _step(compile_mode: str | None = None) -> TrainStep:
     return TrainStep(*build(MODEL, seed=0), TRAIN, None, compile_mode)
 
 
+@pytest.mark.slow
 def test_fading_compiles_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     compiled = torch.compile
