@@ -11,6 +11,8 @@ import pytest
 
 from fastbegan import ModelConfig, TrainConfig, UserError
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize(
     ("make", "field", "value", "accepted"),

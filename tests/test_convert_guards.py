@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastbegan.convert import accelerate, chains, compare, restore
 from tests.helpers.families import Interpolating, images, made
 
+pytestmark = pytest.mark.core
 Forward = Callable[[Any, Tensor], Any]
 X = images(2, 3, 6, 6)
 

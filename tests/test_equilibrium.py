@@ -11,6 +11,8 @@ from fastbegan import Equilibrium, TrainConfig, UserError
 from fastbegan.training.schedule import StallHalving
 from fastbegan_kernels import equilibrium_update, reference
 
+pytestmark = pytest.mark.core
+
 
 def _update(equilibrium: Equilibrium, real: float, fake: float, skip: bool | None = None) -> None:
     flag = None if skip is None else torch.tensor(skip)

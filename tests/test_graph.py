@@ -12,6 +12,7 @@ import torch
 
 from fastbegan.training.graph import GraphedStep
 
+pytestmark = pytest.mark.core
 CUDA = torch.device("cuda", 0)
 
 

@@ -10,6 +10,7 @@ from fastbegan import Discriminator, Generator, ModelConfig
 from fastbegan.nets.models import build
 from fastbegan.training.objective import OBJECTIVES, Objective
 
+pytestmark = pytest.mark.core
 K = torch.tensor(0.37)
 EVERY = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 

@@ -19,6 +19,7 @@ from fastbegan.data.faces import faces
 from fastbegan.nets.models import build
 from fastbegan_kernels import normalize_images
 
+pytestmark = pytest.mark.core
 MODEL = ModelConfig(size=32, filters=4, hidden=8, latent=8)
 TRAIN = TrainConfig(batch_size=4, lr=1e-3)
 

@@ -12,6 +12,7 @@ from fastbegan_kernels.dispatch import HAS_TRITON
 from fastbegan_kernels.fold import KINDS, fold_upsample
 from tests.helpers.oracle import DEVICE, random_tensor
 
+pytestmark = pytest.mark.core
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 
 

@@ -8,6 +8,8 @@ import torch
 from fastbegan_kernels import l1_reconstruction_loss
 from tests.helpers.oracle import random_tensor
 
+pytestmark = pytest.mark.core
+
 
 def test_values_and_gradients_by_hand() -> None:
     prediction = torch.tensor([[[[0.0, 1.0]]], [[[2.0, -2.0]]]], requires_grad=True)  # [2, 1, 1, 2]
