@@ -82,7 +82,7 @@ def test_compiled_gradients_are_the_textbooks(passes: str) -> None:
     found = []
     for how, mode in ((passes, "default"), ("textbook", None)):
         nets = build(MODEL, seed=0)
-        OBJECTIVES[how](*nets, compile_mode=mode).shared(real, z, k)
+        OBJECTIVES[how](*nets, k, compile_mode=mode).for_both(real, z, z)
         found.append([p.grad for net in nets for p in net.parameters() if p.grad is not None])
     for got, want in zip(*found, strict=True):
         assert (got - want).norm() <= 1e-3 * want.norm()
@@ -101,7 +101,7 @@ def test_compiled_bf16_gradients_are_near_float32s(passes: str) -> None:
         nets = build(replace(MODEL, filters=32), seed=0)
         for net in nets:
             net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        OBJECTIVES[how](*nets, dtype=dtype, compile_mode=mode).shared(real, z, k)
+        OBJECTIVES[how](*nets, k, dtype=dtype, compile_mode=mode).for_both(real, z, z)
         found.append([p.grad for net in nets for p in net.parameters() if p.grad is not None])
     for got, want in zip(*found, strict=True):
         assert (got - want).norm() <= 5e-2 * want.norm()

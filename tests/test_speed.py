@@ -20,7 +20,7 @@ from fastbegan.convert import accelerate
 from fastbegan.display import Display
 from fastbegan.runs.checkpoint import list_checkpoints
 from fastbegan.runs.folder import RunConfig, RunFolder
-from fastbegan.training import loop
+from fastbegan.training import checkpoints
 from fastbegan.training.loop import Training
 from tests.helpers.families import images
 
@@ -49,8 +49,8 @@ def test_a_decoder_is_half_again_as_fast() -> None:
 
 def test_a_checkpoint_hardly_holds_up_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the size of the demo, on a disk that takes a second: under 50 ms, unless the one before is not done."""
-    save = loop.save_checkpoint
-    monkeypatch.setattr(loop, "save_checkpoint", lambda *what: (time.sleep(1), save(*what)))
+    save = checkpoints.save_checkpoint
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *what: (time.sleep(1), save(*what)))
     preset = PRESETS["demo"]
     config = replace(preset.train, data="faces:64", device="cpu", compile="off")
     with Display(quiet=True) as display:
@@ -58,11 +58,11 @@ def test_a_checkpoint_hardly_holds_up_the_step(tmp_path: Path, monkeypatch: pyte
         waited = []
         for _ in range(3):
             training.advance_one()
-            training._writer.finish()
+            training.checkpoints.finish()
             begun = time.monotonic()
-            training._checkpoint()
+            training.checkpoints.save(training.progress.done, training.state)
             waited.append(time.monotonic() - begun)
-        training._writer.finish()
+        training.checkpoints.finish()
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2
     print(f"a step waited {[f'{1e3 * one:.1f}' for one in sorted(waited)]} ms")
     assert sorted(waited)[1] < 0.05, waited
