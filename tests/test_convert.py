@@ -131,17 +131,28 @@ def test_autocast_and_functional_call() -> None:
 
 def test_the_report_says_what_and_why() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 5, padding=2), nn.ELU(),
-        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU(),
-        nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(4, 4, 3, padding=1),
-        nn.Upsample(scale_factor=3), nn.Conv2d(4, 4, 3, padding=1),
-        nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ELU(),
-        nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.ELU(),
-        nn.ConvTranspose2d(4, 4, 4, 2, 1), nn.ELU(),
-        nn.Conv2d(4, 4, 3), nn.ELU(),
-        nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3), nn.SiLU(),
-        nn.Conv2d(4, 4, 1), nn.LeakyReLU(),
-    )  # fmt: skip
+        nn.Conv2d(3, 4, 5, padding=2),
+        nn.ELU(),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Upsample(scale_factor=3),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.ELU(),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+        nn.ELU(),
+        nn.ConvTranspose2d(4, 4, 4, 2, 1),
+        nn.ELU(),
+        nn.Conv2d(4, 4, 3),
+        nn.ELU(),
+        nn.ZeroPad2d(1),
+        nn.Conv2d(4, 4, 3),
+        nn.SiLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.LeakyReLU(),
+    )
     x = images(1, 3, 8, 8)
     report = _report(accelerate(model, check=x))
     assert report.replaced == {

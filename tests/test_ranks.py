@@ -47,9 +47,13 @@ def torchrun() -> Iterator[Start]:
         program = [str(ROOT / "tests" / "helpers" / "faulty.py"), *fault.split()] if fault else ["-m", "fastbegan"]
         command += ["--nproc-per-node", str(ranks), *program, "train", *map(str, arguments)]
         process = subprocess.Popen(
-            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             start_new_session=True,
-        )  # fmt: skip
+        )
         started.append(process)
         return process
 

@@ -276,9 +276,7 @@ def test_copies_between_memory_formats(
     passes: str, updates: str, latents: str, dtype: torch.dtype | None, most: int
 ) -> None:
     """Weights are folded, h0 and tables change form; maps stay channels_last from end to end."""
-    step = _step(
-        replace(TRAIN, passes=passes, updates=updates, latents=latents), replace(MODEL, filters=8), dtype
-    )  # fmt: skip
+    step = _step(replace(TRAIN, passes=passes, updates=updates, latents=latents), replace(MODEL, filters=8), dtype)
     real, z = _batch()
     step(real, z, z)
     with _LayoutCopies() as copies:

@@ -61,6 +61,6 @@ def test_second_derivatives(eta: int, impl: str | None) -> None:
     for tier in (impl, "reference"):
         (slope,) = torch.autograd.grad(
             l1_reconstruction_loss(x**3, x.sin(), eta=eta, impl=tier).sum(), x, create_graph=True
-        )  # fmt: skip
+        )
         seconds += torch.autograd.grad(slope.square().sum(), x)
     torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-5)
