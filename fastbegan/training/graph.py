@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-# Capture allows no choice of kernels, compilation or lazy state (Adam's moments): the first step does these, the second
-# may compile again for the new state, and the third lets the allocator settle. torch's graphed callables take three too.
+# Capture allows no choice of kernels, compilation or lazy state (Adam's moments). The first step does these, the second
+# may compile again for the new state, the third lets the allocator settle. torch's graphed callables take three, too.
 _WARM_UP = 3
 
 
