@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file, save
 
-from ..config import ModelConfig, from_dict
+from ..config import ModelConfig
 from ..errors import UserError
+from ..fields import from_dict
 from ..files import atomic, read_json
 
 _WEIGHTS = "model.safetensors"

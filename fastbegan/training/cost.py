@@ -62,15 +62,16 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
         objective = OBJECTIVES[train.passes](
             generator,
             discriminator,
-            eta=train.eta,
+            torch.zeros(()),
+            train,
             dtype=None if textbook else dtype,
             ready=lambda net: done.update({net: counter.get_total_flops()}),
         )
         with counter, ledger:
-            if train.updates == "simultaneous" and train.latents == "shared":
-                objective.shared(real, z, torch.zeros(()))
+            if train.updates == "simultaneous":
+                objective.for_both(real, z, z)
             else:
-                objective.for_discriminator(real, z, torch.zeros(()))
+                objective.for_discriminator(real, z)
                 objective.for_generator(z)
     parameters = count_parameters(generator, discriminator)
     # generator: weights, gradients, two moments, average; discriminator: all but the average
