@@ -20,24 +20,24 @@ from ..training.cost import step_cost
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """Estimate what training a preset takes on other GPUs: images a second, hours, energy. A model, and labelled so."""
+    """Estimate what training a preset takes on other GPUs: images/s, hours, energy. A model, not a measurement."""
 
     preset: str = "paper-128"
-    """Nets and number of images."""
+    """The nets, and the number of images that they see."""
     gpu: str = "all"
     """p100, v100, a100, h100, b200, or all."""
     gpus: str = "1"
-    """How many; several numbers with commas between, to see how far it scales: 1,8,64,512."""
+    """How many of them; several numbers with commas between show how it scales: 1,8,64,512."""
     batch_size: int | None = None
-    """Images a card and step. Default: the preset's."""
+    """Images per card and step. Default: the preset's."""
     share: float | None = None
-    """Share of the card's peak that a step reaches. Default: as measured on such a card, else an assumed one."""
+    """Share of the card's peak that a step reaches. Default: the one measured on such a card, else an assumed one."""
     link: Literal["nvlink", "pcie"] = "nvlink"
     """What joins the cards of a node."""
     network: float = 100.0
-    """Gb/s of a node's link to the others."""
+    """Gb/s between the nodes, per node."""
     results: Path = Path("bench/results")
-    """Where measured shares are looked for."""
+    """Folder of results of `pytest bench/`, with the measured shares."""
     json: bool = False
     """Print only JSON."""
 

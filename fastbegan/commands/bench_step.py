@@ -21,7 +21,7 @@ from ..measure.step import COMPILED, DEFAULT_MODES, MODES, measure
 
 @dataclass(frozen=True)
 class BenchStep:
-    """Time every way to do a training step on this machine, turn by turn in one run."""
+    """Time all modes of the training step on this machine, turn by turn in one run."""
 
     preset: str = "demo"
     """Nets, batch and loss: demo, paper-32, paper-64, paper-128, paper-256."""
@@ -30,16 +30,16 @@ class BenchStep:
     filters: int | None = None
     """n. Default: the preset's."""
     batch_size: int | None = None
-    """Images a step. Default: the preset's."""
+    """Images per step. Default: the preset's."""
     modes: str = "all"
-    """Of textbook, single-pass, joint, alternating, each also with +compile: some, with commas between. all: those,
-    and textbook+compile and single-pass+compile."""
+    """textbook, single-pass, joint, alternating, each also with +compile; several with commas between. all: these four,
+    textbook+compile and single-pass+compile."""
     precision: str = "auto"
     """auto, float32, tf32, bf16, fp16; several with commas between."""
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
     """How modes with +compile are compiled; off leaves them out."""
     rounds: int = 10
-    """Turns, of which the median counts."""
+    """Turns; the median counts."""
     cudnn_search: Literal["auto", "off"] = "auto"
     """As for train."""
     device: str = "auto"
