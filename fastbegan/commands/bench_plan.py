@@ -33,7 +33,7 @@ class BenchPlan:
     share: float | None = None
     """Share of the card's peak that a step reaches. Default: the one measured on such a card, else an assumed one."""
     link: Literal["nvlink", "pcie"] = "nvlink"
-    """What joins the cards of a node."""
+    """The link between the cards of a node."""
     network: float = 100.0
     """Gb/s between the nodes, per node."""
     results: Path = Path("bench/results")

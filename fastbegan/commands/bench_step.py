@@ -37,7 +37,7 @@ class BenchStep:
     precision: str = "auto"
     """auto, float32, tf32, bf16, fp16; several with commas between."""
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
-    """How modes with +compile are compiled; off leaves them out."""
+    """torch.compile's mode for modes with +compile; off leaves these modes out."""
     rounds: int = 10
     """Turns; the median counts."""
     cudnn_search: Literal["auto", "off"] = "auto"

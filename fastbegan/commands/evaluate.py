@@ -71,7 +71,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class _Selection:
-    """What both sides have in common."""
+    """The choice and the size of images that both sides share."""
 
     count: int
     size: int
@@ -88,9 +88,9 @@ class _Side:
     source: str
     """In words."""
     scaled: str
-    """How they came to this size, in words."""
+    """The way to this size, in words."""
     crc32: int | None = None
-    """Of the whole set that they are from; None for drawn images."""
+    """Checksum of the set that they come from; None for drawn images."""
     total: int = 0
     """Images of that set."""
 

@@ -42,7 +42,7 @@ _CURVES = ("convergence", "loss_real", "loss_fake", "k")
 
 @dataclass(frozen=True)
 class _Plan:
-    """What fits on a page, by the size of the images."""
+    """The amounts that fit on a page, by the size of the images."""
 
     ends: int
     """Latents with a line between each two."""
@@ -290,7 +290,7 @@ def _nearest(
 def _facts(
     run: RunFolder, config: RunConfig, rows: list[dict[str, Any]], state: dict[str, Any], sheets: dict[str, Any] | None
 ) -> list[tuple[str, str]]:
-    """What the run is and how far it came; no folders of this machine, for a page may be passed on."""
+    """Settings and progress of the run; no folders of this machine, since a page may be passed on."""
     model, train = config.model, config.train
     reached = [rows[-1]["step"]] if rows else []
     reached += [state["step"]] if "step" in state else []

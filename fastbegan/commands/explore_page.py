@@ -69,8 +69,9 @@ def _explanation(comparison: Comparison, train: TrainConfig) -> str:
     text = (
         f'<p class="lede">Has G learned its training images by heart? Beside each of {len(comparison.rows)} generated '
         f"images stand the nearest of all {comparison.total:,} training images{mirrored}{middle}. The number is their "
-        "distance, the root mean square difference of pixel values, which go from 0 to 255: copies would have a distance near 0. "
-        "Smooth images are nearer to everything than sharp ones, and a shifted copy is not near: look as well.</p>"
+        "distance, the root mean square difference of pixel values, which go from 0 to 255: copies would have a "
+        "distance near 0. Smooth images are nearer to everything than sharp ones, and a shifted copy is not near: look "
+        "as well.</p>"
     )
     if comparison.between_training is None or comparison.to_training is None:
         return text

@@ -98,7 +98,7 @@ class Export:
     out: Path | None = None
     """Folder for the files. Default: export/ in the run folder."""
     net: Literal["generator", "autoencoder", "both"] = "both"
-    """Which of the nets to write."""
+    """The nets to write."""
     check: Literal["on", "off"] = "on"
     """on: run the files before they are written, and refuse them where they differ from PyTorch's modules."""
 

@@ -31,9 +31,9 @@ class Sample:
     out: Path | None = None
     """Folder for the pictures. Default: generated/, in the run folder if one is given."""
     count: int = 64
-    """How many images; with --interpolate, how many rows of the strip."""
+    """Number of images; with --interpolate, number of rows of the strip."""
     seed: int = 0
-    """Which latents."""
+    """Chooses the latents."""
     columns: int | None = None
     """Images in a row of the sheet. Default: 8."""
     single: bool = False

@@ -27,7 +27,7 @@ class ImageFile(NamedTuple):
 
 @dataclass
 class Listing:
-    """What `list_images` finds; paths are relative to the folder."""
+    """The result of `list_images`; paths are relative to the folder."""
 
     images: list[ImageFile] = field(default_factory=list)
     """Sorted by path."""

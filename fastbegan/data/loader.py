@@ -19,7 +19,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Batching:
-    """What a loader reads: batches, their order, and their augmentation."""
+    """The batches of a loader: size, order, augmentation, and the device that they go to."""
 
     batch_size: int
     """Images that this rank reads per step; all ranks together read `world * batch_size`."""

@@ -38,7 +38,7 @@ class PackHeader:
     size: int
     """Height and width of the images."""
     crc32: int
-    """Of all pixels."""
+    """Checksum of all pixels."""
     source: str
     """Its description, for people."""
     made_from: str = ""

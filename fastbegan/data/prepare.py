@@ -45,7 +45,7 @@ class ImageSet:
     images: np.ndarray
     """A memory map: uint8 [count, size, size, 3]."""
     crc32: int
-    """Of all pixels."""
+    """Checksum of all pixels."""
     description: str
     """One line about it."""
     contents: str | None = None

@@ -110,9 +110,9 @@ class Files:
     requests: list[Request]
     names: list[str]
     digest: str
-    """Of paths, lengths and times of change."""
+    """Hash of paths, lengths and times of change."""
     contents: str
-    """Of names within the source and lengths only, so a copy elsewhere has the same."""
+    """Hash of names within the source and lengths only, so a copy elsewhere has the same."""
     rejected: list[tuple[str, str]] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     doing: str = "packing images"

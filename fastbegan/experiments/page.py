@@ -43,9 +43,9 @@ class Page:
         """Add a finding that the paper does not lead one to expect; the gallery shows it too."""
         self.findings.append(finding)
 
-    def check(self, expected: str, found: str, holds: bool) -> None:
-        """Add an expectation from the paper, the figures found, and whether it holds."""
-        self.checks.append({"expected": expected, "found": found, "holds": bool(holds)})
+    def check(self, expected: str, observed: str, holds: bool) -> None:
+        """Add an expectation from the paper, the figures observed, and whether it holds."""
+        self.checks.append({"expected": expected, "found": observed, "holds": bool(holds)})
 
     def write(self, head: Sequence[str], limits: Iterable[str]) -> None:
         """Write report.md: `head`, the text, checks, findings, and `limits` last."""

@@ -15,11 +15,11 @@ class Scale:
     data: str | None
     """The default of --data; None where it has to be given."""
     steps: int
-    """Of the run of an experiment that trains one."""
+    """Steps of the run of an experiment that trains one."""
     steps_of_many: int
-    """Of each run of an experiment that trains several."""
+    """Steps of each run of an experiment that trains several."""
     seeds: int
-    """Of `diversity`."""
+    """Seeds per gamma in `diversity`."""
     samples: int
     """Images per side of a comparison."""
     scored: int
@@ -33,7 +33,7 @@ class Scale:
     starved: int
     """The small N_h or N_z of `unbalanced`; 64 is usual."""
     limits: str
-    """What the figures do not show, for the report."""
+    """The limits of the figures, for the report."""
 
 
 SCALES: dict[str, Scale] = {

@@ -22,13 +22,13 @@ def run(study: Study) -> None:
     trained = study.train_one("run", ("--preset", "paper-32") if on_cifar else ())
     count = study.scale.scored
     permuted = np.random.default_rng(study.settings.seed).permutation(study.real(trained).shape[0])
-    others = np.sort(permuted[count : 2 * count]) if len(permuted) >= 2 * count else None
+    unscored = np.sort(permuted[count : 2 * count]) if len(permuted) >= 2 * count else None
 
     def figures() -> dict[str, dict[str, object]]:
         drawn = study.draw(study.generator(trained), count)
         noise = np.random.default_rng(study.settings.seed).integers(0, 256, drawn.shape, np.uint8)
         sets = {"generated": drawn, "collapsed": np.repeat(drawn[:1], count, 0), "noise": noise}
-        sets |= {} if others is None else {"others": study.real(trained)[others]}
+        sets |= {} if unscored is None else {"others": study.real(trained)[unscored]}
         return {name: study.score(images, trained, count) for name, images in sets.items()}
 
     results = study.measure("scores", figures)
@@ -36,7 +36,7 @@ def run(study: Study) -> None:
         ("generated", study.draw(study.generator(trained), _TILES)),
         ("training images", study.some_real(trained, _TILES)),
     ]
-    study.picture("samples", beside(panels, _COLUMNS), "Some of what is scored, and of what against.")
+    study.picture("samples", beside(panels, _COLUMNS), "Some of the scored images, and some of the training images.")
     titles = {
         "others": "other training images",
         "generated": "generated",

@@ -64,7 +64,7 @@ class Cluster:
     """A key of GPUS."""
     gpus: int = 1
     link: str = "nvlink"
-    """What joins the cards of a node: nvlink or pcie."""
+    """The link between the cards of a node: nvlink or pcie."""
     network: float = 100.0
     """Gb/s between the nodes, per node."""
 
@@ -93,7 +93,7 @@ class Plan:
     gpus: int
     precision: str
     share: float
-    """Of the peak, that the arithmetic reaches."""
+    """Share of the card's peak that the arithmetic reaches."""
     measured: bool
     """Whether that share was measured on such a card."""
     arithmetic: float
