@@ -33,7 +33,16 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def bits(seed: int, stream: int, index: Tensor) -> Tensor:
-    """64 random bits for each int64 counter in `index`, as int64 of the same shape."""
+    """Draw 64 random bits per counter.
+
+    Args:
+        seed: The run's seed.
+        stream: One of the constants above, ORDER to JITTER.
+        index: Counters, int64 of any shape.
+
+    Returns:
+        int64 of the shape of `index`.
+    """
     key = _mix((_mix((seed + _GOLDEN) & _MASK) + (stream + 1) * _GOLDEN) & _MASK)
     x = index * _signed(_GOLDEN) + _signed(key)
     for shift, factor in _ROUNDS:
@@ -42,12 +51,18 @@ def bits(seed: int, stream: int, index: Tensor) -> Tensor:
 
 
 def uniform(seed: int, stream: int, index: Tensor) -> Tensor:
-    """Uniform float32 in [0, 1), a multiple of 2^-24, for each int64 counter in `index`."""
+    """Draw a number per counter, uniform in [0, 1) and a multiple of 2^-24; arguments as for `bits`.
+
+    Returns float32 of the shape of `index`.
+    """
     return _shift(bits(seed, stream, index), 40).float() * 2.0**-24
 
 
 def permutation(seed: int, stream: int, epoch: int, count: int) -> Tensor:
-    """A random order of range(count), another one each epoch: int64 [count], on the CPU."""
+    """Draw a random order of range(count), another one per `epoch`; `seed` and `stream` as for `bits`.
+
+    Returns int64 [count], on the CPU.
+    """
     counters = torch.arange(count, dtype=torch.int64) + (epoch << 40)
     return torch.sort(bits(seed, stream, counters), stable=True).indices
 
@@ -73,9 +88,16 @@ def latents(
 
 
 def chosen(total: int, count: int, seed: int, *, from_end: bool = False) -> np.ndarray:
-    """Choose `count` of `total` places at random: int64, in rising order.
+    """Choose numbers of range(total) at random.
 
-    They are the first of a random order, or with `from_end` its last, so that two choices need not overlap.
+    Args:
+        total: Number of images to choose from.
+        count: How many to choose; all where there are fewer.
+        seed: Gives the random order, of which the first are taken.
+        from_end: Take the last of that order, so that two choices overlap as little as possible.
+
+    Returns:
+        int64 [min(count, total)], rising.
     """
     order = permutation(seed, SHEET, 0, total)
     return (order[max(0, total - count) :] if from_end else order[:count]).sort().values.numpy()

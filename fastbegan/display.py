@@ -61,7 +61,7 @@ class Display:
         self.console.print(message.encode("utf-8", "replace").decode(), markup=False)
 
     def preparing(self, work: str, done: int, total: int) -> None:
-        """Show progress of preparing images: `done` of `total`. It fits `data.prepare.Progress`."""
+        """Show progress of preparing images: `work` in words, `done` of `total` entries (a `data.prepare.Progress`)."""
         self._show(work, done / max(total, 1), f"{done:,} of {total:,}", last=done == total)
 
     def trying(self, done: int, total: int) -> None:
@@ -69,14 +69,17 @@ class Display:
         self._show("trying kernels on this GPU, once:", done / max(total, 1), f"{done} of {total}", last=done == total)
 
     def step(self, fraction: float, step: int, seconds_left: float) -> None:
-        """Show progress between two log rows, from numbers that need no read from the device."""
+        """Show progress between two log rows, from numbers that need no read from the device.
+
+        `fraction` of the run is done, from 0 to 1; `step` is the number of the last step.
+        """
         if self._live is None and not self._due():
             return
         note = f"{fraction:4.0%}  step {step:,}  {duration(seconds_left)} left"
         self._show("training", fraction, note + (self._numbers if self._live else ""))
 
     def training(self, fraction: float, row: dict[str, Any], seconds_left: float) -> None:
-        """Show progress of training from a row of metrics."""
+        """Show progress of training from a row of metrics, as metrics.jsonl holds it; `fraction` of the run is done."""
         numbers = (
             f"L(x) {row['loss_real']:.4f}  L(G(z)) {row['loss_fake']:.4f}  k {row['k']:.4f}  M {row['convergence']:.4f}"
         )

@@ -148,7 +148,15 @@ def _tune(options: Doctor, model: ModelConfig, train: TrainConfig) -> int:
 
 
 def layers(dtype: str, filters: int, size: int, batch_size: int, *, tf32: bool = False) -> list[Layer]:
-    """One layer of each kind, forward and input gradient; `dtype` as torch names it, without `torch.`."""
+    """One layer of each kind, forward and input gradient.
+
+    Args:
+        dtype: As torch names it, without `torch.`.
+        filters: Channels in and out.
+        size: Height and width of the input.
+        batch_size: Images.
+        tf32: Whether float32 products may round to TF32.
+    """
     problems = []
     for kind, window in (("same", 3), ("down", 3), ("up", 4)):
         x, weight = (batch_size, filters, size, size), (filters, filters, window, window)

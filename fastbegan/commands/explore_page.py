@@ -55,7 +55,16 @@ def _files(images: Sequence[Image.Image], room: float, kind: str, **options: Any
 
 
 def nearest_section(comparison: Comparison, train: TrainConfig, room: float) -> str:
-    """The section on nearest training images; its pictures take at most `room` bytes."""
+    """Write the section on nearest training images.
+
+    Args:
+        comparison: Generated images and their neighbours.
+        train: Settings of the run, which the text names.
+        room: Bytes that the pictures may take in all.
+
+    Returns:
+        HTML.
+    """
     files = iter(encode([picture for row in comparison.pictures for picture in row], room))
     rows = [_row(number, row, [next(files) for _ in range(1 + len(row))]) for number, row in enumerate(comparison.rows)]
     return f'{_explanation(comparison, train)}<ol class="nearest">{"".join(rows)}</ol>'
@@ -110,7 +119,17 @@ def fact_list(facts: list[tuple[str, str]]) -> str:
 
 
 def training_notes(rows: list[dict[str, Any]], sheets: dict[str, Any] | None, lost: int, *, damaged: bool) -> str:
-    """Notes on curves and sheets that are missing: `lost` sheets, `damaged` metrics."""
+    """Write the notes on curves and sheets that are missing.
+
+    Args:
+        rows: Rows of metrics.
+        sheets: The data of the sheets; None where there are none.
+        lost: Number of sheets that cannot be read.
+        damaged: Whether metrics.jsonl is damaged.
+
+    Returns:
+        HTML, empty where nothing is missing.
+    """
     notes = [] if sheets or lost else ["there are no sheets yet: samples/ of the run holds none"]
     notes += [f"{lost} of the sheets could not be read and {'is' if lost == 1 else 'are'} left out"] if lost else []
     problem = "is damaged" if damaged else "has no rows yet"

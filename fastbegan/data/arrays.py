@@ -38,9 +38,18 @@ def load(name: str, root: Path) -> tuple[str, np.ndarray]:
 
 
 def scaled(pictures: np.ndarray, size: int, crop: str) -> np.ndarray:
-    """Crop and scale `pictures` [N, height, width, 3] as files are: uint8 [N, size, size, 3].
+    """Crop and scale pictures as files are.
 
-    Raises UserError for a crop that does not fit.
+    Args:
+        pictures: uint8 [N, height, width, 3].
+        size: Height and width of the result.
+        crop: `center`, `none`, `celeba`, or a number of pixels.
+
+    Returns:
+        uint8 [N, size, size, 3].
+
+    Raises:
+        UserError: The crop does not fit the pictures.
     """
     height, width = pictures.shape[1:3]
     try:

@@ -47,9 +47,15 @@ class Picture:
 
 
 def read_bytes(path: Path | str, offset: int = 0, length: int | None = None) -> bytes:
-    """Read `length` bytes of a regular file from `offset`, by default to its end.
+    """Read a file, or a range of its bytes.
 
-    Raises RejectedImageError for a file that cannot be read, is too large, or is not regular (a FIFO would block).
+    Args:
+        path: The file.
+        offset: First byte.
+        length: Number of bytes; None reads to the end.
+
+    Raises:
+        RejectedImageError: The file cannot be read, is too large, or is not regular (a FIFO would block).
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))

@@ -28,7 +28,16 @@ _WHITE, _DARK = (0.97, 0.97, 0.97), (0.22, 0.07, 0.07)
 
 
 def faces(index: Tensor, size: int, seed: int = 0) -> Tensor:
-    """Draw portraits number `index` [N] int64 of `seed`: uint8 [N, size, size, 3] on the device of `index`."""
+    """Draw portraits.
+
+    Args:
+        index: Numbers of the portraits: int64 [N].
+        size: Height and width, in pixels.
+        seed: Chooses another set of portraits.
+
+    Returns:
+        uint8 [N, size, size, 3], on the device of `index`.
+    """
     chunks = [_portraits(part, size, seed) for part in index.split(_CHUNK)]
     return torch.cat(chunks) if chunks else index.new_zeros((0, size, size, 3), dtype=torch.uint8)
 

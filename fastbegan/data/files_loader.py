@@ -31,6 +31,7 @@ class Pictures(Dataset[np.ndarray]):
     """Maps an image number to uint8 [size, size, 3], decoded on access."""
 
     def __init__(self, catalogue: Catalogue, size: int, crop: str) -> None:
+        """`size` is the height and width of the result; `crop` is `center`, `none`, `celeba` or a number of pixels."""
         self.requests, self.size, self.crop = catalogue.requests, size, crop
 
     def __len__(self) -> int:

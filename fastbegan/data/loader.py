@@ -53,6 +53,7 @@ class Loader(ABC):
     """
 
     def __init__(self, count: int, batching: Batching) -> None:
+        """`count` is the number of images."""
         self.count, self.batching = count, batching
         self.order = Order(count, batching.seed)
 

@@ -39,11 +39,18 @@ class Order:
 
 
 def mirrored(seed: int, ids: Tensor, epochs: Tensor) -> Tensor:
-    """Whether each image is mirrored in its epoch: bool [N], about half of them."""
+    """Choose the images that are mirrored: about half, others in each epoch.
+
+    `ids` and `epochs` are int64 [N], the images and the epochs of their slots. Returns bool [N].
+    """
     return (counter.bits(seed, counter.FLIP, (epochs << _EPOCH_BITS) + ids) & 1).bool()
 
 
 def corners(seed: int, ids: Tensor, epochs: Tensor, margin: int) -> Tensor:
-    """Top and left of each image's window in its epoch: int64 [N, 2], uniform in 0 to `margin`."""
+    """Choose the window of each image, another one in each epoch.
+
+    `ids` and `epochs` are int64 [N], the images and the epochs of their slots. Returns top and left, int64 [N, 2],
+    uniform in 0 to `margin`.
+    """
     place = ((epochs << _EPOCH_BITS) + ids)[:, None] * 2 + torch.arange(2, device=ids.device)
     return (counter.uniform(seed, counter.JITTER, place) * (margin + 1)).long()

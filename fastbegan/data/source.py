@@ -49,7 +49,14 @@ class Source(Protocol):
         ...
 
     def parts(self, start: int, size: int, crop: str, workers: int | None) -> Iterator[Part]:
-        """Decode the entries from `start` on, cropped and scaled to `size`, part by part."""
+        """Decode entries, part by part.
+
+        Args:
+            start: First entry.
+            size: Height and width to which images are scaled.
+            crop: `center`, `none`, `celeba`, or a number of pixels.
+            workers: Processes that decode files; None means one per core.
+        """
         ...
 
 

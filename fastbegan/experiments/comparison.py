@@ -58,7 +58,7 @@ def compare(study: Study, options: Mapping[str, Sequence[object]], titles: Mappi
 
 
 def check_finite(study: Study, title: str, run: dict[str, Any]) -> None:
-    """Add the check that all numbers of a run are finite, and that M still falls in its last third."""
+    """Add the check that a run stays finite and that M still falls in its last third; `run` holds its figures."""
     finite = run["finite"]
     study.check(
         f"{title}: all numbers are finite, and M falls from the second third of the run to the last",
@@ -70,7 +70,7 @@ def check_finite(study: Study, title: str, run: dict[str, Any]) -> None:
 
 
 def check_balance(study: Study, title: str, run: dict[str, Any], gamma: float) -> None:
-    """Add the check that control keeps L(G(z)) / L(x) of a run within a tenth of gamma."""
+    """Add the check that control keeps L(G(z)) / L(x) of a run within a tenth of gamma; `run` holds its figures."""
     study.check(
         f"{title}: L(G(z)) / L(x) ends within a tenth of gamma, {gamma:g}",
         f"{run['ratio']:.3f}" if run["finite"] else "not finite",

@@ -121,9 +121,15 @@ class Study(Page):
         return faces(torch.arange(first, first + count), config.model.size).numpy()
 
     def score(self, images: np.ndarray, run: Trained, count: int | None = None) -> dict[str, Any]:
-        """Score `images` as `evaluation.scores.score` does, against `count` training images of `run`.
+        """Score images against training images.
 
-        The first call chooses these training images for the whole study.
+        Args:
+            images: uint8 [N, size, size, 3].
+            run: The run whose training images count; those of the first call serve the whole study.
+            count: Number of training images, by default the scale's.
+
+        Returns:
+            The figures of `evaluation.scores.score`.
         """
         assert self._extractor is not None
         if self._yardstick is None:
@@ -169,7 +175,13 @@ class Study(Page):
         return names(self.settings.extractor)
 
     def finish(self, title: str, summary: str, results: dict[str, Any]) -> None:
-        """Write report.md and results.json, and print the verdict of each check."""
+        """Write report.md and results.json, and print the verdict of each check.
+
+        Args:
+            title: Headline of the report.
+            summary: Paragraph below it: what the paper says.
+            results: All figures, for results.json.
+        """
         machine, seconds = facts(self.device), self.record.seconds
         content = {"command": self.command, "settings": dataclasses.asdict(self.settings), "seconds": round(seconds, 1)}
         content |= {"fastbegan": __version__, "machine": machine | {"cores": core_count()}}

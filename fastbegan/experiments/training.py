@@ -64,9 +64,18 @@ class Trainer:
         self.scale = SCALES[settings.scale]
 
     def train(self, options: Mapping[str, Sequence[object]], *, steps: int, may_fail: bool = False) -> list[Trained]:
-        """Train a run per name with its options of `fastbegan train`, on a GPU one after another.
+        """Train runs, as many at once as there are cores; on a GPU one after another.
 
-        Raises UserError where a run fails. With `may_fail` it may end because a number was not finite.
+        Args:
+            options: Options of `fastbegan train`, by the run's name.
+            steps: Length of each run.
+            may_fail: Whether a run may end because a number is not finite.
+
+        Returns:
+            The runs, in the order of `options`.
+
+        Raises:
+            UserError: A run fails, or a signal has stopped it.
         """
         jobs = 1 if self.device.type == "cuda" else min(core_count(), len(options))
         waiting = {name: self._command(name, flags, steps) for name, flags in options.items()}

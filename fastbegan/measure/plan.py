@@ -192,9 +192,16 @@ def plan(
 
 
 def all_reduce_seconds(size: int, ranks: int, bandwidth: float, latency: float) -> float:
-    """Seconds of an all-reduce of `size` bytes over `ranks`: as a ring, or as a tree where that is faster.
+    """Model an all-reduce as a ring, or as a tree where that is faster.
 
-    `bandwidth` is in bytes/s each way; `latency` is in seconds from a rank to the next.
+    Args:
+        size: Bytes.
+        ranks: Number of ranks.
+        bandwidth: Bytes/s between two ranks, each way.
+        latency: Seconds from a rank to the next.
+
+    Returns:
+        Seconds.
     """
     if ranks == 1:
         return 0.0

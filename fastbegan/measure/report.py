@@ -76,9 +76,18 @@ def readme(runs: Iterable[Results]) -> str:
 
 
 def write_report(paths: Sequence[Path], *, out: Path | None, as_readme: bool) -> int:
-    """Print the newest results of each device as Markdown, or write them with plots to the folder `out`.
+    """Print the newest results of each device as Markdown, or write them with plots.
 
-    `as_readme` prints the README's section instead. Returns the exit code. Raises UserError where there are no results.
+    Args:
+        paths: JSON files of results, and folders of them.
+        out: Folder for report.md and its plots; None prints the tables.
+        as_readme: Print the README's section instead.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: There are no results, or `out` cannot be written to.
     """
     runs = load_all(paths)
     if as_readme:

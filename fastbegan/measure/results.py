@@ -48,6 +48,7 @@ class Row:
 
     @property
     def key(self) -> str:
+        """Group and name, which identify the row."""
         return f"{self.group} {self.name}"
 
     @property
@@ -75,6 +76,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
+        """Write all of it as JSON; makes the folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, dataclasses.asdict(self))
 

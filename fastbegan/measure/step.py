@@ -67,6 +67,7 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
+        """Median of `times`, seconds per step."""
         return statistics.median(self.times)
 
 
@@ -135,7 +136,10 @@ def configured(train: TrainConfig, mode: str) -> TrainConfig:
 
 
 def inputs(model: ModelConfig, train: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch of noise: images [N, 3, size, size], channels_last, and latents [N, latent], float32 in [-1, 1)."""
+    """Draw a batch of noise for `model`, of `train.batch_size` images.
+
+    Returns images [N, 3, size, size], channels_last, and latents [N, latent], both float32 in [-1, 1).
+    """
     count = train.batch_size
     images = latents(train.seed, 0, 0, count * model.size, 3 * model.size, device)
     images = images.view(count, 3, model.size, model.size).contiguous(memory_format=torch.channels_last)
@@ -150,9 +154,18 @@ def check(
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:
-    """Compare the gradients of `modes` with the textbook's in the same precision; skip modes without an objective.
+    """Compare gradients with the textbook's in the same precision.
 
-    Raises UserError where they differ by more than rounding explains.
+    Args:
+        model: The nets.
+        train: Settings of the step.
+        modes: Names from MODES; alternating has other gradients and is skipped.
+        precision: Its name, which sets the tolerance.
+        dtype: The dtype of autocast in this precision; None for float32 and tf32.
+        device: The device to run on.
+
+    Raises:
+        UserError: A mode's gradients differ by more than rounding explains.
     """
     nets = build(model, seed=train.seed, device=device)
     real, z = inputs(model, train, device)
@@ -184,8 +197,20 @@ def prepare(
 ) -> list[Candidate]:
     """Build a mode's candidates and take their first steps.
 
-    There is one, but two for the eager textbook (one per memory format), and none where compiling fails. Raises
-    UserError where torch.compile changes the losses.
+    Args:
+        model: The nets.
+        train: Settings of the step.
+        mode: A name from MODES, with or without COMPILED behind it.
+        precision: Its name, which sets the tolerance.
+        dtype: The dtype of autocast in this precision; None for float32 and tf32.
+        device: The device to run on.
+        compiler: The mode of torch.compile, for a mode with COMPILED.
+
+    Returns:
+        One candidate; two for the eager textbook, one per memory format; none where compiling fails.
+
+    Raises:
+        UserError: torch.compile changes the losses.
     """
     name = mode.removesuffix(COMPILED)
     config = configured(train, name)
