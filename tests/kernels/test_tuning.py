@@ -420,7 +420,7 @@ def test_the_trial_runs_as_a_program() -> None:
     task = {
         "type": "Pointwise",
         "problem": {"op": "fold", "dtype": "float32"},
-        "hows": ["fused"],
+        "forms": ["fused"],
         "device": str(DEVICE),
     }
     environment = {**os.environ, "PYTHONPATH": str(Path(tuning.__file__).parent.parent)}
