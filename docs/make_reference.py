@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,8 @@ def _page(title: str, module: ModuleType) -> str:
 def _entry(name: str, value: Any) -> list[str]:
     bare = dataclasses.is_dataclass(value) or (isinstance(value, type) and issubclass(value, Exception))
     parts = [_source(value), "" if bare else _code(name, value), _doc(value), "\n".join(_fields(value))]
+    if isinstance(value, type) and not bare:
+        parts.append(_doc(value, "__init__"))
     if links := [f"[{base.__name__}](#{base.__name__.lower()})" for base in _listed_bases(value)]:
         parts.append(f"Also everything of {', '.join(links)}.")
     for member, held in _members(value):
@@ -81,9 +84,23 @@ def _ours(value: Any) -> bool:
 def _doc(value: Any, member: str | None = None) -> str:
     """A docstring; that of a method from the first of our classes that has one, for torch's change with its version."""
     if member is None:
-        return inspect.cleandoc(value.__doc__ or "")
+        return _with_lists(inspect.cleandoc(value.__doc__ or ""))
     held = (vars(cls)[member].__doc__ for cls in value.__mro__ if _ours(cls) and member in vars(cls))
-    return inspect.cleandoc(next(filter(None, held), ""))
+    return _with_lists(inspect.cleandoc(next(filter(None, held), "")))
+
+
+def _with_lists(text: str) -> str:
+    """Google's sections as Markdown: a list of names under Args and Raises, a paragraph under Returns."""
+
+    def section(match: re.Match[str]) -> str:
+        body = inspect.cleandoc("\n" + match["body"])
+        if match["title"] != "Returns":
+            body = re.sub(r"^(\S+?):", r"- `\1`:", body, flags=re.MULTILINE)
+        return f"{match['title']}:\n\n{body}\n"
+
+    return re.sub(
+        r"^(?P<title>Args|Returns|Raises):\n(?P<body>(?: +.*(?:\n|$))+)", section, text, flags=re.MULTILINE
+    ).strip()
 
 
 def _listed_bases(value: Any) -> list[type]:

@@ -50,8 +50,8 @@ class Conv2dELU(nn.Conv2d):
             bias: Whether there is a bias.
             activation: "elu", "relu", "leaky_relu", "silu" or "none".
             alpha: Scale of ELU or negative slope of leaky_relu, from 0.
-            device: Of the parameters.
-            dtype: Of the parameters.
+            device: Device of weight and bias.
+            dtype: Dtype of weight and bias.
         """
         kind = reference.conv_kind(stride, padding)
         reference.check_activation(activation, alpha)
@@ -121,8 +121,8 @@ class UpsampleConv2dELU(Conv2dELU):
             bias: Whether there is a bias.
             activation: "elu", "relu", "leaky_relu", "silu" or "none".
             alpha: Scale of ELU or negative slope of leaky_relu, from 0.
-            device: Of the parameters.
-            dtype: Of the parameters.
+            device: Device of weight and bias.
+            dtype: Dtype of weight and bias.
         """
         super().__init__(
             in_channels, out_channels, bias=bias, activation=activation, alpha=alpha, device=device, dtype=dtype
