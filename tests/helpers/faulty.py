@@ -1,4 +1,4 @@
-"""`python tests/faulty.py PLACE NUMBER ACTION RANK ...`: `fastbegan ...`, with a fault planted in one rank.
+"""`python tests/helpers/faulty.py PLACE NUMBER ACTION RANK ...`: `fastbegan ...`, with a fault planted in one rank.
 
 At the NUMBER-th call of PLACE (`name` before it, `name+` after it): kill, hang, raise, lose (contact), full (disk),
 nan or drift (of the weights); `hang:FILE` makes FILE, to say so. Ranks but RANK are sound; so is a run that
@@ -25,20 +25,20 @@ from fastbegan.distributed.bucket import Bucket
 from fastbegan.distributed.ranks import Flight, LostContactError
 from fastbegan.runs import checkpoint
 from fastbegan.runs.folder import RunFolder
-from fastbegan.training import loop as train
+from fastbegan.training import checkpoints, loop, sheets
 from fastbegan.training.step import TrainStep
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "load": (train, "open_loader"),
+    "load": (loop, "open_loader"),
     "config": (RunFolder, "write_config"),
     "prepare": (PackedLoader, "prepare"),
     "step": (TrainStep, "forward"),
     "collect": (Bucket, "collect"),
     "land": (Flight, "land"),
     "metrics": (RunFolder, "append_metrics"),
-    "sheet": (train, "save_png"),
+    "sheet": (sheets, "save_png"),
     "weights": (RunFolder, "write_weights"),
-    "copy": (train, "copied"),
+    "copy": (checkpoints, "copied"),
     "save": (torch, "save"),
     "fsync": (os, "fsync"),
     "sum": (checkpoint, "sha256"),
