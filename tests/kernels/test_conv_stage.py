@@ -172,7 +172,7 @@ def test_bias_gradients_of_half_precision_are_summed_in_float32() -> None:
 def _penalty(
     function: Callable[..., Tensor], inputs: list[Tensor], from_input: Sequence[int] = (0,)
 ) -> tuple[Tensor, ...]:
-    """Gradients of a gradient penalty, as in WGAN-GP and R1; weights numbered in `from_input` are computed from the input."""
+    """Gradients of a gradient penalty, as in WGAN-GP and R1. Inputs numbered in `from_input` depend on the first."""
     x, *rest = leaves = [value.detach().requires_grad_() for value in inputs]
     for number in from_input:
         rest[number] = rest[number] * x.mean()
