@@ -47,8 +47,8 @@ def conv_stage(  # noqa: PLR0913
     Layer i computes act_i(conv_i(x) + bias_i): kinds "same", "down" and "down_end" as `conv2d_elu` does, kind "up" as
     `upsample_conv2d_elu` does. The last layer may add `skip` before its activation.
 
-    In the backward of the fused tier, one kernel computes a layer's input gradient, times the derivative of the
-    activation before it, and the bias gradient of the layer before. Only x, the weights and each layer's output are
+    In the backward of the fused tier, one kernel computes a layer's input gradient, applies the derivative of the
+    activation before it, and sums the bias gradient of the layer before. Only x, the weights and each layer's output are
     kept. Inside the stage all maps are channels_last.
     `reference.conv_stage` is the plain twin.
 

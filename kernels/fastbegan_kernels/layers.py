@@ -214,9 +214,14 @@ ConvStage.__name__ = "Stage"
 class Equilibrium(nn.Module):
     """BEGAN's controller k and its logged sums (paper §3.4), on the device. No step waits for the host.
 
-    Buffers: `k` [] in float32; `sums` [6] in float32, the sums since the last `take` of L(x), L(G(z)), k, M, gap and 1;
-    `window` [2] in float64, the sums since the last `read_window` of M and 1. k moves by about 1e-5 per step, which
-    bfloat16 and float16 cannot represent: keep this module out of `.half()` and `.bfloat16()`.
+    Buffers:
+
+    - `k` [] in float32;
+    - `sums` [6] in float32, the sums since the last `take` of L(x), L(G(z)), k, M, gap and 1;
+    - `window` [2] in float64, the sums since the last `read_window` of M and 1.
+
+    k moves by about 1e-5 per step, which bfloat16 and float16 cannot represent. Keep this module out of `.half()` and
+    `.bfloat16()`.
     """
 
     NAMES = ("loss_real", "loss_fake", "k", "convergence", "gap")

@@ -115,8 +115,8 @@ def _store(  # noqa: PLR0913
 ):
     """The epilogue of acc [BLOCK_M, BLOCK_K]; row m is stored at pixel[m].
 
-    Forward: bias and activation. BACKWARD: the derivative of the previous layer's activation, from its saved output
-    y_prev, and the previous layer's bias gradient, a partial sum over this program's pixels in db[partial, k].
+    Forward: bias and activation. BACKWARD: acc times the derivative of the previous layer's activation, from its saved
+    output y_prev. db[partial, k] is this program's part of the previous layer's bias gradient.
     """
     k_ok = k < K
     ok = m_ok[:, None] & k_ok[None, :]
@@ -191,7 +191,8 @@ def _conv_kernel(  # noqa: PLR0913
         w_shift = (TAPS - 1 - tap) * K if TURNED else tap * C
         x, w = _load_pair(x_base, w_base, inside, dh * in_w + dw, w_shift, c_start, c, C, w_stride, FULL_C, ALIGNED)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    pixel, program = m.to(tl.int64), tl.program_id(0)
+    pixel = m.to(tl.int64)
+    program = tl.program_id(0)
     _store(acc, pixel, m_ok, k, K, b_ptr, y_prev_ptr, out_ptr, db_ptr, program, alpha, HAS_BIAS, ACTIVATION, BACKWARD)
 
 
@@ -264,5 +265,6 @@ def _conv_transpose_kernel(  # noqa: PLR0913
         entry = tl.where(m_ok, skip_entry(n, oh, ow, out_h, out_w, SKIP_SIZE), 0)
         ok = m_ok[:, None] & (k < K)[None, :]
         acc += tl.load(skip_ptr + entry[:, None] * K + k[None, :], mask=ok, other=0.0).to(tl.float32)
-    pixel, program = (n * out_h + oh) * out_w + ow, tl.program_id(0) * 4 + tl.program_id(2)
+    pixel = (n * out_h + oh) * out_w + ow
+    program = tl.program_id(0) * 4 + tl.program_id(2)
     _store(acc, pixel, m_ok, k, K, b_ptr, y_prev_ptr, out_ptr, db_ptr, program, alpha, HAS_BIAS, ACTIVATION, BACKWARD)
