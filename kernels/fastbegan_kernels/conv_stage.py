@@ -48,9 +48,8 @@ def conv_stage(  # noqa: PLR0913
     `upsample_conv2d_elu` does. The last layer may add `skip` before its activation.
 
     In the backward of the fused tier, one kernel computes a layer's input gradient, applies the derivative of the
-    activation before it, and sums the bias gradient of the layer before. Only x, the weights and each layer's output are
-    kept. Inside the stage all maps are channels_last.
-    `reference.conv_stage` is the plain twin.
+    activation before it, and sums the bias gradient of the layer before. Only x, the weights and each layer's output
+    are kept. Inside the stage all maps are channels_last. `reference.conv_stage` is the plain twin.
 
     Gradients reach x, weights, biases and skip. With create_graph=True they come from plain operations, so they can be
     differentiated again, at the speed of plain PyTorch. With `skip` this raises RuntimeError, because the table is not
