@@ -10,7 +10,7 @@ endif
 CONSTRAINTS := $(if $(TORCH),constraints-torch27.txt,constraints.txt)
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup --durations=12
 
-.PHONY: train test test-slow test-compat check bench experiments gallery venv format reference constraints clean
+.PHONY: train test test-slow test-compat check bench gpu experiments gallery venv format reference constraints clean
 
 train: $(VENV)/.core
 	$(BIN)/python -m fastbegan train
@@ -39,6 +39,21 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/ --quick -q -s
+
+# Everything that a machine with a GPU can tell, with the PYTHON that is there: nothing is installed. One line by hand:
+#   PYTHONPATH=.:kernels python -m pytest tests/kernels -q -n 8 --timeout 300 --timeout-method thread
+#   PYTHONPATH=.:kernels python -m pytest bench/bench_step.py -q --budget 120 --results bench/results/gpu/rows.json
+#   PYTHONPATH=.:kernels python -m fastbegan.measure.report bench/results/gpu
+# A process for each file: a lost context ends with it. xdist and rows on disk keep the rest.
+OUT ?= bench/results/gpu
+BUDGET ?= 120
+SUITES ?= step conv_stage forms upsample_conv2d_elu conv2d_elu l1_reconstruction_loss normalize_images fold \
+	skip_phase_table equilibrium_update accelerate train data startup
+GPU_PYTEST := PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -p no:cacheprovider --timeout 300 --timeout-method thread
+gpu:
+	@status=0; $(GPU_PYTEST) tests/kernels -n 8 $(TESTS) || status=1; for suite in $(SUITES); do FASTBEGAN_CACHE=$(abspath $(OUT))/cache \
+	$(GPU_PYTEST) bench/bench_$$suite.py --budget $(BUDGET) --results $(OUT)/rows.json || status=1; done; \
+	PYTHONPATH=.:kernels $(PYTHON) -m fastbegan.measure.report $(OUT) || status=1; exit $$status
 
 # The paper's experiments at demo scale into experiments/, one after another. Runs side by side share all cores, a single
 # run takes half of them.

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from bench.conftest import Suites, _begun
 from bench.regression import Accepted
 from fastbegan.files import read_json, write_json
 from fastbegan.measure.results import Results, Row
+from tests.pretended.running import pretended, run
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = {"device": "CPU Test", "threads": 2}
@@ -60,6 +62,22 @@ def test_a_ratio_may_fall_by_the_band(tmp_path: Path) -> None:
     assert not Accepted(tmp_path, MACHINE | {"threads": 4}).known
 
 
+def test_a_run_that_was_ended_keeps_its_rows_and_another_goes_on(tmp_path: Path) -> None:
+    def suites(machine: dict[str, Any]) -> Suites:
+        results = _begun(path, machine) or Results(machine, {})
+        return Suites(results, path, Accepted(tmp_path, machine), False, (1, 1), 1.0)
+
+    path, today, tomorrow = tmp_path / "rows.json", MACHINE | {"date": "1"}, MACHINE | {"date": "2"}
+    first = suites(today)
+    for ms in (1.0, 2.0):
+        first.keep(Row("step", f"{ms:g}", ms=ms))
+        assert Results.load(path).rows == first.measured  # on disk before the next one begins
+    second = suites(tomorrow)
+    second.keep(Row("step", "1", ms=3.0))
+    assert [row.ms for row in Results.load(path).rows] == [2.0, 3.0] and len(second.measured) == 1
+    assert suites(MACHINE | {"threads": 4}).results.rows == []  # nothing of another machine
+
+
 def _bench(tmp_path: Path, *options: str, planted: str = "") -> subprocess.CompletedProcess[str]:
     (tmp_path / "planted.py").write_text(planted)
     path = os.pathsep.join((str(tmp_path), str(ROOT), str(ROOT / "kernels")))
@@ -103,3 +121,52 @@ def test_what_does_not_fit_is_skipped_with_what_it_needs(tmp_path: Path) -> None
     done = _bench(tmp_path, planted=_FULL)
     assert done.returncode == 0 and "1 skipped" in done.stdout, done.stdout
     assert re.search(r"needs \d\d+ MiB, 1 MiB are free", done.stdout), done.stdout
+
+
+@pytest.mark.slow
+def test_what_is_over_the_budget_is_skipped_with_a_line(tmp_path: Path) -> None:
+    done = _bench(tmp_path, "--budget", "0")
+    assert done.returncode == 0 and "1 skipped" in done.stdout and "no time left of --budget 0" in done.stdout, done
+
+
+_ENDED = """
+import os
+from fastbegan.measure.results import Results
+save = Results.save
+def saved(self, path):
+    save(self, path)
+    if self.rows:
+        os._exit(9)
+Results.save = saved
+"""
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_dies_takes_no_row_with_it(tmp_path: Path) -> None:
+    done = _bench(tmp_path, planted=_ENDED)
+    assert done.returncode == 9 and len(Results.load(tmp_path / "results.json").rows) == 1, done.stdout
+
+
+_ON_A_GPU = """
+from fastbegan.measure import machine
+from fastbegan_kernels import problems
+from bench import cases
+machine.roofline = lambda *_, **__: {"copy_bytes_per_s": 1e12, "flop_per_s": {"bf16": 1e14}}
+problems.excess = lambda *_, **__: 0.0  # the interpreter multiplies bf16 wrongly
+cases.sets_beyond_cache = lambda size: 2
+"""
+
+
+@pytest.mark.slow
+def test_forms_are_raced_where_there_is_a_gpu(tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text(_ON_A_GPU)
+    variables = pretended(tmp_path / "cache")
+    variables["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
+    arguments = ["-m", "pytest", "-p", "planted", "-q", "-rs", "--quick", "--sizes", "8", "-p", "no:cacheprovider"]
+    arguments += ["--results", tmp_path / "rows.json", "bench/bench_forms.py", "-k", "same and forward"]
+    done = run(arguments, {name: value for name, value in variables.items() if not name.startswith("PYTEST_")})
+    assert done.returncode == 0, done.stdout
+    results = Results.load(tmp_path / "rows.json")
+    (row,) = results.rows
+    assert results.machine["capability"] == "8.0" and row.precision == "bf16" and row.ms > 0
+    assert list(row.ratios)[:2] == ["plain", "algebraic"] and any(name.startswith("pointer ") for name in row.ratios)
