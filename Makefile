@@ -32,10 +32,17 @@ test-compat:
 	@$(MAKE) --no-print-directory VENV=$(COMPAT) TORCH=2.7.1 $(COMPAT)/.dev
 	$(COMPAT)/bin/python -m pytest -q -n auto --dist loadgroup -m "not slow and not nightly" $(CORE)
 
+# Modules whose public functions document every argument.
+STEMS := conv2d_elu conv_stage equilibrium_update fold l1_reconstruction_loss layers losses normalize_images \
+	skip_phase_table upsample_conv2d_elu
+DOCUMENTED := $(STEMS:%=kernels/fastbegan_kernels/%.py) \
+	$(patsubst %,fastbegan/%.py,layers plain nets/models nets/hub convert/shell training/step)
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
+	$(BIN)/pydoclint -q $(DOCUMENTED)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/ --quick -q -s
@@ -101,4 +108,4 @@ constraints:
 	printf 'torch==2.7.1\nnumpy<2.4\n' | $(RESOLVE) --extra dali-cu12 -c - -o constraints-torch27.txt
 
 clean:
-	rm -rf $(VENV) $(COMPAT) .pytest_cache .ruff_cache dist build
+	rm -rf $(VENV) $(COMPAT) .pytest_cache .ruff_cache .import_linter_cache dist build

@@ -104,13 +104,16 @@ def _members(owner: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _fields(owner: Any) -> Iterator[str]:
-    """A dataclass's fields, with the string under each."""
-    found = isinstance(owner, type) and dataclasses.is_dataclass(owner)
-    body = getattr(ast.parse(inspect.getsource(owner)).body[0], "body", []) if found else []
-    for node, below in zip(body, [*body[1:], None], strict=False):
-        if isinstance(node, ast.AnnAssign):
-            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
-            yield f"- `{ast.unparse(node)}`: {' '.join(str(text).split())}".removesuffix(": ")
+    """A dataclass's fields, those of its bases first, with the string under each."""
+    bases = owner.__mro__[::-1] if isinstance(owner, type) and dataclasses.is_dataclass(owner) else ()
+    for base in filter(dataclasses.is_dataclass, bases):
+        body = getattr(ast.parse(inspect.getsource(base)).body[0], "body", [])
+        for node, below in zip(body, [*body[1:], None], strict=False):
+            if isinstance(node, ast.AnnAssign):
+                text = (
+                    below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
+                )
+                yield f"- `{ast.unparse(node)}`: {' '.join(str(text).split())}".removesuffix(": ")
 
 
 def _code(name: str, value: Any) -> str:

@@ -1,7 +1,7 @@
-"""The networks in the paper's own words (§3.5), of nothing but torch.nn: what `fastbegan.nets.models` is held to.
+"""The networks as the paper describes them (§3.5), from torch.nn alone.
 
-State dicts are interchangeable with those of `models`. The textbook step runs on these modules, and they are what a
-trained net is exported to for a world without fastbegan.
+They specify `fastbegan.nets.models`, whose outputs must equal theirs. State dicts fit both. The textbook step runs on
+these modules, and `fastbegan export --format plain` writes them for use without fastbegan.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _carry(config: ModelConfig) -> Tensor | None:
+    """The share of the input in vanishing residuals (§3.5.1), 1 at first; None without them."""
     return torch.ones(()) if config.vanishing else None
 
 
@@ -27,7 +28,11 @@ def _layer(conv: nn.Module, x: Tensor, carry: Tensor | None) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Images [N, 3, size, size] -> codes [N, hidden]."""
+    """Images [N, 3, size, size] -> codes [N, hidden], without an activation at the end (§3.5).
+
+    Args:
+        config: Size, widths and kinds of the layers.
+    """
 
     carry: Tensor | None
 
@@ -54,7 +59,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes [N, hidden] -> images [N, 3, size, size]: upsample, concatenate h0 upsampled to that size, convolve."""
+    """Codes [N, hidden] -> images [N, 3, size, size], not clipped (§3.5).
+
+    Each level after the first upsamples by nearest neighbours, concatenates h0 (the first 8x8 map) upsampled to the
+    same size (`config.skips`, §3.5.1), and convolves.
+
+    Args:
+        config: Size, widths and kinds of the layers.
+        inputs: Length of a code; None means `config.hidden`.
+    """
 
     carry: Tensor | None
 
@@ -87,14 +100,22 @@ class Decoder(nn.Module):
 
 
 class Generator(Decoder):
-    """Latents z [N, latent] -> images [N, 3, size, size]."""
+    """Latents z [N, latent], uniform in [-1, 1] -> images [N, 3, size, size]: a Decoder with its own weights (§3.5).
+
+    Args:
+        config: Size, widths and kinds of the layers.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, inputs=config.latent)
 
 
 class Discriminator(nn.Module):
-    """The auto-encoder: images -> images."""
+    """The auto-encoder D(v) = Decoder(Encoder(v)): images -> images of the same shape (§3.1, §3.5).
+
+    Args:
+        config: Size, widths and kinds of the layers.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

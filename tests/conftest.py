@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,11 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.processes import environment
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels then run on the CPU
-
-ROOT = Path(__file__).parent.parent
-TINY = ["--filters", "4", "--data", "faces:64", "--batch-size", "8", "--log-every", "10"]
 
 
 @pytest.fixture(autouse=True)
@@ -64,27 +64,23 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def environment() -> dict[str, str]:
-    # a crash in native code says where
-    ours = {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **ours, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
-
-
 @pytest.fixture
-def fastbegan() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python -m fastbegan` with these arguments and wait for it."""
+def fastbegan(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `fastbegan` with these arguments in this process: exit code, output and errors as those of a process."""
+    from fastbegan.cli import main
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fastbegan", *map(str, arguments)]
-        return subprocess.run(
-            command,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        command = [str(argument) for argument in arguments]
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)  # printed as for a user
+            try:
+                code = main(command)
+            except SystemExit as end:
+                code = end.code
+        output, errors = capsys.readouterr()
+        assert code is None or isinstance(code, int)
+        return subprocess.CompletedProcess(command, code or 0, output, errors)
 
     return run
 

@@ -75,8 +75,11 @@ def test_bad_input(flags: list[str], message: str, capsys: pytest.CaptureFixture
 
 def test_wrong_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(SinglePass):
-        def shared(self, real: torch.Tensor, z: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return super().shared(real, z, 1.5 * k)
+        def for_both(
+            self, real: torch.Tensor, z_d: torch.Tensor, z_g: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            self.k = 1.5 * self.k
+            return super().for_both(real, z_d, z_g)
 
     monkeypatch.setitem(OBJECTIVES, "single-pass", Wrong)
     model, train = ModelConfig(size=32, filters=2), TrainConfig(batch_size=2)

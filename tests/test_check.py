@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbegan.convert import accelerate, chains, compare
-
-from .gans import GANS, seeded
+from tests.helpers.gans import GANS, seeded
 
 EVERY = pytest.mark.parametrize("name", GANS)
 
@@ -85,7 +84,14 @@ FAULTS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("net", ["EBGAN's generator", "BEGAN's discriminator", "f-AnoGAN's discriminator"])
+@pytest.mark.parametrize(
+    "net",
+    [
+        pytest.param("EBGAN's generator", marks=pytest.mark.slow),
+        pytest.param("BEGAN's discriminator", marks=pytest.mark.slow),
+        "f-AnoGAN's discriminator",
+    ],
+)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_refused(net: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where, change = FAULTS[fault]

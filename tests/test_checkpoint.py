@@ -6,7 +6,6 @@ import errno
 import os
 import resource
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +15,7 @@ import torch
 from fastbegan import UserError
 from fastbegan.runs import checkpoint
 from fastbegan.runs.checkpoint import damage, list_checkpoints, load_latest, save_checkpoint
-
-from .conftest import TINY, environment
+from tests.helpers.processes import TINY
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 CPU = torch.device("cpu")
@@ -148,13 +146,14 @@ def test_what_the_system_refuses_to_write_is_one_error(tmp_path: Path, fastbegan
     again = fastbegan("train", *TINY, "--steps", 10, "--out", out)
     assert again.returncode == 0, again.stderr
     sizes = [path.stat().st_size for path in (out / "discriminator.safetensors", out / "progress.gif")]
-    command = [sys.executable, "-m", "fastbegan", "train", *TINY, "--steps", "20", "--out", str(out)]
     limits = {out / "checkpoints" / "000000020": max(sizes) + 1000, out / "samples" / "000000020.png": 10_000}
     for path, limit in limits.items():
-        limited = lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
-        done = subprocess.run(
-            command, env=environment(), capture_output=True, text=True, check=False, preexec_fn=limited
-        )
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            done = fastbegan("train", *TINY, "--steps", 20, "--out", out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert done.returncode == 2, done.stdout + done.stderr
         assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
         assert f"{path} cannot be written (File too large)" in done.stderr

@@ -15,8 +15,7 @@ from PIL import Image
 
 from fastbegan import TrainStep
 from fastbegan.cli import main
-
-from .conftest import environment
+from tests.helpers.processes import environment
 
 TRAIN_OPTIONS = (
     "accumulate batch-size carry-steps checkpoint-every compile crop cuda-graph cudnn-search data deterministic "
@@ -232,9 +231,9 @@ def test_without_out_every_run_is_a_new_folder(
 
 LEAN = """
 import sys, time, torch
-started = time.perf_counter()
+started = time.process_time()
 import fastbegan, fastbegan_kernels
-assert time.perf_counter() - started < 1.0, time.perf_counter() - started
+assert time.process_time() - started < 1.0, time.process_time() - started
 assert not torch.cuda.is_initialized()
 assert "triton" not in sys.modules and "matplotlib" not in sys.modules and "tyro" not in sys.modules
 """
@@ -242,14 +241,14 @@ assert "triton" not in sys.modules and "matplotlib" not in sys.modules and "tyro
 
 def test_importing_is_lean() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LEAN], env=environment(), capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", LEAN], env=environment(), capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_kernels_do_not_need_fastbegan() -> None:
     code = "import sys, fastbegan_kernels; assert 'fastbegan' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=300)
 
 
 def test_python_dash_m(fastbegan: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fastbegan import ModelConfig, TrainConfig, UserError
+from fastbegan.config import FREE_ON_RESUME
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,9 @@ def test_what_is_alike_is_taken() -> None:
     assert wide == ModelConfig(size=64, filters=8, widths=(1, 2, 3, 4)) and type(wide.filters) is int
     sweep = TrainConfig(lr=np.float64(1e-3), seed=np.int64(3), steps=1e5)  # pyright: ignore[reportArgumentType]
     assert json.loads(json.dumps(sweep.__dict__)) == {**TrainConfig().__dict__, "lr": 1e-3, "seed": 3, "steps": 100_000}
+
+
+def test_what_is_learned_may_not_change_on_resume() -> None:
+    fixed = set(TrainConfig().__dict__) - FREE_ON_RESUME
+    learned = "crop flip jitter gamma lambda_k eta updates latents carry_steps batch_size lr_floor scaling lr_window"
+    assert fixed == {*learned.split(), "ema_half_life", "seed", "precision", "deterministic"}

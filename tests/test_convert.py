@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbegan.convert import Report, accelerate, chains, compare, restore
-
-from .families import FAMILIES, Interpolating, Latent, images, sequential
-from .gans import seeded
+from tests.helpers.families import FAMILIES, Interpolating, Latent, images, sequential
+from tests.helpers.gans import seeded
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo of torch 2.7
@@ -77,7 +76,10 @@ def test_an_optimizer_made_before_goes_on(family: str) -> None:
         torch.testing.assert_close(ways[True][name], value, rtol=1e-6, atol=1e-9)
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "family",
+    [name if name in ("latent", "sequential") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at inputs
 def test_torch_compile_takes_it_whole(family: str) -> None:
     model, x, _ = _made(family)

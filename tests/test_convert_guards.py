@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbegan.convert import accelerate, chains, compare, restore
-
-from .families import Interpolating, images, made
+from tests.helpers.families import Interpolating, images, made
 
 Forward = Callable[[Any, Tensor], Any]
 X = images(2, 3, 6, 6)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from .conftest import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 SCRIPTS = {"ebgan": "EBGAN", "began_cs": "BEGAN-CS", "vae": "VAE", "latent_decoder": "latent auto-encoder"}
 
@@ -17,7 +17,9 @@ def test_all_are_here() -> None:
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"race", *SCRIPTS}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", [name if name == "ebgan" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
+)
 def test_both_copies_train_alike(script: str) -> None:
     command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), "--steps", "4", "--batch-size", "4"]
     done = subprocess.run(

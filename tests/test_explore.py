@@ -24,8 +24,9 @@ from fastbegan.commands.explore import Explore
 from fastbegan.nets.models import build
 from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.runs.sheets import banded_sheet, generate, generated_band, sheet_latents
+from tests.helpers.processes import TINY
 
-from .conftest import TINY
+pytestmark = pytest.mark.xdist_group("explore")  # a run and a page for all
 
 
 def trained(out: Path) -> Path:

@@ -19,8 +19,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from fastbegan.commands.explore import Explore
 from fastbegan.runs.folder import RunFolder
 from fastbegan.runs.sheets import generated_band
-
-from .test_explore import pixels, samples, trained
+from tests.test_explore import pixels, samples, trained
 
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "

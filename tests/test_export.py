@@ -22,7 +22,7 @@ from fastbegan.runs.folder import RunConfig, RunFolder
 
 SKIPS = ModelConfig(size=32, filters=4, hidden=6, latent=5)
 FADING = ModelConfig(size=16, filters=4, hidden=6, latent=5, widths=(1, 2), skips=False, vanishing=True)
-CONFIGS = [pytest.param(SKIPS, id="skips"), pytest.param(FADING, id="fading")]
+CONFIGS = [pytest.param(SKIPS, id="skips"), pytest.param(FADING, id="fading", marks=pytest.mark.slow)]
 
 
 def _run(path: Path, config: ModelConfig) -> dict[str, nn.Module]:
@@ -74,7 +74,7 @@ def test_plain_needs_torch_only(config: ModelConfig, tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

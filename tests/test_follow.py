@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbegan.convert import accelerate, restore
 from fastbegan.convert.follow import CannotFollowError, follow
-
-from .families import Interpolating, images, made
+from tests.helpers.families import Interpolating, images, made
 
 Forward = Callable[[Any, Tensor], Any]
 

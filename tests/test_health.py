@@ -9,8 +9,7 @@ import pytest
 from fastbegan.cli import main
 from fastbegan.training import loop as train_module
 from fastbegan.training.health import HealthMonitor
-
-from .conftest import TINY
+from tests.helpers.processes import TINY
 
 
 def test_stuck_k() -> None:

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from fastbegan import Discriminator, Generator, ModelConfig, UserError, plain
 from fastbegan.nets import hub
 from fastbegan.nets.models import build
-
-from .conftest import environment
+from tests.helpers.processes import environment
 
 SKIPS = ModelConfig(size=32, filters=4, hidden=6, latent=5)
 FADING = ModelConfig(size=16, filters=4, hidden=6, latent=5, widths=(1, 2), skips=False, vanishing=True)
@@ -213,7 +212,7 @@ def test_offline_and_imported_only_when_called(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert not done.stdout

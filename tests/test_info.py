@@ -14,8 +14,7 @@ from fastbegan.commands.info import preset_markdown
 from fastbegan.measure.step import configured
 from fastbegan.nets.models import build
 from fastbegan.training.cost import step_cost
-
-from .conftest import ROOT, TINY
+from tests.helpers.processes import ROOT, TINY
 
 
 def test_cost_of_a_step_that_can_be_worked_out() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastbegan import Discriminator, Generator, ModelConfig
+from fastbegan.config import ObjectiveConfig
 from fastbegan.nets.models import build
 from fastbegan.training.objective import OBJECTIVES, Objective
 
@@ -33,7 +36,7 @@ def _gradients(net: nn.Module) -> list[Tensor]:
 
 
 def _textbook(
-    generator: Generator, discriminator: Discriminator, real: Tensor, z_d: Tensor, z_g: Tensor, eta: int
+    generator: Generator, discriminator: Discriminator, real: Tensor, z_d: Tensor, z_g: Tensor, eta: Literal[1, 2]
 ) -> tuple[list[Tensor], list[Tensor], float, float]:
     """L_D = L(x) - k L(G(z_D)) on D, L_G = L(G(z_G)) on G, L(v) = mean |v - D(v)|^eta, each on its own."""
 
@@ -55,10 +58,10 @@ def _check(got: list[Tensor], expected: list[Tensor]) -> None:
 @EVERY
 @pytest.mark.parametrize("vanishing", [False, True])
 @pytest.mark.parametrize("eta", [1, 2])
-def test_both_players_gradients(objective: type[Objective], eta: int, vanishing: bool) -> None:
+def test_both_players_gradients(objective: type[Objective], eta: Literal[1, 2], vanishing: bool) -> None:
     generator, discriminator, real, z, _ = _nets(vanishing=vanishing)
     on_d, on_g, real_loss, fake_loss = _textbook(generator, discriminator, real, z, z, eta)
-    losses = objective(generator, discriminator, eta=eta).shared(real, z, K)
+    losses = objective(generator, discriminator, K, ObjectiveConfig(eta=eta)).for_both(real, z, z)
     assert [v.item() for v in losses] == [pytest.approx(real_loss, rel=1e-12), pytest.approx(fake_loss, rel=1e-12)]
     _check(_gradients(discriminator), on_d)
     _check(_gradients(generator), on_g)
@@ -67,26 +70,27 @@ def test_both_players_gradients(objective: type[Objective], eta: int, vanishing:
 @EVERY
 def test_at_k_zero(objective: type[Objective]) -> None:
     generator, discriminator, real, z, _ = _nets()
-    objective(generator, discriminator).shared(real, z, torch.zeros(()))
+    objective(generator, discriminator, torch.zeros(())).for_both(real, z, z)
     expected = torch.autograd.grad((real - discriminator(real)).abs().mean(), list(discriminator.parameters()))
     _check(_gradients(discriminator), list(expected))
 
 
 @EVERY
 @pytest.mark.parametrize("eta", [1, 2])
-def test_independent_draws(objective: type[Objective], eta: int) -> None:
+def test_independent_draws(objective: type[Objective], eta: Literal[1, 2]) -> None:
     generator, discriminator, real, z_d, z_g = _nets()
     on_d, on_g, real_loss, fake_loss = _textbook(generator, discriminator, real, z_d, z_g, eta)
-    how = objective(generator, discriminator, eta=eta)
-    loss_g = how.for_generator(z_g)
+    config = ObjectiveConfig(eta=eta, latents="independent")
+    gradients = objective(generator, discriminator, K.double(), config)
+    (loss_g,) = gradients.for_generator(z_g)
     assert all(p.grad is None for p in discriminator.parameters())  # G's pass asks nothing of D's weights
-    loss_d = how.for_discriminator(real, z_d, K.double())
+    (loss_d,) = gradients.for_discriminator(real, z_d)
     _check(_gradients(discriminator), on_d)
     _check(_gradients(generator), on_g)
     assert [loss_d.item(), loss_g.item()] == [pytest.approx(real_loss, rel=1e-12), pytest.approx(fake_loss, rel=1e-12)]
     for net in (generator, discriminator):
         net.zero_grad()
-    together = how.independent(real, z_d, z_g, K.double())
+    together = gradients.for_both(real, z_d, z_g)
     _check(_gradients(discriminator), on_d)
     _check(_gradients(generator), on_g)
     assert [loss.item() for loss in together] == [loss_d.item(), loss_g.item()]
@@ -95,7 +99,7 @@ def test_independent_draws(objective: type[Objective], eta: int) -> None:
 @EVERY
 def test_generator_gradient_flows_through_both_sides(objective: type[Objective]) -> None:
     generator, discriminator, _, _, z = _nets()
-    objective(generator, discriminator).for_generator(z)
+    objective(generator, discriminator, K).for_generator(z)
     fake = generator(z)
     one_sided = torch.autograd.grad((fake.detach() - discriminator(fake)).abs().mean(), list(generator.parameters()))
     assert not torch.allclose(_gradients(generator)[0], one_sided[0])
@@ -105,11 +109,12 @@ def test_generator_gradient_flows_through_both_sides(objective: type[Objective])
 def test_loss_scale_scales_both(objective: type[Objective]) -> None:
     generator, discriminator, real, z, _ = _nets()
     on_d, on_g, *_ = _textbook(generator, discriminator, real, z, z, 1)
-    how = objective(generator, discriminator, loss_scale=torch.tensor(1024.0, dtype=torch.float64))
-    for gradients in (lambda: how.shared(real, z, K), lambda: how.independent(real, z, z, K)):
+    scale = torch.tensor(1024.0, dtype=torch.float64)
+    for latents in ("shared", "independent"):
         for net in (generator, discriminator):
             net.zero_grad()
-        gradients()
+        config = ObjectiveConfig(latents=latents)
+        objective(generator, discriminator, K, config, loss_scale=scale).for_both(real, z, z)
         _check(_gradients(discriminator), [1024 * g for g in on_d])
         _check(_gradients(generator), [1024 * g for g in on_g])
 
@@ -117,7 +122,7 @@ def test_loss_scale_scales_both(objective: type[Objective]) -> None:
 @pytest.mark.parametrize("eta", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("passes", ["single-pass", "joint"])
-def test_rounding_is_at_most_twice_the_textbooks(passes: str, dtype: torch.dtype, eta: int) -> None:
+def test_rounding_is_at_most_twice_the_textbooks(passes: str, dtype: torch.dtype, eta: Literal[1, 2]) -> None:
     """In float32, and in bf16 with float32 weights, losses and k; the textbook then under autocast."""
     generator, discriminator, real, z, _ = _nets()
     on_d, on_g, *_ = _textbook(generator, discriminator, real, z, z, eta)
@@ -129,7 +134,8 @@ def test_rounding_is_at_most_twice_the_textbooks(passes: str, dtype: torch.dtype
         for net in (generator, discriminator):
             net.zero_grad()
         compute = None if dtype == torch.float32 else dtype
-        losses = OBJECTIVES[how](generator, discriminator, eta=eta, dtype=compute).shared(real.float(), z.float(), K)
+        objective = OBJECTIVES[how](generator, discriminator, K, ObjectiveConfig(eta=eta), dtype=compute)
+        losses = objective.for_both(real.float(), z.float(), z.float())
         assert all(loss.dtype == torch.float32 for loss in losses)
         found = torch.cat([g.flatten() for g in (*_gradients(generator), *_gradients(discriminator))])
         assert found.dtype == torch.float32
@@ -153,7 +159,7 @@ def test_a_step_on_the_kernels(passes: str, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.setenv("FASTBEGAN_IMPL", "fused")
         for net in nets:
             net.zero_grad()
-        losses = OBJECTIVES[how](*nets, eta=2).shared(real, z, K.to(device))
+        losses = OBJECTIVES[how](*nets, K.to(device), ObjectiveConfig(eta=2)).for_both(real, z, z)
         found.append([*losses, *(p.grad for net in nets for p in net.parameters() if p.grad is not None)])
     for got, want in zip(found[1], found[0], strict=True):
         assert (got - want).norm() <= 1e-4 * want.norm()

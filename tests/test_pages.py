@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import ROOT
+from tests.helpers.processes import ROOT
 
 
 @pytest.mark.parametrize("page", ["use-it-in-your-gan.md"])

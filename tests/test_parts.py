@@ -61,9 +61,9 @@ class _Threads(Ranks):
     def begin_sum(self, values: Tensor) -> Flight:
         self.sums += 1
         self.given[self.rank] = values.clone()
-        self.barrier.wait(60)
+        self.barrier.wait(300)
         found = torch.stack([one for one in self.given if one is not None]).sum(0)
-        self.barrier.wait(60)
+        self.barrier.wait(300)
         return _Sum(values, found)
 
 
@@ -326,6 +326,23 @@ def test_the_first_rank_chooses_the_kernel_of_k_for_all(monkeypatch: pytest.Monk
     assert told == ["choose", "adopt"][rank:]
 
 
+def test_a_step_does_not_wait_until_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, disk = train.save_checkpoint, threading.Event()
+    monkeypatch.setattr(train, "save_checkpoint", lambda *what: (disk.wait(300), save(*what)))
+    config = TrainConfig(data="faces:64", batch_size=8, steps=40, device="cpu", precision="float32")
+    with Display(quiet=True) as display:
+        training = Training(RunConfig("demo", MODEL, config), tmp_path / "run", resume=True, display=display)
+        training.advance_one()
+        training._checkpoint()
+        training.advance_one()
+        assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+        disk.set()
+        training._writer.finish()
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["000000001"]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("all cores")
 def test_a_checkpoint_hardly_holds_up_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the size of the demo, on a disk that takes a second: under 50 ms, unless the one before is not done."""
     save = train.save_checkpoint

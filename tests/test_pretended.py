@@ -12,6 +12,7 @@ from tests.pretended.planted_all import CASES
 from tests.pretended.running import once, pretended, rows, run
 
 Rows = dict[str, dict[str, Any]]
+PLANTED = pytest.mark.xdist_group("planted")  # one process for all
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +22,14 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return once(tmp_path_factory, "planted", lambda: rows(run(command, variables)))
 
 
+@PLANTED
 @pytest.mark.parametrize("name", CASES)
 def test_a_planted_fault_is_told_and_the_right_way_is_not(planted: Rows, name: str) -> None:
     assert any(CASES[name].told in line for line in planted[name]["wrong"]), planted[name]
     assert planted[name]["right"] == []
 
 
+@PLANTED
 def test_waits_and_copies_are_counted_by_their_lines(planted: Rows) -> None:
     assert sorted(map(tuple, planted["counted"]["rows"])) == [
         (findings.PAGEABLE, 6), (findings.PINNED, 7), (findings.WAIT, 5), (findings.WAIT, 9),

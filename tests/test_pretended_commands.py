@@ -14,7 +14,7 @@ import torch
 
 from fastbegan.runs.checkpoint import list_checkpoints
 from fastbegan.runs.folder import RunFolder
-from tests.conftest import ROOT
+from tests.helpers.processes import ROOT
 from tests.pretended.running import pretended, reports, run
 
 FLAGS = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .pretended.running import pretended, rows, run
+from tests.pretended.running import pretended, rows, run
 
 
 def _start(cache: Path) -> dict[str, Any]:

@@ -44,10 +44,17 @@ def test_a_reading_is_of_the_moment_it_began() -> None:
     assert reading.arrived() and reading.values() == [1.0, 2.0]
 
 
+@pytest.fixture(scope="module")
+def prompt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose rows arrive at once."""
+    out = tmp_path_factory.mktemp("prompt") / "run"
+    assert _run(out) == 0
+    return out
+
+
 @pytest.mark.parametrize("delay", [3, 1000])
-def test_late_rows_are_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delay: int) -> None:
+def test_late_rows_are_the_same_rows(prompt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delay: int) -> None:
     """Rows are written when they arrive, or at last where someone waits: the next row, a sheet, the end."""
-    assert _run(tmp_path / "prompt") == 0
     asked: dict[int, int] = {}
     late: list[int] = []
     write = RunFolder.append_metrics
@@ -65,7 +72,7 @@ def test_late_rows_are_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(Reading, "arrived", arrived)
 
     assert _run(tmp_path / "late", watch) == 0
-    assert _rows(tmp_path / "late") == _rows(tmp_path / "prompt")
+    assert _rows(tmp_path / "late") == _rows(prompt)
     assert late == ([0, 2, 0, 0] if delay == 3 else [0, 5, 0, 0])  # sheets are at 5, 15 and 20
 
 

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from docs import make_reference
-
-from .conftest import ROOT
+from tests.helpers.processes import ROOT
 
 PAGES = make_reference.pages()
 

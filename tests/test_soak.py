@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_thousand_steps(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tests" / "soak.py"), str(tmp_path / "run"), "2000"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=550, check=False)
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "soak.py"), str(tmp_path / "run"), "2000"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1700, check=False)
     assert done.returncode == 0, done.stderr
     quarters = json.loads(done.stdout.splitlines()[-1])
     assert [one["step"] for one in quarters] == [500, 1000, 1500, 2000]

@@ -70,7 +70,7 @@ def test_alternating_generator_sees_the_updated_discriminator() -> None:
         torch.testing.assert_close(value, both[1].discriminator.state_dict()[name])
     reference = _step()
     reference.discriminator.load_state_dict(both[1].discriminator.state_dict())
-    expected = reference.objective.for_generator(z)
+    (expected,) = reference.objective.for_generator(z)
     row = both[1].equilibrium.read()
     assert row["loss_fake"] == pytest.approx(expected.item(), rel=1e-6)
     assert row["loss_fake"] != both[0].equilibrium.read()["loss_fake"]
@@ -115,7 +115,7 @@ def test_sound_steps_are_not_held_back_by_the_check() -> None:
     plain, checked = _step(), _step()
     real, z = _batch()
     checked(real, z, z)
-    plain.objective.shared(real, z, plain.equilibrium.k)
+    plain.objective.for_both(real, z, z)
     for net in (plain.discriminator, plain.generator):
         torch.optim.Adam(net.parameters(), lr=TRAIN.lr).step()
     for a, b in ((plain.generator, checked.generator), (plain.discriminator, checked.discriminator)):
@@ -334,7 +334,7 @@ def test_a_step_goes_with_its_last_name() -> None:
 def test_cudnns_search_is_given_up_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     step, plain = _step(), _step()
     real, z = _batch()
-    compute, failures = step.objective.shared, []
+    compute, failures = step.objective.for_both, []
 
     def short_of_memory(*batch: Tensor) -> tuple[Tensor, Tensor]:
         if torch.backends.cudnn.benchmark:
@@ -342,7 +342,7 @@ def test_cudnns_search_is_given_up_where_it_does_not_fit(monkeypatch: pytest.Mon
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         return compute(*batch)
 
-    monkeypatch.setattr(step.objective, "shared", short_of_memory)
+    monkeypatch.setattr(step.objective, "for_both", short_of_memory)
     monkeypatch.setattr(step, "device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -352,7 +352,7 @@ def test_cudnns_search_is_given_up_where_it_does_not_fit(monkeypatch: pytest.Mon
     assert len(failures) == 1 and not torch.backends.cudnn.benchmark
     plain(real, z, z)
     assert all(torch.equal(a, b) for a, b in zip(_weights(step), _weights(plain), strict=True))
-    monkeypatch.setattr(step.objective, "shared", _no_memory)
+    monkeypatch.setattr(step.objective, "for_both", _no_memory)
     with pytest.raises(torch.OutOfMemoryError):  # there is nothing left to give up
         step(real, z, z)
 

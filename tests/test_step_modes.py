@@ -51,13 +51,13 @@ def test_each_player_gets_its_own_draw(passes: str, updates: str, latents: str) 
     real, z_d, z_g = _batch()
     z_g = z_d if latents == "shared" else z_g
     twin = _step()
-    how = OBJECTIVES["textbook"](twin.generator, twin.discriminator)
-    loss_real = how.for_discriminator(real, z_d, torch.tensor(0.4))
+    textbook = OBJECTIVES["textbook"](twin.generator, twin.discriminator, torch.tensor(0.4))
+    (loss_real,) = textbook.for_discriminator(real, z_d)
     expected_d = [p.grad.clone() for p in twin.discriminator.parameters() if p.grad is not None]
     step(real, z_d, z_g)
     if updates == "alternating":
         twin.discriminator.load_state_dict(step.discriminator.state_dict())
-    loss_fake = how.for_generator(z_g)
+    (loss_fake,) = textbook.for_generator(z_g)
     expected_g = [p.grad for p in twin.generator.parameters() if p.grad is not None]
     for got, want in zip((*seen["D"], *seen["G"]), (*expected_d, *expected_g), strict=True):
         assert (got - want).norm() <= 1e-4 * want.norm()
@@ -145,7 +145,7 @@ def test_halves_that_are_alike_cancel_in_float32(passes: str) -> None:
     for k in (0.999, 0.0):
         for net in nets:
             net.zero_grad()
-        OBJECTIVES[passes](*nets, dtype=torch.bfloat16).shared(real, z, torch.tensor(k))
+        OBJECTIVES[passes](*nets, torch.tensor(k), dtype=torch.bfloat16).for_both(real, z, z)
         found.append(torch.cat([p.grad.flatten() for p in nets[1].parameters() if p.grad is not None]))
     assert (found[0] - 0.001 * found[1]).norm() <= 1e-2 * 0.001 * found[1].norm()  # in bf16 k would have been 1
 

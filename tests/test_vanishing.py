@@ -15,9 +15,8 @@ from fastbegan.nets.models import build
 from fastbegan.runs.checkpoint import list_checkpoints
 from fastbegan.runs.folder import RunFolder
 from fastbegan.training.graph import GraphedStep
-
-from .conftest import TINY
-from .test_graph import CUDA, fake_cuda  # noqa: F401  # a fixture
+from tests.helpers.processes import TINY
+from tests.test_graph import CUDA, fake_cuda  # noqa: F401  # a fixture
 
 MODEL = ModelConfig(size=16, filters=4, hidden=8, latent=8, widths=(1, 1), vanishing=True)
 TRAIN = TrainConfig(batch_size=4, carry_steps=5)
@@ -53,6 +52,7 @@ def _step(compile_mode: str | None = None) -> TrainStep:
     return TrainStep(*build(MODEL, seed=0), TRAIN, None, compile_mode)
 
 
+@pytest.mark.slow
 def test_fading_compiles_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     compiled = torch.compile

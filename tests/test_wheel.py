@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from tests.helpers.processes import ROOT
 
 USE = """
 import fastbegan, fastbegan_kernels, torch
@@ -44,7 +44,7 @@ def test_wheel_holds_both_packages_and_works(tmp_path: Path) -> None:
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for script in ("import fastbegan_kernels", USE, "\n".join(snippets)):
-        subprocess.run([str(python), "-W", "error", "-c", script], cwd=tmp_path, env=bare, check=True, timeout=120)
+        subprocess.run([str(python), "-W", "error", "-c", script], cwd=tmp_path, env=bare, check=True, timeout=300)
     exe = tmp_path / "fresh" / "bin" / "fastbegan"
     drawn = subprocess.run([str(exe), "sample", "--count", "2"], cwd=tmp_path, env=bare, check=False)
     assert drawn.returncode == 0 and (tmp_path / "generated" / "sheet-0.png").exists()

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from ..config import require_seed
 from ..counter import chosen
 from ..data.prepare import Progress, load_images
 from ..data.scale import scale
@@ -22,6 +21,7 @@ from ..display import Display
 from ..errors import UserError
 from ..evaluation.extractors import open_extractor
 from ..evaluation.scores import LEAST, SCATTERED, Yardstick, names
+from ..fields import require_seed
 from ..runs import sheets
 from ..runs.folder import RunConfig, RunFolder
 

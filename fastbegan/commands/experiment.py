@@ -9,7 +9,6 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from ..config import require_seed
 from ..data.source import absolute, find_source
 from ..device import pick_device
 from ..display import Display
@@ -19,6 +18,7 @@ from ..evaluation.extractors import open_extractor
 from ..experiments import ablation, continuity, convergence, diversity, scores, unbalanced
 from ..experiments.scales import SCALES
 from ..experiments.study import FILE, OF_ONE_RUN, Settings, Study
+from ..fields import require_seed
 from ..files import locked, make_folder, sha256, visible
 from ..runs.folder import RunFolder
 

@@ -23,13 +23,14 @@ from PIL import Image
 from torch import Tensor
 from tyro.conf import Positional
 
-from ..config import ModelConfig, TrainConfig, require_seed
+from ..config import ModelConfig, TrainConfig
 from ..data.prepare import ImageSet, load_images
 from ..data.source import without_folders
 from ..device import pick_device
 from ..display import Display
 from ..errors import UserError
 from ..evaluation.nearest import Comparison, Neighbour, compare
+from ..fields import require_seed
 from ..files import atomic, make_folder, read_json
 from ..nets.models import Generator
 from ..runs.checkpoint import load_latest

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from ..config import require_seed
 from ..device import pick_device
 from ..errors import UserError
+from ..fields import require_seed
 from ..files import make_folder
 from ..runs.folder import RunFolder
 from ..runs.sheets import generate, grid, interpolate_latents, save_gif, save_png, sheet_latents

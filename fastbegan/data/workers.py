@@ -32,6 +32,7 @@ except ImportError:  # Windows
     fcntl = None
 
 _CHUNK = 32  # files that a worker gets at once
+_START = 60.0  # seconds until a process answers
 _SECONDS = 60.0  # the time of a file
 _LOOK = 0.5  # seconds between two looks at the clock
 _HELD = 8 << 20  # bytes of whole pictures that wait to be scaled
@@ -160,7 +161,7 @@ class _Worker:
             assert process.stdout is not None
             with contextlib.suppress(AttributeError, OSError):  # so that a picture is on its way while one is scaled
                 fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)  # pyright: ignore
-            self._late, self._deadline = False, time.monotonic() + _SECONDS
+            self._late, self._deadline = False, time.monotonic() + _START
             threading.Thread(target=self._watch, args=(process,), daemon=True).start()
             try:
                 ready = _exactly(process.stdout, len(READY)).tobytes() == READY

@@ -134,7 +134,7 @@ def check(
     def gradients(mode: str) -> list[Tensor]:
         for net in nets:
             net.zero_grad(set_to_none=True)
-        OBJECTIVES[mode](*nets, eta=train.eta, dtype=dtype, loss_scale=scale).shared(real, z, k)
+        OBJECTIVES[mode](*nets, k, train, dtype=dtype, loss_scale=scale).for_both(real, z, z)
         return [p.grad for net in nets for p in net.parameters() if p.grad is not None]
 
     expected = gradients("textbook")

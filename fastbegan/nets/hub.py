@@ -1,4 +1,7 @@
-"""Nets as folders of config.json and model.safetensors, and on the Hugging Face Hub, by its `PyTorchModelHubMixin`."""
+"""Nets as folders of config.json and model.safetensors, local or on the Hugging Face Hub.
+
+The work is done by huggingface_hub's `PyTorchModelHubMixin`.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file, save
 
-from ..config import ModelConfig, from_dict
+from ..config import ModelConfig
 from ..errors import UserError
+from ..fields import from_dict
 from ..files import atomic, read_json
 
 _WEIGHTS = "model.safetensors"
@@ -22,50 +26,74 @@ Net = TypeVar("Net", bound="HubMixin")
 
 
 class HubMixin:
-    """What a net with a `config` gets: the methods of huggingface_hub's mixin, which is imported when one is called.
+    """The Hub's methods for a net that has a `config`. They import huggingface_hub when they are called.
 
-    Weights are only ever read from safetensors, and have to fit. All raise UserError where huggingface_hub (extra
-    `hub`) is missing.
+    Weights are read from safetensors only, and every name and shape must fit. All methods raise UserError where
+    huggingface_hub (extra `hub`) is missing.
     """
 
     config: ModelConfig
 
     @classmethod
     def from_pretrained(cls: type[Net], name: str | Path, *, map_location: str = "cpu", **options: Any) -> Net:
-        """The net in a folder that `save_pretrained` wrote, or in a repository on the Hub; in eval mode, channels_last.
+        """Load a net from a folder or from the Hub.
 
-        Further options are huggingface_hub's: revision, token, cache_dir, local_files_only, force_download. Raises
-        UserError where there is no such net or it is of another kind.
+        Args:
+            name: A folder that `save_pretrained` wrote, or a repository on the Hub ("user/name").
+            map_location: Device of the net.
+            **options: Passed to huggingface_hub: revision, token, cache_dir, local_files_only, force_download.
+
+        Returns:
+            The net in float32, channels_last, in eval mode.
+
+        Raises:
+            UserError: There is no such net, its config or weights are not of this class, or huggingface_hub is missing.
         """
         carrier = _carrier()
         if Path(name).is_dir():
             read_json(Path(name) / "config.json")  # the mixin only warns where there is none
-        with _naming(
+        with _as_user_error(
             f"{cls.__name__} {str(name)!r} cannot be loaded", "a folder of save_pretrained, a repository's name"
         ):
             return carrier.from_pretrained(name, kind=cls, map_location=map_location, **options).net
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> str | None:
-        """Write config.json, model.safetensors and a README.md (kept where there is one); options: huggingface_hub's.
+        """Write config.json, model.safetensors and, where there is none yet, a README.md.
 
-        Raises UserError where `folder` cannot be written.
+        Args:
+            folder: Where to write; it is made if it does not exist.
+            **options: Passed to huggingface_hub: push_to_hub, repo_id and those of `push_to_hub`.
+
+        Returns:
+            The commit's URL with `push_to_hub=True`, else None.
+
+        Raises:
+            UserError: The folder cannot be written, or huggingface_hub is missing.
         """
         carrier = _carrier()
-        with _naming(f"{folder} cannot be written", "a folder that can"):
+        with _as_user_error(f"{folder} cannot be written", "a folder that can"):
             return carrier(self).save_pretrained(folder, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes; returns the commit's URL. Options: private, token, branch, create_pr.
+        """Upload the files that `save_pretrained` writes.
 
-        Raises UserError where the Hub cannot be reached or refuses.
+        Args:
+            repo_id: Repository on the Hub ("user/name"); it is made if it does not exist.
+            **options: Passed to huggingface_hub: private, token, branch, create_pr, commit_message.
+
+        Returns:
+            The commit's URL.
+
+        Raises:
+            UserError: The Hub cannot be reached or refuses, or huggingface_hub is missing.
         """
         carrier = _carrier()
-        with _naming(f"{repo_id!r} cannot be pushed to", "a repository that you may write to"):
+        with _as_user_error(f"{repo_id!r} cannot be pushed to", "a repository that you may write to"):
             return carrier(self).push_to_hub(repo_id, **options)
 
 
 @contextlib.contextmanager
-def _naming(what: str, accepted: str) -> Iterator[None]:
+def _as_user_error(what: str, accepted: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # what huggingface_hub raises derives from one of them
@@ -74,9 +102,9 @@ def _naming(what: str, accepted: str) -> Iterator[None]:
 
 @functools.cache
 def _carrier() -> Any:
-    """The mixin around a net that it need not be a base of: importing huggingface_hub takes twice as long as `models`.
+    """A class that holds a net and has the mixin as its base. Raises UserError where huggingface_hub is missing.
 
-    Raises UserError where it is missing.
+    The nets themselves do not derive from the mixin, because importing it takes twice as long as importing `models`.
     """
     try:
         from huggingface_hub import PyTorchModelHubMixin, hf_hub_download

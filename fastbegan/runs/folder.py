@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from ..config import FREE_ON_RESUME, ModelConfig, TrainConfig, from_dict
+from ..config import FREE_ON_RESUME, ModelConfig, TrainConfig
 from ..errors import UserError
+from ..fields import from_dict
 from ..files import atomic, read_json, visible, write_json, writing
 from ..nets.models import Generator
 from ..version import __version__

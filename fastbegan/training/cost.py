@@ -53,14 +53,18 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
         ledger, counter = _Ledger(), FlopCounterMode(display=False)
         done: dict[torch.nn.Module, int] = {}  # FLOPs until a net's gradients were complete
         objective = OBJECTIVES[train.passes](
-            generator, discriminator, eta=train.eta, dtype=None if textbook else dtype,
+            generator,
+            discriminator,
+            torch.zeros(()),
+            train,
+            dtype=None if textbook else dtype,
             ready=lambda net: done.update({net: counter.get_total_flops()}),
-        )  # fmt: skip
+        )
         with counter, ledger:
-            if train.updates == "simultaneous" and train.latents == "shared":
-                objective.shared(real, z, torch.zeros(()))
+            if train.updates == "simultaneous":
+                objective.for_both(real, z, z)
             else:
-                objective.for_discriminator(real, z, torch.zeros(()))
+                objective.for_discriminator(real, z)
                 objective.for_generator(z)
     parameters = count_parameters(generator, discriminator)
     # generator: weights, gradients, two moments, average; discriminator: all but the average

@@ -9,7 +9,7 @@ from .conv_stage import conv_stage
 from .dispatch import asked_for
 
 
-def conv2d_elu(
+def conv2d_elu(  # noqa: PLR0913
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,

@@ -16,7 +16,7 @@ from .problems import Layer
 from .recorded import recorded_gradients
 
 
-def conv_stage(
+def conv_stage(  # noqa: PLR0913
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
@@ -70,7 +70,7 @@ def conv_stage(
     return x
 
 
-def _run(
+def _run(  # noqa: PLR0913
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, skip: Tensor | None, kinds: list[str],
     activations: list[str], alpha: float, impl: str, copies: int, output_last: bool, gradient_last: bool,
 ) -> Tensor:  # fmt: skip
@@ -92,7 +92,7 @@ def _packing(weight: Tensor, kind: str) -> str:
     return "up" if kind == "up" and weight.shape[2] == 3 else "conv"
 
 
-def _how(
+def _how(  # noqa: PLR0913
     x: Tensor, weight: Tensor, kind: str, *, backward: bool, bias: bool, skip: Tensor | None, activation: str | None,
     alpha: float, impl: str,
 ) -> str:  # fmt: skip
@@ -132,7 +132,7 @@ def _outputs(
     return outputs
 
 
-def _gradients(
+def _gradients(  # noqa: PLR0913
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], outputs: Sequence[Tensor], skip_size: int, has_bias: bool,
     kinds: str, activations: str, alpha: float, impl: str, copies: int, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
@@ -195,7 +195,7 @@ def _restored(kept: Sequence[Tensor], grad: Tensor, activations: str) -> list[Te
     return [*kept, grad.contiguous(memory_format=torch.channels_last)] if last else list(kept)
 
 
-def _recorded(
+def _recorded(  # noqa: PLR0913
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], kinds: str, activations: str,
     alpha: float, copies: int, gradient_last: bool, needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
@@ -239,7 +239,7 @@ class _Plain(torch.autograd.Function):
     """The same in plain operations, which torch.compile sees through: on the CPU, without Triton, for float64."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx, x: Tensor, skip: Tensor | None, kinds: str, activations: str, alpha: float, impl: str, copies: int,
         output_last: bool, gradient_last: bool, count: int, *weights_and_biases: Tensor,
     ) -> Tensor:  # fmt: skip
@@ -298,7 +298,7 @@ def _as_given(
 
 
 @torch.library.custom_op("fastbegan::conv_stage", mutates_args=())
-def _conv_stage(  # no defaults: torch 2.7 leaves such values out and then misses their gradients
+def _conv_stage(  # no defaults: torch 2.7 leaves such values out and then misses their gradients  # noqa: PLR0913
     x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activations: str,
     alpha: float, impl: str, copies: int, output_last: bool, gradient_last: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -312,7 +312,7 @@ def _conv_stage(  # no defaults: torch 2.7 leaves such values out and then misse
 
 
 @_conv_stage.register_fake
-def _(
+def _(  # noqa: PLR0913
     x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activations: str,
     alpha: float, impl: str, copies: int, output_last: bool, gradient_last: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -328,7 +328,7 @@ def _(
 
 
 @torch.library.custom_op("fastbegan::conv_stage_backward", mutates_args=())
-def _conv_stage_backward(
+def _conv_stage_backward(  # noqa: PLR0913
     grad: Tensor, x: Tensor, weights: list[Tensor], outputs: list[Tensor], skip_size: int, has_bias: bool,
     kinds: str, activations: str, alpha: float, impl: str, copies: int, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
@@ -337,7 +337,7 @@ def _conv_stage_backward(
 
 
 @_conv_stage_backward.register_fake
-def _(
+def _(  # noqa: PLR0913
     grad: Tensor, x: Tensor, weights: list[Tensor], outputs: list[Tensor], skip_size: int, has_bias: bool,
     kinds: str, activations: str, alpha: float, impl: str, copies: int, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip

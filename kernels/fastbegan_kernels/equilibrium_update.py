@@ -9,7 +9,7 @@ from . import reference, tuning
 from .dispatch import op_impl
 
 
-def equilibrium_update(
+def equilibrium_update(  # noqa: PLR0913
     loss_real: Tensor,
     loss_fake: Tensor,
     k: Tensor,
@@ -42,7 +42,7 @@ def equilibrium_update(
         _equilibrium_update(loss_real, loss_fake, k, sums, window, skip, gamma, lambda_k, mode)
 
 
-def update(
+def update(  # noqa: PLR0913
     loss_real: Tensor, loss_fake: Tensor, k: Tensor, sums: Tensor, window: Tensor, skip: Tensor | None, gamma: float,
     lambda_k: float, fused: bool,
 ) -> None:  # fmt: skip
@@ -56,7 +56,7 @@ def update(
 
 
 @torch.library.custom_op("fastbegan::equilibrium_update", mutates_args=("k", "sums", "window"))
-def _equilibrium_update(
+def _equilibrium_update(  # noqa: PLR0913
     loss_real: Tensor, loss_fake: Tensor, k: Tensor, sums: Tensor, window: Tensor, skip: Tensor | None, gamma: float,
     lambda_k: float, impl: str,
 ) -> None:  # fmt: skip

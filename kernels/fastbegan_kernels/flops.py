@@ -39,7 +39,7 @@ def conv_stage_flops(x: Shape, weights: Sequence[Shape], biases: Any, skip: Any,
 
 
 @register_flop_formula(_OPS.conv_stage_backward)
-def conv_stage_backward_flops(
+def conv_stage_backward_flops(  # noqa: PLR0913
     grad: Shape, x: Shape, weights: Sequence[Shape], outputs: Any, skip_size: int, has_bias: bool, kinds: str,
     activations: str, alpha: float, impl: str, copies: int, needs: Sequence[bool], **_: Any,
 ) -> int:  # fmt: skip

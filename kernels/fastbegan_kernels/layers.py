@@ -28,7 +28,7 @@ class Conv2dELU(nn.Conv2d):
     ValueError for what `conv2d_elu` does not compute.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, *, padding: str = "same",
         bias: bool = True, activation: str = "elu", alpha: float = 1.0, device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip

@@ -18,7 +18,7 @@ from fastbegan.data import choose, dali_loader
 from fastbegan.data.choose import open_loader
 from fastbegan.data.loader import Batching, Loader, PackedLoader, ResidentLoader
 from fastbegan.data.prepare import load_catalogue
-from tests.conftest import environment
+from tests.helpers.processes import environment
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
 CPU = torch.device("cpu")
@@ -224,7 +224,7 @@ if sys.argv[2] == "kill":
 @pytest.mark.parametrize("way", ["open", "kill"])
 def test_a_loader_that_is_left_open_or_loses_its_processes(pictures: Path, way: str) -> None:
     command = [sys.executable, "-W", "default", "-c", _LEFT_OPEN, str(pictures), way]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert ("this batch is read here" in done.stderr) == (way == "kill")
 

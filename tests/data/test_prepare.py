@@ -17,7 +17,7 @@ from fastbegan import UserError
 from fastbegan.data.pack import leftovers, read_journal, read_pack
 from fastbegan.data.prepare import NoRoomError, cache_folder, load_catalogue, load_images, make_pack
 from fastbegan.data.source import find_source
-from tests.conftest import environment
+from tests.helpers.processes import environment
 
 
 @pytest.fixture
@@ -260,13 +260,15 @@ def test_packing_makes_the_catalogue_too(pictures: Path, made: list[str]) -> Non
 
 
 _PACK = """
-import sys
+import sys, time
 from pathlib import Path
 from fastbegan.data.prepare import make_pack
-source, out, log = sys.argv[1:]
+source, out, log, *hang = sys.argv[1:]
 def progress(what, done, total):
     with open(log, "a") as file:
         file.write(f"{what} {done}\\n")
+    if hang:
+        time.sleep(1000)
 make_pack(source, Path(out), 16, "center", progress)
 """
 
@@ -278,7 +280,7 @@ def _packing(*arguments: object) -> subprocess.Popen[bytes]:
 def test_two_packs_at_once_do_the_work_once(pictures: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "a.pack", tmp_path / "log"
     both = [_packing(pictures, out, log) for _ in range(2)]
-    assert [one.wait(60) for one in both] == [0, 0]
+    assert [one.wait(300) for one in both] == [0, 0]
     assert log.read_text().count("packing images") == 1
     assert len(read_pack(out)[0]) == 12
     assert sorted(one.name for one in tmp_path.glob(".*")) == []
@@ -291,7 +293,7 @@ def test_a_killed_pack_leaves_no_half_made_set_and_is_taken_up(tmp_path: Path) -
     image.save(folder / "0000.png")
     for number in range(1, 1300):
         (folder / f"{number:04d}.png").write_bytes((folder / "0000.png").read_bytes())
-    process = _packing(folder, out, log)
+    process = _packing(folder, out, log, "hang")
     while not log.exists() and process.poll() is None:
         time.sleep(0.005)
     process.kill()
@@ -300,7 +302,7 @@ def test_a_killed_pack_leaves_no_half_made_set_and_is_taken_up(tmp_path: Path) -
     made_from = find_source(str(folder)).made_from("center")
     before = read_journal(leftovers(out)[1], made_from)[-1].done
     log.unlink()
-    assert _packing(folder, out, log).wait(120) == 0
+    assert _packing(folder, out, log).wait(300) == 0
     counts = [int(line.split()[-1]) for line in log.read_text().splitlines()]
     assert before >= 512 and counts == [count for count in (512, 1024, 1300) if count > before]  # nothing twice
     images = read_pack(out)[0]

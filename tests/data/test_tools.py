@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -15,7 +14,7 @@ from PIL import Image
 from fastbegan.data import dali_loader
 from fastbegan.data.pack import read_pack
 from fastbegan.runs.folder import RunFolder
-from tests.data import zoo
+from tests.helpers import zoo
 
 Run = Callable[..., "CompletedProcess[str]"]
 
@@ -68,8 +67,6 @@ def test_pack_refuses_many_broken_files_and_leaves_few_out(folder: Path, tmp_pat
         assert np.abs(found.astype(int) - colour).max() <= 2, name
     again = fastbegan("data", "pack", folder, out, "--size", 8, "--max-bad", 40)
     assert again.returncode == 0 and "packed now" not in again.stdout
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    assert peak < 1e9, peak
 
 
 def test_links_lead_to_each_picture_once(tmp_path: Path, fastbegan: Run) -> None:
@@ -107,6 +104,8 @@ def test_a_run_goes_on_with_another_loader(pictures: Path, tmp_path: Path, fastb
         assert other.returncode == 2 and "is not what" in other.stderr, other.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("all cores")
 def test_a_step_hardly_waits_for_packed_images(pictures: Path, tmp_path: Path, fastbegan: Run) -> None:
     flags = ("--data", pictures, "--batch-size", 12, "--loader", "packed", "--device", "cpu", "--compile", "off")
     done = fastbegan("train", *flags, "--steps", 30, "--log-every", 5, "--out", tmp_path / "run")

@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-RECORD = HERE / "cross_compiled.json"
+ROOT = Path(__file__).parents[2]
+RECORD = Path(__file__).parent / "cross_compiled.json"
 SHARED = {60: 49_152, 80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one block may have
 MATRIX = {80: ("HMMA", "LDGSTS"), 90: ("HGMMA", "LDGSTS")}  # pointer kernels: matrix units, asynchronous copies
 
@@ -27,7 +26,7 @@ def _compiled(capability: int, part: str = "", site: Path | None = None) -> list
     paths = [str(ROOT / "kernels"), *([str(site)] if site else [])]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # interpreted code has no binary
     environment |= {"PYTHONPATH": os.pathsep.join(reversed(paths)), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, str(HERE / "cross_compile.py"), str(capability), part]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "cross_compile.py"), str(capability), part]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1100, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -53,7 +52,8 @@ def _check(rows: list[dict[str, Any]], capability: int, at_least: int = 120) -> 
     ("capability", "part", "at_least"),
     [
         pytest.param(60, "", 12, id="60"),
-        pytest.param(90, "upconv forward bf16", 8, id="90-upconv"),  # a few of the next ones: those take minutes
+        # a few of the next ones: those take minutes
+        pytest.param(90, "upconv forward bf16", 8, id="90-upconv", marks=pytest.mark.slow),
         *(pytest.param(one, "", 120, id=str(one), marks=pytest.mark.slow) for one in (80, 90, 100)),
     ],
 )

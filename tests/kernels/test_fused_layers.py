@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastbegan_kernels import conv2d_elu, conv_stage, reference, tiers, upsample_conv2d_elu
 from fastbegan_kernels.fold import fold_upsample
-from tests.kernels.oracle import DEVICE, DTYPES, ON_GPU, check, compare, layer_inputs, random_tensor
+from tests.helpers.oracle import DEVICE, DTYPES, ON_GPU, check, compare, layer_inputs, random_tensor
 
 launch = pytest.importorskip("fastbegan_kernels.fused.launch")  # where there is no Triton there is nothing to test
 from fastbegan_kernels.fused import tiles  # noqa: E402
@@ -25,12 +25,18 @@ SHAPES = [  # N, C, H, W, K
     (1, 18, 3, 3, 17),  # two blocks of channels each way, the second nearly empty, one by one
     (2, 40, 5, 4, 24),  # the same in whole copies
 ]
+SLOW = pytest.mark.slow
+FAST = [(SHAPES[1], torch.float32), (SHAPES[4], torch.float32), (SHAPES[5], torch.float16)]
+CASES = [
+    pytest.param(shape, dtype, seed, marks=() if seed == 0 and (shape, dtype) in FAST else SLOW)
+    for seed in (0, 1)
+    for dtype in DTYPES
+    for shape in SHAPES
+]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype", "seed"), CASES)
 def test_conv2d_elu(shape: tuple[int, ...], stride: int, dtype: torch.dtype, seed: int) -> None:
     check(
         lambda x, w, b: conv2d_elu(x, w, b, stride=stride, impl="fused"),
@@ -49,9 +55,7 @@ def test_conv2d_elu_1x1_without_bias(stride: int) -> None:
     )
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype", "seed"), CASES)
 def test_upsample_conv2d_elu(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
     check(
         lambda x, w, b: upsample_conv2d_elu(x, w, b, impl="fused"),
@@ -61,7 +65,7 @@ def test_upsample_conv2d_elu(shape: tuple[int, ...], dtype: torch.dtype, seed: i
     )
 
 
-@pytest.mark.parametrize("cell", [2, 4, 8])
+@pytest.mark.parametrize("cell", [pytest.param(2, marks=SLOW), 4, pytest.param(8, marks=SLOW)])
 def test_upsample_conv2d_elu_with_a_skip_table(cell: int) -> None:
     size, out = 4, 5
     inputs = [*layer_inputs(2, 6, size * cell // 2, size * cell // 2, out)]
@@ -129,7 +133,7 @@ def _check_tile(kind: str, shape: Sequence[int], tile: tiles.AnyTile, dtype: tor
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", tiers.KINDS)
-@pytest.mark.parametrize("shape", [(1, 24, 5, 6, 24), (2, 40, 3, 4, 16)])
+@pytest.mark.parametrize("shape", [(1, 24, 5, 6, 24), pytest.param((2, 40, 3, 4, 16), marks=SLOW)])
 def test_pointer_tiles(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
     """Several blocks in every direction, the last of each partly empty."""
     _check_tile(kind, shape, tiles.Tile(16, 16, 16, 4, 2), dtype, skip=1 if kind == "up" else 0)
@@ -143,9 +147,9 @@ HALF = [dtype for dtype in DTYPES if dtype != torch.float32]
 @pytest.mark.parametrize(
     ("shape", "block"),
     [
-        ((1, 32, 8, 8, 16), (1, 4, 4)),  # whole tiles
+        pytest.param((1, 32, 8, 8, 16), (1, 4, 4), marks=SLOW),  # whole tiles
         ((3, 16, 6, 10, 32), (2, 4, 8)),  # nothing divides: samples, rows, columns
-        ((1, 48, 4, 4, 16), (1, 8, 8)),  # a tile larger than the map
+        pytest.param((1, 48, 4, 4, 16), (1, 8, 8), marks=SLOW),  # a tile larger than the map
     ],
 )
 def test_tma_tiles(shape: tuple[int, ...], block: tuple[int, int, int], kind: str, dtype: torch.dtype) -> None:
@@ -219,11 +223,11 @@ def test_tiles_are_found_by_their_names() -> None:
 
 
 STAGES = [
-    (["same", "same"], 0),
+    pytest.param(["same", "same"], 0, marks=SLOW),
     (["same", "down"], 0),
-    (["same", "same", "up"], 2),
+    pytest.param(["same", "same", "up"], 2, marks=SLOW),
     (["up", "same"], 0),
-    (["down", "up", "same", "up"], 4),
+    pytest.param(["down", "up", "same", "up"], 4, marks=SLOW),
 ]
 
 

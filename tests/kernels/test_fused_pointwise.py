@@ -13,7 +13,7 @@ from fastbegan_kernels import (
     reference,
     tiers,
 )
-from tests.kernels.oracle import DEVICE, EXACT, check, compare, outputs_and_gradients, random_tensor
+from tests.helpers.oracle import DEVICE, EXACT, check, compare, outputs_and_gradients, random_tensor
 
 launch = pytest.importorskip("fastbegan_kernels.fused.launch")
 

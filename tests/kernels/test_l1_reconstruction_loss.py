@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastbegan_kernels import l1_reconstruction_loss
-from tests.kernels.oracle import random_tensor
+from tests.helpers.oracle import random_tensor
 
 
 def test_values_and_gradients_by_hand() -> None:

@@ -23,7 +23,7 @@ from fastbegan_kernels.losses import (
     PullAwayTerm,
     SqrtSumReconstructionLoss,
 )
-from tests.kernels.oracle import DEVICE, check, random_tensor
+from tests.helpers.oracle import DEVICE, check, random_tensor
 
 
 class _Plain(nn.Module):

@@ -15,7 +15,7 @@ from fastbegan_kernels import upsample_conv2d_elu as up
 from fastbegan_kernels.dispatch import HAS_TRITON
 from fastbegan_kernels.layout import is_channels_last, lay_out
 from fastbegan_kernels.reference import blend
-from tests.kernels.oracle import DEVICE, DTYPES, random_tensor
+from tests.helpers.oracle import DEVICE, DTYPES, random_tensor
 from tests.kernels.test_layers import LAYERS
 
 LAST = torch.channels_last
@@ -97,6 +97,7 @@ OPS: dict[str, tuple[Callable[[str | None], Op], Op, tuple[tuple[int, ...], ...]
         ((2, 4, 6, 5), (8, 4, 3, 3), (8,), (6, 8, 3, 3), (6,)),
     ),
 }
+INTERPRETED = ("same", "1x1, silu", "down_end", "to few")
 TIERS: dict[str, tuple[torch.dtype, ...]] = {
     "auto": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "reference": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -127,8 +128,16 @@ def _check(ours: Op, plain: Op, values: Sequence[Tensor], of_x: Sequence[str], o
             assert one == other or all(other), f"result {number} of x {x}, weight {weight}, gradient {incoming}"
 
 
-@pytest.mark.parametrize(("tier", "dtype"), [(tier, dtype) for tier, dtypes in TIERS.items() for dtype in dtypes])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    ("name", "tier", "dtype"),
+    [
+        # interpreted kernels take seconds
+        pytest.param(name, tier, dtype, marks=pytest.mark.slow if tier == "fused" and name not in INTERPRETED else ())
+        for name in OPS
+        for tier, dtypes in TIERS.items()
+        for dtype in dtypes
+    ],
+)
 def test_an_op_gives_what_a_convolution_gives(name: str, tier: str, dtype: torch.dtype) -> None:
     if tier == "fused":
         pytest.importorskip("triton")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 SITE = Path(__file__).parent / "site"
 

@@ -11,7 +11,7 @@ from .implicit_gemm import activate, derivative, skip_entry
 
 
 @triton.jit
-def _activation_kernel(
+def _activation_kernel(  # noqa: PLR0913
     y_ptr, b_ptr, skip_ptr, rows, height, width, K, alpha,
     HAS_BIAS: tl.constexpr, SKIP_SIZE: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -32,7 +32,7 @@ def _activation_kernel(
 
 
 @triton.jit
-def _activation_backward_kernel(
+def _activation_backward_kernel(  # noqa: PLR0913
     grad_ptr, y_ptr, out_ptr, db_ptr, rows, K, alpha,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def _slope(difference, ETA: tl.constexpr):
 
 
 @triton.jit
-def _l1_kernel(
+def _l1_kernel(  # noqa: PLR0913
     prediction_ptr, target_ptr, scale_ptr, partial_ptr, d_prediction_ptr, d_target_ptr, values,
     ETA: tl.constexpr, LOSS: tl.constexpr, GRADIENT: tl.constexpr, TO_TARGET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def _l1_kernel(
 
 
 @triton.jit
-def _normalize_images_kernel(
+def _normalize_images_kernel(  # noqa: PLR0913
     images_ptr, index_ptr, flip_ptr, corner_ptr, out_ptr, height, width, margin,
     C: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_FLIP: tl.constexpr, HAS_MARGIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +152,7 @@ def _normalize_images_kernel(
 
 
 @triton.jit
-def _equilibrium_update_kernel(
+def _equilibrium_update_kernel(  # noqa: PLR0913
     real_ptr, fake_ptr, skip_ptr, k_ptr, sums_ptr, window_ptr, samples, gamma, lambda_k,
     HAS_SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

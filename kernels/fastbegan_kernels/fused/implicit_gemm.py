@@ -71,7 +71,7 @@ def _existing(i, size, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _load_pair(
+def _load_pair(  # noqa: PLR0913
     x_base, w_base, inside, x_shift, w_shift, c_start, c, C, w_stride, FULL_C: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """Pixels [BLOCK_M, BLOCK_C] moved by `x_shift` pixels, zero where not `inside`, and weights [BLOCK_C, BLOCK_K].
@@ -93,7 +93,7 @@ def _load_pair(
 
 
 @triton.jit
-def _store(
+def _store(  # noqa: PLR0913
     acc, pixel, m_ok, k, K, b_ptr, y_prev_ptr, out_ptr, db_ptr, partial, alpha,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +117,7 @@ def _store(
 
 
 @triton.jit(do_not_specialize=["pixels", *SIZES])
-def _conv_kernel(
+def _conv_kernel(  # noqa: PLR0913
     x_ptr, w_ptr, b_ptr, y_prev_ptr, out_ptr, db_ptr,
     pixels, in_h, in_w, out_h, out_w, C, K, c_blocks, alpha,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, TURNED: tl.constexpr, FULL_C: tl.constexpr,
@@ -158,7 +158,7 @@ def _conv_kernel(
 
 
 @triton.jit(do_not_specialize=["pixels", *SIZES])
-def _conv_transpose_kernel(
+def _conv_transpose_kernel(  # noqa: PLR0913
     x_ptr, w_ptr, b_ptr, skip_ptr, y_prev_ptr, out_ptr, db_ptr,
     pixels, in_h, in_w, out_h, out_w, C, K, c_blocks, alpha,
     KERNEL: tl.constexpr, FULL_C: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, SKIP_SIZE: tl.constexpr,

@@ -149,7 +149,7 @@ def input_gradient(
     return _run(product, dz, weight, None, None, y_prev, activation, alpha, tile)
 
 
-def _run(
+def _run(  # noqa: PLR0913
     product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, y_prev: Tensor | None,
     activation: str, alpha: float, tile: AnyTile | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -171,7 +171,7 @@ def _run(
     return out, None if partial is None else _total(partial, 0)
 
 
-def _run_pointer(
+def _run_pointer(  # noqa: PLR0913
     product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, y_prev: Tensor | None,
     out: Tensor, partial: Tensor | None, alpha: float, tile: Any, epilogue: dict[str, Any],
 ) -> None:  # fmt: skip
@@ -198,7 +198,7 @@ def _run_pointer(
         )  # fmt: skip
 
 
-def _run_tma(
+def _run_tma(  # noqa: PLR0913
     product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, y_prev: Tensor | None,
     out: Tensor, partial: Tensor | None, alpha: float, tile: TmaTile, epilogue: dict[str, Any],
 ) -> None:  # fmt: skip

@@ -17,7 +17,7 @@ from .implicit_gemm import activate, derivative, skip_entry
 
 
 @triton.jit
-def _finish(
+def _finish(  # noqa: PLR0913
     acc, y_prev, ok, k, K, b_ptr, db_ptr, partial, alpha,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,7 @@ def _finish(
 
 
 @triton.jit(do_not_specialize=["batch", "out_h", "out_w", "c_blocks"])
-def _conv_tma_kernel(
+def _conv_tma_kernel(  # noqa: PLR0913
     x_desc, w_desc, b_ptr, y_prev_desc, out_desc, db_ptr,
     batch, out_h, out_w, C, K, c_blocks, alpha,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, TURNED: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -83,7 +83,7 @@ def _conv_tma_kernel(
 
 
 @triton.jit(do_not_specialize=["batch", "in_h", "in_w", "c_blocks"])
-def _conv_transpose_tma_kernel(
+def _conv_transpose_tma_kernel(  # noqa: PLR0913
     x_desc, w_desc, b_ptr, skip_ptr, y_prev_desc, out_desc, db_ptr,
     batch, in_h, in_w, K, c_blocks, alpha,
     KERNEL: tl.constexpr, HAS_BIAS: tl.constexpr, SKIP_SIZE: tl.constexpr, ACTIVATION: tl.constexpr,

@@ -1,4 +1,4 @@
-"""`python tests/soak.py FOLDER STEPS`: train; print memory and compiled graphs of each quarter of the steps."""
+"""`python tests/helpers/soak.py FOLDER STEPS`: train; print memory and compiled graphs of each quarter of the steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two machines in one: `python tests/two_nodes.py FOLDER` trains in two network namespaces, an address each.
+"""Two machines in one: `python tests/helpers/two_nodes.py FOLDER` trains in two network namespaces, an address each.
 
 One is cut off while they train and comes back: the ranks say who was lost, torchrun starts them again, and they go on
 from the last checkpoint. Needs root, `ip`, and a kernel that allows namespaces: exit code 77 where they are not.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOT_HERE = 77
 NET, PORT = "10.77.0", 29511
 STEPS = 400

@@ -1,4 +1,4 @@
-"""`python tests/faulty.py PLACE NUMBER ACTION RANK ...`: `fastbegan ...`, with a fault planted in one rank.
+"""`python tests/helpers/faulty.py PLACE NUMBER ACTION RANK ...`: `fastbegan ...`, with a fault planted in one rank.
 
 At the NUMBER-th call of PLACE (`name` before it, `name+` after it): kill, hang, raise, lose (contact), full (disk),
 nan or drift (of the weights); `hang:FILE` makes FILE, to say so. Ranks but RANK are sound; so is a run that

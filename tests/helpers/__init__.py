@@ -1,0 +1,1 @@
+"""What tests share; some of it is run as a program."""
