@@ -60,9 +60,9 @@ def _steps(candidate: Candidate) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(("own", "precision"), OWN)
-@pytest.mark.parametrize("shape", SHAPES, ids=["{}px-n{}-batch{}".format(*shape) for shape in SHAPES])
+@pytest.mark.parametrize("net", SHAPES, ids=["{}px-n{}-batch{}".format(*shape) for shape in SHAPES])
 def bench_step(
-    shape: tuple[int, int, int],
+    net: tuple[int, int, int],
     own: str,
     precision: str,
     race: Callable[..., Row],
@@ -70,9 +70,9 @@ def bench_step(
     quick: bool,
     sizes: list[int],
 ) -> None:
-    px, filters, batch = shape
+    px, filters, batch = net
     compiled = own.endswith(COMPILED)
-    if (quick and (shape != SHAPES[0] or compiled)) or (sizes and px not in sizes):
+    if (quick and (net != SHAPES[0] or compiled)) or (sizes and px not in sizes):
         pytest.skip("not in --quick" if quick else "not in --sizes")
     model, train = ModelConfig(size=px, filters=filters), TrainConfig(batch_size=batch)
     dtype = pick_precision(precision, DEVICE)[1]
@@ -87,19 +87,19 @@ def bench_step(
     compiler = others.get("compile", (None, None))[1] or pick_compile("auto", DEVICE, float("inf"))[0]
     if compiled and compiler is None:
         pytest.skip("torch.compile has no compiler here")
-    prepared = _prepared(own, *shape, compiler if compiled else None, precision)
+    prepared = _prepared(own, *net, compiler if compiled else None, precision)
     assert prepared, "torch.compile failed, as a warning says"
     (candidate,) = prepared
     turns = {own: _steps(candidate)}
     for name, (other, compiler) in others.items():
-        prepared = _prepared(other, *shape, compiler, precision)
+        prepared = _prepared(other, *net, compiler, precision)
         assert prepared, "torch.compile failed, as a warning says"
         turns[name] = _steps(_faster(prepared))
     counts = {"bytes kept an image": cost.kept}
     if not (compiled and ON_CPU):  # compiled code there dispatches nothing, but where it is watched
         counts |= launches(candidate.advance, DEVICE)
     if not compiled:
-        counts |= graphs(*shape, mode)
+        counts |= graphs(*net, mode)
     name = f"{px} px n {filters} batch {batch} {own}" + (f" in {precision}" if precision != PRECISION else "")
     row = Row("step", name, precision=precision, images=batch, peak_bytes=candidate.memory, counts=counts)
     row.flops, row.textbook_flops = cost.flops, textbook.flops

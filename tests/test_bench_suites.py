@@ -15,6 +15,7 @@ from bench.conftest import Suites, _begun
 from bench.regression import Accepted
 from fastbegan.files import read_json, write_json
 from fastbegan.measure.results import Results, Row
+from tests.helpers.processes import environment
 from tests.pretended.running import pretended, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,3 +171,30 @@ def test_forms_are_raced_where_there_is_a_gpu(tmp_path: Path) -> None:
     (row,) = results.rows
     assert results.machine["capability"] == "8.0" and row.precision == "bf16" and row.ms > 0
     assert list(row.ratios)[:2] == ["plain", "algebraic"] and any(name.startswith("pointer ") for name in row.ratios)
+
+
+_LOSES_ITS_CONTEXT = """
+import torch
+from tests.kernels.conftest import pytest_runtest_protocol
+lost = []
+def synchronize():
+    if lost:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+torch.cuda.is_available, torch.cuda.synchronize, torch.cuda.lost = lambda: True, synchronize, lost
+"""
+_THREE = """
+import torch
+def test_before(): assert not torch.cuda.lost
+def test_loses(): torch.cuda.lost.append(True)
+def test_after(): assert not torch.cuda.lost
+"""
+
+
+@pytest.mark.slow
+def test_a_lost_context_ends_one_worker_and_no_other_test(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(_LOSES_ITS_CONTEXT)
+    (tmp_path / "test_three.py").write_text(_THREE)
+    variables = {name: value for name, value in environment().items() if not name.startswith("PYTEST_")}
+    done = run(["-m", "pytest", tmp_path, "-n", 1, "-v", "-p", "no:cacheprovider", "--rootdir", tmp_path], variables)
+    assert done.returncode == 1 and "crashed while running 'test_three.py::test_loses'" in done.stdout, done.stdout
+    assert "1 failed, 3 passed" in done.stdout  # the one that lost it counts twice

@@ -7,6 +7,7 @@ On a CPU the interpreter runs the same code with small shapes, as if on sm_90. T
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -160,7 +161,8 @@ def test_random_layers(seed: int, mode: str) -> None:
 @pytest.mark.skipif(not ON_GPU, reason="nothing is chosen by measurement on a CPU")
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_first_run_chooses_and_keeps(backward: bool) -> None:
-    """With trials in a child process, as a user's first run does it; a warning would fail this test."""
+    """With trials in a child process, as a user's first run does it, and without a warning."""
+    warnings.simplefilter("error", RuntimeWarning)  # pytest resets it
     for problem in (_problem("up", "bf16", SQUARE[0], backward=backward), Pointwise("normalize_images", "bfloat16")):
         form = tuning.choose(problem, DEVICE, tuning.forms(problem, DEVICE, "auto"), "auto")
         assert form != "plain"
