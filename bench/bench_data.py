@@ -44,7 +44,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class _Stretch(torch.utils.data.Sampler[int]):
-    """As many random images as a turn takes, so that nothing is read ahead once it is over."""
+    """Random images for one turn, so that workers read nothing beyond it."""
 
     def __init__(self, batches: int) -> None:
         self.images = batches * BATCH

@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def clock() -> float:
-    """Seconds, once the device has done all it was given."""
+    """Seconds, once the device has finished."""
     synchronize(DEVICE)
     return time.perf_counter()
 
@@ -76,7 +76,7 @@ class Suites:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_quiet = True  # its table knows nothing of the others in a race
+    config.option.benchmark_quiet = True  # its own table shows only one contender of each race
     config.addinivalue_line("filterwarnings", "default")
     if impl := config.getoption("--impl"):
         os.environ["FASTBEGAN_IMPL"] = impl
@@ -84,7 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _keep_memory() -> None:
-    """Have glibc keep what is freed: else large buffers cost page faults, or none, by what ran before them."""
+    """Have glibc keep freed memory: else a large buffer costs page faults or none, depending on earlier benchmarks."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the most it takes
@@ -123,7 +123,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @dataclass
 class Race:
-    """Takes turns with all, so that what the machine does besides hits all alike."""
+    """The one timer: contenders take turns, so that a drift of the machine hits all of them."""
 
     benchmark: BenchmarkFixture
     suites: Suites
@@ -137,12 +137,17 @@ class Race:
         least: int | None = None,
         anew: Callable[[], dict[str, Turn]] | None = None,
     ) -> Row:
-        """Time `turns`, the first of which is ours and the second what it is held to, and keep what came out in `row`.
+        """Fill `row` with the time of the first of `turns`, which is ours, and its ratio to each of the others.
 
-        A turn of `name` is `calls[name]` calls, 1 where nothing is said. `least` turns are taken if one takes long.
-        Fails where the ratio fell out of the band of the accepted one, twice: where buffers lie in memory can make a
-        small op a tenth slower for as long as they lie there, so `anew` gives the turns of the second time with others.
-        The lower of two is what is accepted.
+        The second of `turns` is the baseline, whose ratio is held to the accepted one. Below the band it is measured
+        again, and fails the benchmark if it is below once more; the lower of both is what `--update-baselines` accepts.
+
+        Args:
+            row: gets the results.
+            turns: what is timed, by name; each a call or several.
+            calls: how many calls a turn of this name makes; 1 by default.
+            least: rounds to take however long one lasts.
+            anew: makes the turns of the second time, with new buffers: where they lie can slow a small op by a tenth.
         """
         accepted, updates = self.suites.accepted, self.suites.updates
         calls = dict.fromkeys(turns, 1) | (calls or {})
@@ -231,7 +236,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def sizes(request: pytest.FixtureRequest) -> list[int]:
-    """Those that were asked for; none for all."""
+    """The image sizes of --sizes; empty: all."""
     return _sizes(request.config)
 
 
@@ -256,7 +261,7 @@ def needs() -> Callable[[float], None]:
 
 
 class Shape(NamedTuple):
-    """Of a layer: the side of the larger map, channels, and whether it is the first one of its suite."""
+    """A layer's larger side, its channels, and whether it is the first of its suite."""
 
     px: int
     filters: int
@@ -274,7 +279,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def race_op(race: Race, needs: Callable[[float], None], quick: bool) -> Callable[..., Row]:
-    """`ops.race_op` with what a run has."""
+    """`ops.race_op(case, row)`."""
     return partial(ops.race_op, race=race, needs=needs, quick=quick)
 
 
