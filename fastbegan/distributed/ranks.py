@@ -103,6 +103,7 @@ class Ranks:
         self.rank, self.world, self.local = rank, world, local
         self.launched = "RANK" in os.environ  # by torchrun, which passes signals on and starts again what fails
         self.watch: Watch | None = None
+        self._settled = False
 
     @classmethod
     def join(cls, timeout: float) -> Ranks:
@@ -181,10 +182,20 @@ class Ranks:
         if self.watch is not None:
             self.watch.begin(number)
 
-    def settle(self, settled: bool = True) -> None:
-        """Steps take their usual time from now on, or for once they do not."""
+    def settle(self) -> None:
+        """Steps take their usual time from now on."""
+        self._settled = True
         if self.watch is not None:
-            self.watch.settle(settled)
+            self.watch.settle(True)
+
+    @contextlib.contextmanager
+    def patient(self, needed: bool = True) -> Iterator[None]:
+        """Inside, where `needed`, this rank may keep the others waiting as long as one that starts."""
+        if needed and self.watch is not None:
+            self.watch.settle(False)
+        yield
+        if self.watch is not None:
+            self.watch.settle(self._settled)
 
     def tick(self) -> None:
         """This rank is about to wait for the others."""

@@ -39,10 +39,10 @@ def main(folder: Path, steps: int) -> None:
 
         def advance_one() -> None:
             step()
-            if training.done % (steps // 4) == 0:
+            if training.progress.done % (steps // 4) == 0:
                 stats = counters["stats"]
                 graphs, breaks = stats["unique_graphs"], sum(counters["graph_break"].values())
-                found.append({"step": training.done, "kib": _kib(), "graphs": graphs, "breaks": breaks})
+                found.append({"step": training.progress.done, "kib": _kib(), "graphs": graphs, "breaks": breaks})
 
         training.advance_one = advance_one  # type: ignore[method-assign]
         assert training.run(StopRequest()) == 0
