@@ -56,7 +56,7 @@ bench: $(VENV)/.dev
 OUT ?= bench/results/gpu
 BUDGET ?= 120
 WORKERS ?= 8
-TESTS ?= tests/kernels
+TESTS ?= tests/kernels --ignore tests/kernels/test_cross_compile.py  # which needs no GPU
 SUITES ?= step conv_stage forms upsample_conv2d_elu conv2d_elu l1_reconstruction_loss normalize_images fold \
 	skip_phase_table equilibrium_update accelerate train data startup
 GPU_PYTEST := $(PYTHON) -m pytest -q -p no:cacheprovider --timeout 300 --timeout-method thread
