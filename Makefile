@@ -52,11 +52,11 @@ bench: $(VENV)/.dev
 #   python -m pytest tests/kernels -n 8 --timeout 300 --timeout-method thread
 #   python -m pytest bench/bench_step.py --budget 120 --results bench/results/gpu/rows.json
 #   python -m fastbegan.measure.report bench/results/gpu
-# A lost CUDA context ends its process: one worker of xdist, or one suite, whose rows are on disk by then.
+# Cross-compiling needs no GPU and is left out. A lost CUDA context ends its process: one worker of xdist, or one suite, whose rows are on disk by then.
 OUT ?= bench/results/gpu
 BUDGET ?= 120
 WORKERS ?= 8
-TESTS ?= tests/kernels --ignore tests/kernels/test_cross_compile.py  # which needs no GPU
+TESTS ?= tests/kernels --ignore tests/kernels/test_cross_compile.py
 SUITES ?= step conv_stage forms upsample_conv2d_elu conv2d_elu l1_reconstruction_loss normalize_images fold \
 	skip_phase_table equilibrium_update accelerate train data startup
 GPU_PYTEST := $(PYTHON) -m pytest -q -p no:cacheprovider --timeout 300 --timeout-method thread

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from bench.cases import DEVICE, DTYPE, ON_CPU, PRECISION, sets_beyond_cache
 from bench.ops import timed
@@ -25,7 +26,9 @@ def bench_forms(
         pytest.skip("a CPU has one form")
     px, n, _ = shape
     side = px // 2 if kind == "up" else px
-    needs(64 * 16 * n * side * side)
+    needs(64 * 16 * n * px * px)
+    torch.backends.cudnn.benchmark = True  # as in training
+    torch.backends.cudnn.allow_tf32 = False
     weight = (n, n, 4, 4) if kind == "up" else (n, n, 3, 3)
     dtype = str(DTYPE).removeprefix("torch.")
     problem = problems.Layer(kind, direction != "forward", dtype, (16, n, side, side), weight)

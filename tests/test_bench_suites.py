@@ -149,28 +149,50 @@ def test_a_benchmark_that_dies_takes_no_row_with_it(tmp_path: Path) -> None:
 
 
 _ON_A_GPU = """
+from fastbegan import device
 from fastbegan.measure import machine
 from fastbegan_kernels import problems
 from bench import cases
 machine.roofline = lambda *_, **__: {"copy_bytes_per_s": 1e12, "flop_per_s": {"bf16": 1e14}}
 problems.excess = lambda *_, **__: 0.0  # the interpreter multiplies bf16 wrongly
 cases.sets_beyond_cache = lambda size: 2
+device.pick_compile = lambda *_: (None, "")
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "net" in item.callspec.params:
+            item.callspec.params["net"] = (32, 4, 2)
 """
+
+
+def _on_a_gpu(tmp_path: Path, name: str, *options: str) -> Row:
+    """The only row of a benchmark file on a pretended GPU."""
+    (tmp_path / "planted.py").write_text(_ON_A_GPU)
+    variables = pretended(tmp_path / "cache")
+    variables["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
+    arguments = ["-m", "pytest", "-p", "planted", "-q", "-rs", "-p", "no:cacheprovider", f"bench/bench_{name}.py"]
+    arguments += ["--results", tmp_path / "rows.json", *options]
+    done = run(arguments, {name: value for name, value in variables.items() if not name.startswith("PYTEST_")})
+    assert done.returncode == 0, done.stdout
+    results = Results.load(tmp_path / "rows.json")
+    assert results.machine["capability"] == "8.0"
+    (row,) = results.rows
+    assert row.precision == "bf16" and row.ms > 0
+    return row
 
 
 @pytest.mark.slow
 def test_forms_are_raced_where_there_is_a_gpu(tmp_path: Path) -> None:
-    (tmp_path / "planted.py").write_text(_ON_A_GPU)
-    variables = pretended(tmp_path / "cache")
-    variables["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
-    arguments = ["-m", "pytest", "-p", "planted", "-q", "-rs", "--quick", "--sizes", "8", "-p", "no:cacheprovider"]
-    arguments += ["--results", tmp_path / "rows.json", "bench/bench_forms.py", "-k", "same and forward"]
-    done = run(arguments, {name: value for name, value in variables.items() if not name.startswith("PYTEST_")})
-    assert done.returncode == 0, done.stdout
-    results = Results.load(tmp_path / "rows.json")
-    (row,) = results.rows
-    assert results.machine["capability"] == "8.0" and row.precision == "bf16" and row.ms > 0
+    row = _on_a_gpu(tmp_path, "forms", "--quick", "--sizes", "4", "-k", "same and forward")
     assert list(row.ratios)[:2] == ["plain", "algebraic"] and any(name.startswith("pointer ") for name in row.ratios)
+
+
+@pytest.mark.slow
+def test_ops_and_steps_are_raced_where_there_is_a_gpu(tmp_path: Path) -> None:
+    (tmp_path / "step").mkdir()
+    row = _on_a_gpu(tmp_path / "step", "step", "-k", "64px-n64-batch16 and joint")
+    assert list(row.ratios) == ["eager"] and "graph breaks" in row.counts
+    row = _on_a_gpu(tmp_path, "equilibrium_update", "--quick")
+    assert list(row.ratios) == ["eager", "algebraic", "fused"]
 
 
 _LOSES_ITS_CONTEXT = """
