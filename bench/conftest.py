@@ -288,8 +288,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     (suites,) = _runs
     results, accepted = replace(suites.results, rows=suites.measured), suites.accepted
-    console = Console(width=max(150, terminalreporter._tw.fullwidth))
-    console.print(table(results))
+    if results.rows:
+        Console(width=max(150, terminalreporter._tw.fullwidth)).print(table(results))
     for line in count_lines(results):
         terminalreporter.write_line(line)
     if suites.updates:
