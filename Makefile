@@ -23,14 +23,9 @@ test-slow: $(VENV)/.dev
 
 # The core of the suite in a second environment, with the torch and the Triton for P100 and for old drivers.
 COMPAT := .venv-torch27
-KERNELS := ops conv_stage layout flops fold l1_reconstruction_loss normalize_images fused_pointwise layers
-CORE := $(KERNELS:%=tests/kernels/test_%.py) \
-	"tests/kernels/test_cross_compile.py::test_every_configuration_compiles_without_spilling[60]" \
-	$(patsubst %,tests/test_%.py,models config objective step parts equilibrium graph train device ranks convert convert_guards \
-	follow check borders) tests/data/test_loader.py
 test-compat:
 	@$(MAKE) --no-print-directory VENV=$(COMPAT) TORCH=2.7.1 $(COMPAT)/.dev
-	$(COMPAT)/bin/python -m pytest -q -n auto --dist loadgroup -m "not slow and not nightly" $(CORE)
+	$(COMPAT)/bin/python -m pytest -q -n auto --dist loadgroup -m core
 
 # Modules whose public functions document every argument.
 STEMS := conv2d_elu conv_stage equilibrium_update fold l1_reconstruction_loss layers losses normalize_images \

@@ -24,9 +24,18 @@ ROOFLINE = {"copy_bytes_per_s": 1e10, "flop_per_s": {"float32": 1e11}}
 def _results(date: str = "2026-01-01", **changes: Any) -> Results:
     facts = {"device": "CPU Test", "threads": 2, "instructions": "AVX2", "torch": "2.15.0", "commit": "abc"}
     step = Row(
-        "step", "64 px single-pass", ms=100.0, p20=90.0, p80=110.0, ratios={"eager": 1.9, "compile": 1.8}, images=16,
-        flops=5 * 10**9, textbook_flops=9 * 10**9, counts={"operations": 824}, breakdown={"conv": 0.7, "the rest": 0.3},
-    )  # fmt: skip
+        "step",
+        "64 px single-pass",
+        ms=100.0,
+        p20=90.0,
+        p80=110.0,
+        ratios={"eager": 1.9, "compile": 1.8},
+        images=16,
+        flops=5 * 10**9,
+        textbook_flops=9 * 10**9,
+        counts={"operations": 824},
+        breakdown={"conv": 0.7, "the rest": 0.3},
+    )
     layer = Row("fold", "n 32", ms=2.0, ratios={"eager": 0.8}, flops=10**6, moved=10**7)
     return Results({**facts, "date": date, **changes}, ROOFLINE, [step, layer])
 

@@ -210,9 +210,10 @@ def test_odd_names_are_only_text(run: Path, name: str, tmp_path: Path, capsys: p
 
 def test_strings_in_the_data_cannot_end_the_script() -> None:
     bad = "</script><script>alert(1)</script><!--"
-    page = explore_module._fill({"value": bad}, **dict.fromkeys(
-        ("title", "facts", "training", "nearest", "command", "ends", "corners", "version"), ""
-    ))  # fmt: skip
+    page = explore_module._fill(
+        {"value": bad},
+        **dict.fromkeys(("title", "facts", "training", "nearest", "command", "ends", "corners", "version"), ""),
+    )
     assert len(_Reader(page).scripts) == 2 and _data(page) == {"value": bad}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbegan import PRESETS, ModelConfig, TrainConfig, TrainStep, UserError
+from fastbegan import ModelConfig, TrainConfig, TrainStep, UserError
 from fastbegan.data.choose import same_images
 from fastbegan.display import Display
 from fastbegan.distributed.bucket import Bucket
@@ -30,6 +29,7 @@ from fastbegan.training.loop import NOT_FINITE, Training
 from fastbegan.training.objective import OBJECTIVES
 from fastbegan_kernels import tuning
 
+pytestmark = pytest.mark.core
 MODEL = ModelConfig(size=16, filters=4, hidden=6, latent=6, widths=(1, 2))
 TRAIN = TrainConfig(batch_size=6, lr=1e-3)
 MODES = [
@@ -336,26 +336,3 @@ def test_a_step_does_not_wait_until_a_checkpoint_is_written(tmp_path: Path, monk
         disk.set()
         training.checkpoints.finish()
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["000000001"]
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("all cores")
-def test_a_checkpoint_hardly_holds_up_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the size of the demo, on a disk that takes a second: under 50 ms, unless the one before is not done."""
-    save = checkpoints.save_checkpoint
-    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *what: (time.sleep(1), save(*what)))
-    preset = PRESETS["demo"]
-    config = replace(preset.train, data="faces:64", device="cpu", compile="off")
-    with Display(quiet=True) as display:
-        training = Training(RunConfig("demo", preset.model, config), tmp_path / "run", resume=True, display=display)
-        waited = []
-        for _ in range(3):
-            training.advance_one()
-            training.checkpoints.finish()
-            begun = time.monotonic()
-            training.checkpoints.save(training.progress.done, training.state)
-            waited.append(time.monotonic() - begun)
-        training.checkpoints.finish()
-    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2
-    print(f"a step waited {[f'{1e3 * one:.1f}' for one in sorted(waited)]} ms")
-    assert sorted(waited)[1] < 0.05, waited

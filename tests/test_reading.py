@@ -18,9 +18,15 @@ from fastbegan.training.loop import NOT_FINITE, StopRequest, Training
 from fastbegan.training.reading import Reading
 
 SHORT = TrainConfig(
-    data="faces:64", batch_size=8, steps=20, log_every=5, sample_every=15, checkpoint_every=1000, device="cpu",
+    data="faces:64",
+    batch_size=8,
+    steps=20,
+    log_every=5,
+    sample_every=15,
+    checkpoint_every=1000,
+    device="cpu",
     precision="float32",
-)  # fmt: skip
+)
 
 
 def _run(out: Path, prepare: Callable[[Training], None] = lambda training: None, **changes: Any) -> int:

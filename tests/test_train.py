@@ -27,6 +27,7 @@ from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.training.loop import NOT_FINITE, StopRequest, Training, train
 from fastbegan_kernels import tuning
 
+pytestmark = pytest.mark.core
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., "subprocess.Popen[str]"]
 

@@ -28,9 +28,18 @@ def _kib() -> int:
 
 def main(folder: Path, steps: int) -> None:
     train = replace(
-        PRESETS["demo"].train, data="faces:64", images=None, steps=steps, batch_size=8, device="cpu", log_every=10,
-        sample_every=100, checkpoint_every=50, compile="default", precision="float32",
-    )  # fmt: skip
+        PRESETS["demo"].train,
+        data="faces:64",
+        images=None,
+        steps=steps,
+        batch_size=8,
+        device="cpu",
+        log_every=10,
+        sample_every=100,
+        checkpoint_every=50,
+        compile="default",
+        precision="float32",
+    )
     with Display(quiet=True) as display:
         config = RunConfig("demo", ModelConfig(size=32, filters=4), train)
         training = Training(config, folder, resume=True, display=display)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastbegan_kernels import conv_stage, reference
 from tests.helpers.oracle import DEVICE, check, random_tensor
 
+pytestmark = pytest.mark.core
 STAGES = [
     (["same", "same"], 0),
     (["down", "same"], 0),

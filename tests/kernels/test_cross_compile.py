@@ -51,7 +51,7 @@ def _check(rows: list[dict[str, Any]], capability: int, at_least: int = 120) -> 
 @pytest.mark.parametrize(
     ("capability", "part", "at_least"),
     [
-        pytest.param(60, "", 12, id="60"),
+        pytest.param(60, "", 12, id="60", marks=pytest.mark.core),
         # a few of the next ones: those take minutes
         pytest.param(90, "upconv forward bf16", 8, id="90-upconv", marks=pytest.mark.slow),
         *(pytest.param(one, "", 120, id=str(one), marks=pytest.mark.slow) for one in (80, 90, 100)),

@@ -142,17 +142,26 @@ def test_pointer_tiles(shape: tuple[int, ...], kind: str, dtype: torch.dtype) ->
 HALF = [dtype for dtype in DTYPES if dtype != torch.float32]
 
 
+TILINGS = {
+    "whole tiles": ((1, 32, 8, 8, 16), (1, 4, 4)),
+    "nothing divides": ((3, 16, 6, 10, 32), (2, 4, 8)),  # samples, rows, columns
+    "larger than the map": ((1, 48, 4, 4, 16), (1, 8, 8)),
+}
+
+
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("kind", tiers.KINDS)
 @pytest.mark.parametrize(
-    ("shape", "block"),
+    ("tiling", "kind"),
     [
-        pytest.param((1, 32, 8, 8, 16), (1, 4, 4), marks=SLOW),  # whole tiles
-        ((3, 16, 6, 10, 32), (2, 4, 8)),  # nothing divides: samples, rows, columns
-        pytest.param((1, 48, 4, 4, 16), (1, 8, 8), marks=SLOW),  # a tile larger than the map
+        pytest.param(
+            tiling, kind, marks=() if tiling == ("whole tiles" if kind == "up" else "nothing divides") else SLOW
+        )
+        for tiling in TILINGS
+        for kind in tiers.KINDS
     ],
 )
-def test_tma_tiles(shape: tuple[int, ...], block: tuple[int, int, int], kind: str, dtype: torch.dtype) -> None:
+def test_tma_tiles(tiling: str, kind: str, dtype: torch.dtype) -> None:
+    shape, block = TILINGS[tiling]
     tile = tiles.TmaTile(*block, 16, 16, 4, 2)
     for backward in (False, True):
         weight = (shape[1], shape[4], 4, 4) if kind == "up" else (shape[4], shape[1], 3, 3)
@@ -223,16 +232,23 @@ def test_tiles_are_found_by_their_names() -> None:
 
 
 STAGES = [
-    pytest.param(["same", "same"], 0, marks=SLOW),
+    (["same", "same"], 0),
     (["same", "down"], 0),
-    pytest.param(["same", "same", "up"], 2, marks=SLOW),
+    (["same", "same", "up"], 2),
     (["up", "same"], 0),
-    pytest.param(["down", "up", "same", "up"], 4, marks=SLOW),
+    (["down", "up", "same", "up"], 4),
 ]
+FAST_STAGES = [(["same", "down"], torch.float16), (["up", "same"], torch.float32)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kinds", "skip"), STAGES)
+@pytest.mark.parametrize(
+    ("kinds", "skip", "dtype"),
+    [
+        pytest.param(kinds, skip, dtype, marks=() if (kinds, dtype) in FAST_STAGES else SLOW)
+        for dtype in DTYPES
+        for kinds, skip in STAGES
+    ],
+)
 def test_conv_stage(kinds: list[str], skip: int, dtype: torch.dtype) -> None:
     """The output and every gradient of a whole stage."""
     x, weights, biases, table = _stage(len(kinds), skip, 16 if kinds[0] == "same" else 8, dtype)

@@ -15,6 +15,7 @@ from fastbegan_kernels import (
 )
 from tests.helpers.oracle import DEVICE, EXACT, check, compare, outputs_and_gradients, random_tensor
 
+pytestmark = pytest.mark.core
 launch = pytest.importorskip("fastbegan_kernels.fused.launch")
 
 

@@ -18,6 +18,7 @@ from fastbegan_kernels.reference import blend
 from tests.helpers.oracle import DEVICE, DTYPES, random_tensor
 from tests.kernels.test_layers import LAYERS
 
+pytestmark = pytest.mark.core
 LAST = torch.channels_last
 Op = Callable[..., Tensor]
 

@@ -22,6 +22,7 @@ from fastbegan_kernels import (
 )
 from tests.helpers.oracle import DEVICE, layer_inputs, random_tensor
 
+pytestmark = pytest.mark.core
 pytest.importorskip("triton")
 LAYERS = [conv2d_elu, upsample_conv2d_elu]
 

@@ -229,11 +229,8 @@ LASTING = {
 }
 
 
-_FAST = (CRASHES, *(body for body in LASTING if "C compiler" in body))
-
-
 @pytest.mark.parametrize(
-    "body", [pytest.param(body, marks=() if body in _FAST else pytest.mark.slow) for body in LASTING]
+    "body", [pytest.param(body, marks=() if body == CRASHES else pytest.mark.slow) for body in LASTING]
 )
 def test_only_a_kernels_own_faults_last(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a child; with the surroundings mended, the next process has its kernels back."""
@@ -250,13 +247,8 @@ def test_only_a_kernels_own_faults_last(body: str, monkeypatch: pytest.MonkeyPat
         assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "algebraic"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        pytest.param("CUDA error: an illegal memory", id="torch"),
-        pytest.param("Triton Error [CUDA]: an illegal memory", id="Triton", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["CUDA error: an illegal memory", "Triton Error [CUDA]: an illegal memory"])
 def test_a_lost_context_is_the_fault_of_who_lost_it(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes next in the same child would fail too; it is tried in another one."""
     started = _children(monkeypatch, _raising(f"RuntimeError({words!r})"))
