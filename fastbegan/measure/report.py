@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,7 @@ def history(runs: Sequence[Results]) -> Any:
     axes.set_ylabel("times as fast as eager PyTorch")
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.15))
     return figure
+
+
+if __name__ == "__main__":  # for machines without the libraries of the command line
+    sys.exit(write_report([Path(path) for path in sys.argv[1:]], out=None, as_readme=False))
