@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,12 +79,29 @@ def _ours(value: Any) -> bool:
     return value.__module__.split(".")[0] in ("fastbegan", "fastbegan_kernels")
 
 
+def _markdown(text: str) -> str:
+    """A docstring with its sections (Args, Returns, Raises ...) as lists under a bold word."""
+    lines, section = [], ""
+    for line in text.splitlines():
+        if heading := re.fullmatch(r"(Args|Attributes|Returns|Yields|Raises):", line):
+            section = heading[1]
+            lines += [f"**{section}**", ""]
+        elif section and line.startswith("    "):
+            entry, item = line[4:], re.match(r"    (\S+): ", line)
+            listed = section not in ("Returns", "Yields")
+            lines.append(f"- `{item[1]}`: {line[item.end() :]}" if item and listed else entry.replace("    ", "  "))
+        else:
+            section = section if not line else ""
+            lines.append(line)
+    return "\n".join(lines)
+
+
 def _doc(value: Any, member: str | None = None) -> str:
     """A docstring; that of a method from the first of our classes that has one, for torch's change with its version."""
     if member is None:
-        return inspect.cleandoc(value.__doc__ or "")
+        return _markdown(inspect.cleandoc(value.__doc__ or ""))
     held = (vars(cls)[member].__doc__ for cls in value.__mro__ if _ours(cls) and member in vars(cls))
-    return inspect.cleandoc(next(filter(None, held), ""))
+    return _markdown(inspect.cleandoc(next(filter(None, held), "")))
 
 
 def _listed_bases(value: Any) -> list[type]:
