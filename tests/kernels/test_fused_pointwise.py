@@ -177,7 +177,9 @@ def test_the_algebraic_epilogue(skip: int, activation: str, alpha: float, dtype:
 
 
 @pytest.mark.parametrize("dtype", EXACT)
-@pytest.mark.parametrize(("size", "height", "width"), [(1, 2, 2), (2, 4, 12), (4, 32, 8)])
+@pytest.mark.parametrize(
+    ("size", "height", "width"), [(1, 2, 2), (2, 4, 12), pytest.param(4, 32, 8, marks=pytest.mark.slow)]
+)
 def test_skip_gradient(size: int, height: int, width: int, dtype: torch.dtype) -> None:
     """The transpose of expanding a phase table."""
     dz = random_tensor(2, 70, height, width, seed=1, dtype=dtype)
