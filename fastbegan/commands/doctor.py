@@ -210,10 +210,10 @@ def _verdict(problem: Layer | Pointwise, device: torch.device, impl: str) -> tup
     """The form that runs for a problem, and the checks and times behind it; all forms are tried now."""
     outcomes = tuning.outcomes(problem, device, tuning.forms(problem, device, impl), again=True)
     right = [outcome for outcome in outcomes if outcome.fault is None]
-    notes = [f"{outcome.how} {outcome.fault}" for outcome in outcomes if outcome.fault]
+    notes = [f"{outcome.form} {outcome.fault}" for outcome in outcomes if outcome.fault]
     if not right:
         return "plain PyTorch", "; ".join(notes) or "no kernel takes this"
     best = min(right, key=lambda outcome: outcome.seconds or 0.0)
-    timed = sorted((outcome.seconds, outcome.how) for outcome in right if outcome.seconds is not None)
+    timed = sorted((outcome.seconds, outcome.form) for outcome in right if outcome.seconds is not None)
     notes = [f"{form} {seconds * 1e6:.0f} us" for seconds, form in timed] + notes
-    return best.how, "right; " + ", ".join(notes) if notes else "right"
+    return best.form, "right; " + ", ".join(notes) if notes else "right"

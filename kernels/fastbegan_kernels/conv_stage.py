@@ -187,7 +187,7 @@ def _outputs(
         weight, bias = weights[number], biases[number] if biases else None
         table = skip if number == len(layers) - 1 else None
         form = _form(x, weight, stage, number, backward=False, bias=len(biases) > 0, skip=table)
-        x = tiers.forward(x, weight, bias, table, kind=kind, activation=act, alpha=stage.alpha, how=form)
+        x = tiers.forward(x, weight, bias, table, kind=kind, activation=act, alpha=stage.alpha, form=form)
         outputs.append(x)
     return outputs
 
@@ -218,10 +218,10 @@ def _gradients(
     pointwise = _pointwise("activation_backward", grad, stage.impl)
     grad = lay_out(grad, is_channels_last(outputs[-1]))
     dz, total = tiers.activation_backward(
-        grad, outputs[-1], activation=activations[-1], alpha=stage.alpha, how=pointwise
+        grad, outputs[-1], activation=activations[-1], alpha=stage.alpha, form=pointwise
     )
     if needs[1]:
-        d_skip = tiers.skip_gradient(dz, skip_size, how=_pointwise("skip_gradient", grad, stage.impl)).contiguous()
+        d_skip = tiers.skip_gradient(dz, skip_size, form=_pointwise("skip_gradient", grad, stage.impl)).contiguous()
     for number in range(count - 1, -1, -1):
         weight, kind = weights[number], kinds[number]
         before = outputs[number - 1] if number else x
@@ -238,7 +238,7 @@ def _gradients(
         else:
             form = _form(before, weight, stage, number, backward=True, bias=has_bias)
         act = activations[number - 1] if number else None
-        dz, partial = tiers.input_gradient(dz, before, weight, kind=kind, activation=act, alpha=stage.alpha, how=form)
+        dz, partial = tiers.input_gradient(dz, before, weight, kind=kind, activation=act, alpha=stage.alpha, form=form)
         if partial is None:
             dx = dz
         else:

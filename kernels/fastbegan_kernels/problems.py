@@ -108,10 +108,10 @@ class Layer:
         if dz is None:
             act, bias, skip = self.activation, tensors["bias"], tensors["skip"]
             assert act is not None
-            y = tiers.forward(x, weight, bias, skip, kind=self.kind, activation=act, alpha=self.alpha, how=form)
+            y = tiers.forward(x, weight, bias, skip, kind=self.kind, activation=act, alpha=self.alpha, form=form)
             return [y]
         gradients = tiers.input_gradient(
-            dz, x, weight, kind=self.kind, activation=self.activation, alpha=self.alpha, how=form
+            dz, x, weight, kind=self.kind, activation=self.activation, alpha=self.alpha, form=form
         )
         return [value for value in gradients if value is not None]
 
@@ -183,7 +183,7 @@ def _activation_backward(device: torch.device, dtype: torch.dtype, fused: bool) 
         grad, y = (draw(device, dtype, seed, *shape) for seed in (0, 1))
         y = reference.activate(y, activation, 0.25).to(torch.bfloat16).to(torch.float16).to(dtype)
         form = "algebraic" if fused else "plain"
-        results += tiers.activation_backward(grad, y, activation=activation, alpha=0.25, how=form)
+        results += tiers.activation_backward(grad, y, activation=activation, alpha=0.25, form=form)
     return results
 
 
@@ -191,4 +191,4 @@ def _activation_backward(device: torch.device, dtype: torch.dtype, fused: bool) 
 def _skip_gradient(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Tensor]:
     form = "algebraic" if fused else "plain"
     small, large = draw(device, dtype, 0, 2, 37, 12, 18), draw(device, dtype, 1, 2, 32, 32, 32)
-    return [tiers.skip_gradient(dz, size, how=form) for dz, size in ((small, 2), (small, 6), (large, 8))]
+    return [tiers.skip_gradient(dz, size, form=form) for dz, size in ((small, 2), (small, 6), (large, 8))]

@@ -1,4 +1,4 @@
-"""One convolution layer and its gradients in three forms; the keyword `how` names the form.
+"""One convolution layer and its gradients in three forms; the keyword `form` names it.
 
 - "plain": the library's own operations.
 - "algebraic": the library's convolutions, and one Triton kernel for all that is pointwise around them.
@@ -32,14 +32,14 @@ def forward(
     kind: str,
     activation: str,
     alpha: float,
-    how: str,
+    form: str,
 ) -> Tensor:
     """act(conv(x) + bias + skip): x [N, C, H, W] -> [N, K, H', W']; skip [N, 3, 3, S, S, K] with kind "up" only."""
-    if how not in ("plain", "algebraic"):
+    if form not in ("plain", "algebraic"):
         launch, tiles = _fused()
-        tile = tiles.tile_named(how)
+        tile = tiles.tile_named(form)
         return launch.layer(x, weight, bias, skip, kind=kind, activation=activation, alpha=alpha, tile=tile)
-    inside = bias.to(x.dtype) if bias is not None and how == "plain" else None
+    inside = bias.to(x.dtype) if bias is not None and form == "plain" else None
     if _to_few(x, weight, kind):
         y = _convolve_to_few(x, weight, inside)
     elif kind == "up":
@@ -48,7 +48,7 @@ def forward(
         y = F.conv2d(F.pad(x, reference.END), weight, inside, 2)
     else:
         y = F.conv2d(x, weight, inside, 1 if kind == "same" else 2, weight.shape[2] // 2)
-    if how == "algebraic":
+    if form == "algebraic":
         return _fused()[0].activation(y, bias, skip, activation=activation, alpha=alpha)
     y = y.contiguous(memory_format=torch.channels_last)
     if skip is not None and torch.compiler.is_compiling():  # inductor fuses this gather with the activation's loop
@@ -86,13 +86,13 @@ def _add_phase_table(y: Tensor, table: Tensor) -> None:
 
 
 def activation_backward(
-    grad: Tensor, y: Tensor, *, activation: str, alpha: float, how: str, overwrite: bool = False
+    grad: Tensor, y: Tensor, *, activation: str, alpha: float, form: str, overwrite: bool = False
 ) -> tuple[Tensor, Tensor]:
     """grad * act'(y), both [N, K, H, W], and its sum over pixels [K] in float32 (float64 for float64).
 
     `overwrite`: the result may take grad's memory.
     """
-    if how != "plain":
+    if form != "plain":
         return _fused()[0].activation_backward(grad, y, activation=activation, alpha=alpha)
     dz = grad
     if activation != "none":
@@ -112,17 +112,17 @@ _DERIVATIVE: dict[str, tuple[Any, Callable[[Tensor, Tensor, float], tuple]]] = {
 
 
 def input_gradient(
-    dz: Tensor, x: Tensor, weight: Tensor, *, kind: str, activation: str | None, alpha: float, how: str
+    dz: Tensor, x: Tensor, weight: Tensor, *, kind: str, activation: str | None, alpha: float, form: str
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient dx at a layer's input x, from dz at its convolution's output.
 
     With `activation`, the one whose output x is: dx * act'(x), and its sum over pixels. Kind "down" with a 1x1 kernel
     is the library's in every form.
     """
-    if how not in ("plain", "algebraic"):
+    if form not in ("plain", "algebraic"):
         launch, tiles = _fused()
         y_prev = None if activation is None else x
-        size, tile, act = (x.shape[2], x.shape[3]), tiles.tile_named(how), activation or "none"
+        size, tile, act = (x.shape[2], x.shape[3]), tiles.tile_named(form), activation or "none"
         return launch.input_gradient(dz, weight, y_prev, kind=kind, size=size, activation=act, alpha=alpha, tile=tile)
     if _to_few(dz, across := weight.transpose(0, 1), kind):
         dx = _convolve_to_few(dz, across.flip(2, 3), None)
@@ -130,7 +130,7 @@ def input_gradient(
         dx = _library(dz, x, weight, kind, [True, False, False])[0]
     if activation is None:
         return dx.contiguous(memory_format=torch.channels_last), None
-    return activation_backward(dx, x, activation=activation, alpha=alpha, how=how, overwrite=True)
+    return activation_backward(dx, x, activation=activation, alpha=alpha, form=form, overwrite=True)
 
 
 def bias_gradient(dz: Tensor) -> Tensor:
@@ -150,9 +150,9 @@ def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, *, kind: str) -> Tens
     return dw.contiguous(memory_format=torch.channels_last)
 
 
-def skip_gradient(dz: Tensor, size: int, *, how: str) -> Tensor:
+def skip_gradient(dz: Tensor, size: int, *, form: str) -> Tensor:
     """The gradient of a phase table [N, 3, 3, size, size, K]: each entry sums dz [N, K, H, W] over its pixels."""
-    if how != "plain":
+    if form != "plain":
         return _fused()[0].skip_gradient(dz, size)
     cells = dz.permute(0, 2, 3, 1).unflatten(1, (size, -1))  # [N, S, cell, W, K]
     rows = torch.stack((cells[:, :, 0], cells[:, :, 1:-1].sum(2), cells[:, :, -1]), 1)

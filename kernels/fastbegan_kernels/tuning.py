@@ -49,14 +49,14 @@ _UNTRIED = "could not be tried in a process of its own"
 
 @dataclass(frozen=True)
 class Outcome:
-    """The verdict on one form, `how`, of a problem.
+    """The verdict on one `form` of a problem.
 
     `fault` is None where the form is right, `seconds` None where it was not measured. `lasting` means that another try
     would end the same: the form killed its process, broke the device, or gave wrong values. Want of memory, of time or
     of a compiler does not last.
     """
 
-    how: str
+    form: str
     fault: str | None
     seconds: float | None = None
     lasting: bool = True
@@ -248,14 +248,14 @@ def _fastest(problem: Problem, device: torch.device, candidates: Sequence[str]) 
         return "plain", False
     for outcome in verdicts:
         if outcome.fault and outcome.lasting:
-            _warn(f"{problem.name}: {outcome.how} {outcome.fault} on this machine and is not used")
+            _warn(f"{problem.name}: {outcome.form} {outcome.fault} on this machine and is not used")
         elif outcome.fault not in (None, _UNTRIED):  # without names: one warning for each cause
             _warn(
                 f"kernels are not used for now, as one {outcome.fault}; plain forms run, the next process tries again"
             )
     right = [outcome for outcome in verdicts if outcome.fault is None]
     lasting = all(outcome.lasting for outcome in verdicts)
-    return min(right, key=lambda outcome: outcome.seconds or 0.0).how if right else "plain", lasting
+    return min(right, key=lambda outcome: outcome.seconds or 0.0).form if right else "plain", lasting
 
 
 def outcomes(

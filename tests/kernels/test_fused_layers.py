@@ -110,10 +110,10 @@ def _check_tile(kind: str, shape: Sequence[int], tile: tiles.AnyTile, dtype: tor
     def forward(values: Sequence[Tensor | None]) -> list[Tensor]:
         a, b, c, d = values
         assert a is not None and b is not None
-        return [tiers.forward(a, b, c, d, **settings, how="plain")]
+        return [tiers.forward(a, b, c, d, **settings, form="plain")]
 
     def backward(d: Tensor, y: Tensor, w: Tensor) -> list[Tensor]:
-        dx, db = tiers.input_gradient(d, y, w, **settings, how="plain")
+        dx, db = tiers.input_gradient(d, y, w, **settings, form="plain")
         assert db is not None
         return [dx, db]
 
@@ -126,7 +126,7 @@ def _check_tile(kind: str, shape: Sequence[int], tile: tiles.AnyTile, dtype: tor
     compare([dx, db], backward(dz, y, weight), backward(dz.double(), y.double(), weight.double()), dtype)
     plain, none = launch.input_gradient(dz, weight, kind=kind, size=x.shape[2:], tile=tile)
     exact = tiers.input_gradient(
-        dz.double(), x.double(), weight.double(), kind=kind, activation=None, alpha=1, how="plain"
+        dz.double(), x.double(), weight.double(), kind=kind, activation=None, alpha=1, form="plain"
     )
     assert none is None and (plain - exact[0]).abs().max() <= 1e-2 * exact[0].abs().max()
 

@@ -170,8 +170,8 @@ def test_the_algebraic_epilogue(skip: int, activation: str, alpha: float, dtype:
     got = launch.activation(z.clone(), bias, table, activation=activation, alpha=alpha)
     compare([got], [plain(dtype)], [plain(torch.float64)], dtype)
     grad, y = random_tensor(2, 37, 8, 12, seed=4, dtype=dtype), plain(dtype)
-    how = {"activation": activation, "alpha": alpha, "how": "plain"}
-    own, exact = (tiers.activation_backward(grad.to(t), y.to(t), **how) for t in (dtype, torch.float64))
+    settings = {"activation": activation, "alpha": alpha, "form": "plain"}
+    own, exact = (tiers.activation_backward(grad.to(t), y.to(t), **settings) for t in (dtype, torch.float64))
     back = launch.activation_backward(grad, y, activation=activation, alpha=alpha)
     compare(list(back), list(own), list(exact), dtype)
 
@@ -185,6 +185,6 @@ def test_skip_gradient(size: int, height: int, width: int, dtype: torch.dtype) -
     dz = random_tensor(2, 70, height, width, seed=1, dtype=dtype)
     table = torch.zeros(2, 3, 3, size, size, 70, dtype=torch.float64, device=DEVICE, requires_grad=True)
     (exact,) = torch.autograd.grad(reference.expand_phase_table(table, height, width), table, dz.double())
-    own = tiers.skip_gradient(dz, size, how="plain")
+    own = tiers.skip_gradient(dz, size, form="plain")
     compare([launch.skip_gradient(dz, size)], [own], [exact], dtype)
-    torch.testing.assert_close(tiers.skip_gradient(dz.double(), size, how="plain"), exact)
+    torch.testing.assert_close(tiers.skip_gradient(dz.double(), size, form="plain"), exact)

@@ -50,13 +50,13 @@ def _trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows, **_: dict.fromkeys(hows, Trial(None)))
 
 
-def _patched(monkeypatch: pytest.MonkeyPatch, how: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Pass the outputs of form `how` through `change`."""
+def _patched(monkeypatch: pytest.MonkeyPatch, form: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Pass the outputs of form `form` through `change`."""
     forward = tiers.forward
 
     def changed(*arguments: Tensor, **options: str) -> Tensor:
         result = forward(*arguments, **options)  # type: ignore[arg-type]
-        return change(result) if options["how"] == how else result
+        return change(result) if options["form"] == form else result
 
     monkeypatch.setattr(tiers, "forward", changed)
 
@@ -82,7 +82,7 @@ def test_the_fastest_right_form_is_chosen_and_kept(slow: str, monkeypatch: pytes
     clock = _Clock()
     monkeypatch.setattr(tuning, "_seconds", clock.seconds)
     _patched(monkeypatch, slow, clock.slow)
-    (fast,) = (how for how in FORMS if how != slow)
+    (fast,) = (form for form in FORMS if form != slow)
     assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == fast
     monkeypatch.setattr(tuning, "outcomes", _unwanted)
     monkeypatch.setattr(tuning, "_chosen", {})
@@ -162,7 +162,7 @@ from fastbegan_kernels import tiers, trial
 real, SLOW = tiers.forward, "algebraic"
 def with_change(change):
     def forward(*arguments, **options):
-        if options["how"] == SLOW:
+        if options["form"] == SLOW:
             change()
         return real(*arguments, **options)
     tiers.forward = forward
@@ -445,9 +445,9 @@ def test_a_spoiled_cache_is_measured_anew(text: str) -> None:
     assert json.loads(cache.cache_file().read_text())[tuning.environment(DEVICE)]["choices"]
 
 
-@pytest.mark.parametrize("how", ["no such form", 5, None])
-def test_a_form_that_does_not_exist_is_not_taken_from_the_cache(how: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.write(DEVICE, "choices", {f"{PROBLEM!r} auto": how})
+@pytest.mark.parametrize("form", ["no such form", 5, None])
+def test_a_form_that_does_not_exist_is_not_taken_from_the_cache(form: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.write(DEVICE, "choices", {f"{PROBLEM!r} auto": form})
     monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome("algebraic", None)])
     assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "algebraic"
 
