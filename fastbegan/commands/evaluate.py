@@ -45,9 +45,9 @@ class Evaluate:
     precision, recall, diversity."""
 
     images: Positional[str]
-    """A run folder, whose averaged generator draws them, or images, as --data of train."""
+    """A run folder, whose averaged generator draws them, or images as train takes them for data."""
     against: str | None = None
-    """The data set, as --data of train. Default: the run's."""
+    """The data set, as train takes it for data. Default: the run's."""
     count: int = 5000
     """Images per side, or all that there are. Below 10,000 the Frechet distance is clearly too high."""
     size: int | None = None
