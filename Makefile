@@ -10,7 +10,7 @@ endif
 CONSTRAINTS := $(if $(TORCH),constraints-torch27.txt,constraints.txt)
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup --durations=12
 
-.PHONY: train test test-slow test-compat check bench experiments gallery venv format reference constraints clean
+.PHONY: train test test-slow test-compat check bench gpu experiments gallery venv format reference constraints clean
 
 train: $(VENV)/.core
 	$(BIN)/python -m fastbegan train
@@ -23,14 +23,9 @@ test-slow: $(VENV)/.dev
 
 # The core of the suite in a second environment, with the torch and the Triton for P100 and for old drivers.
 COMPAT := .venv-torch27
-KERNELS := ops conv_stage layout flops fold l1_reconstruction_loss normalize_images fused_pointwise layers
-CORE := $(KERNELS:%=tests/kernels/test_%.py) \
-	"tests/kernels/test_cross_compile.py::test_every_configuration_compiles_without_spilling[60]" \
-	$(patsubst %,tests/test_%.py,models config objective step parts equilibrium graph train device ranks convert convert_guards \
-	follow check borders) tests/data/test_loader.py
 test-compat:
 	@$(MAKE) --no-print-directory VENV=$(COMPAT) TORCH=2.7.1 $(COMPAT)/.dev
-	$(COMPAT)/bin/python -m pytest -q -n auto --dist loadgroup -m "not slow and not nightly" $(CORE)
+	$(COMPAT)/bin/python -m pytest -q -n auto --dist loadgroup -m core
 
 # Modules whose public functions document every argument.
 STEMS := conv2d_elu conv_stage equilibrium_update fold l1_reconstruction_loss layers losses normalize_images \
@@ -46,6 +41,26 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/ --quick -q -s
+
+# Kernels' tests and benchmarks on a GPU, with the libraries of PYTHON: nothing is installed. By hand, and so for each suite:
+#   export PYTHONPATH=.:kernels
+#   python -m pytest tests/kernels -n 8 --timeout 300 --timeout-method thread
+#   python -m pytest bench/bench_step.py --budget 120 --results bench/results/gpu/rows.json
+#   python -m fastbegan.measure.report bench/results/gpu
+# Cross-compiling needs no GPU and is left out. A lost CUDA context ends its process: one worker of xdist, or one suite, whose rows are on disk by then.
+OUT ?= bench/results/gpu
+BUDGET ?= 120
+WORKERS ?= 8
+TESTS ?= tests/kernels --ignore tests/kernels/test_cross_compile.py
+SUITES ?= step conv_stage forms upsample_conv2d_elu conv2d_elu l1_reconstruction_loss normalize_images fold \
+	skip_phase_table equilibrium_update accelerate train data startup
+GPU_PYTEST := $(PYTHON) -m pytest -q -p no:cacheprovider --timeout 300 --timeout-method thread
+gpu: export PYTHONPATH := .:kernels
+gpu: export FASTBEGAN_CACHE = $(abspath $(OUT))/cache
+gpu:
+	@status=0; $(GPU_PYTEST) $(TESTS) -n $(WORKERS) || status=1; \
+	for suite in $(SUITES); do $(GPU_PYTEST) bench/bench_$$suite.py --budget $(BUDGET) --results $(OUT)/rows.json || status=1; done; \
+	$(PYTHON) -m fastbegan.measure.report $(OUT); exit $$status
 
 # The paper's experiments at demo scale into experiments/, one after another. Runs side by side share all cores, a single
 # run takes half of them.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.gpu_cases import DEVICE, ON_CPU
+from bench.cases import DEVICE, DTYPE, ON_CPU, PRECISION
 from fastbegan.convert import accelerate
 from fastbegan.device import pick_compile
 from fastbegan.measure.results import Row
@@ -41,17 +41,16 @@ def bench_accelerate(width: int, quick: bool, race: Callable[..., Row], needs: C
     if compiler is not None:
         torch.compiler.reset()
         nets["compile"] = torch.compile(copy.deepcopy(plain), mode=compiler)
-    dtype = torch.float32 if ON_CPU else torch.bfloat16
 
     def turn(net: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         given = x.clone().requires_grad_()
 
         def run() -> None:
-            with torch.autocast(DEVICE.type, dtype=dtype, enabled=not ON_CPU):
+            with torch.autocast(DEVICE.type, dtype=DTYPE, enabled=not ON_CPU):
                 output = net(given)
             output.float().square().mean().backward()
 
         return run
 
-    row = Row("accelerate", f"decoder n {width} 64 px both", precision="float32" if ON_CPU else "bf16", images=BATCH)
+    row = Row("accelerate", f"decoder n {width} 64 px both", precision=PRECISION, images=BATCH)
     race(row, {name: turn(net) for name, net in nets.items()})

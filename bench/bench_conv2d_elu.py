@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.gpu_cases import Case
+from bench.cases import Case
 from fastbegan.measure.results import Row
 
 
@@ -16,5 +16,4 @@ from fastbegan.measure.results import Row
 def bench_conv2d_elu(kind: str, direction: str, shape: Any, race_op: Callable[..., Row]) -> None:
     px, n, first = shape
     row = Row("conv2d_elu", f"{kind} n {n} {px} px {direction}", images=16)
-    case = Case("time", kind, shape=(16, n, px, px, n))
-    race_op(case, row, backward=direction == "both", search=first and kind == "same")
+    race_op(Case(kind, (16, n, px, px, n), direction == "both"), row, search=first and kind == "same")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.gpu_cases import Case
+from bench.cases import Case
 from fastbegan.measure.results import Row
 
 
@@ -17,4 +17,4 @@ def bench_conv_stage(level: str, direction: str, shape: Any, race_op: Callable[.
     px, n, _ = shape
     row = Row("conv_stage", f"{level} n {n} {px} px {direction}", images=16)
     side = px // 2 if level == "decoder" else px
-    race_op(Case("time", level, shape=(16, n, side, side, n)), row, backward=direction == "both")
+    race_op(Case(level, (16, n, side, side, n), direction == "both"), row)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bench.gpu_cases import DEVICE
+from bench.cases import DEVICE
 from fastbegan.config import TrainConfig
 from fastbegan.data import dali_loader
 from fastbegan.data.choose import open_loader
@@ -43,7 +44,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class _Stretch(torch.utils.data.Sampler[int]):
-    """As many random images as a turn takes, so that nothing is read ahead once it is over."""
+    """Random images for one turn, so that workers read nothing beyond it."""
 
     def __init__(self, batches: int) -> None:
         self.images = batches * BATCH
@@ -55,15 +56,22 @@ class _Stretch(torch.utils.data.Sampler[int]):
         return iter(torch.randint(COUNT, (self.images,)).tolist())
 
 
-@pytest.fixture
-def batches(quick: bool) -> int:
+class Setting(NamedTuple):
+    """Pictures of a size, and who else reads them."""
+
+    side: int
+    files: Path
+    batches: int
     """In a turn: many, since loaders have some ready when it begins, and read some ahead when it is over."""
-    return 8 if quick else 32
+    others: dict[str, Callable[[], torch.Tensor]]
+    """Turns of a short script: in the process itself, as DataLoader does by default, and in worker processes."""
 
 
-@pytest.fixture
-def others(files: Path, side: int, quick: bool, batches: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """Turns of what a short script would write: in the process itself, as DataLoader does by default, and in others."""
+@pytest.fixture(params=[64, 128])
+def setting(request: pytest.FixtureRequest, files: Path, quick: bool, sizes: list[int]) -> Setting:
+    side, batches = request.param, 8 if quick else 32
+    if (quick and side != 64) or (sizes and side not in sizes):
+        pytest.skip("not in --quick" if quick else "not in --sizes")
     datasets = pytest.importorskip("torchvision.datasets")
     from torchvision import transforms
 
@@ -78,16 +86,8 @@ def others(files: Path, side: int, quick: bool, batches: int) -> dict[str, Calla
         )
         return lambda: [images.to(DEVICE) for images, _ in loader][-1]
 
-    found = {"ImageFolder": turn(0)}
-    return found if quick else found | {f"ImageFolder, {cores} processes": turn(cores)}
-
-
-@pytest.fixture(params=[64, 128])
-def side(request: pytest.FixtureRequest, quick: bool, sizes: list[int]) -> int:
-    side = request.param
-    if (quick and side != 64) or (sizes and side not in sizes):
-        pytest.skip("not in --quick" if quick else "not in --sizes")
-    return side
+    others = {"ImageFolder": turn(0)} | ({} if quick else {f"ImageFolder, {cores} processes": turn(cores)})
+    return Setting(side, files, batches, others)
 
 
 def _turn(loader: Loader, batches: int) -> Callable[[], torch.Tensor]:
@@ -136,13 +136,19 @@ def _plain(loader: Loader, batches: int) -> Callable[[], torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["packed", "dali", "resident", "torch"])
 def bench_loader(
-    kind: str, side: int, files: Path, others: dict[str, Callable[[], torch.Tensor]], race: Callable[..., Row],
-    needs: Callable[[float], None], quick: bool, batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: str,
+    setting: Setting,
+    race: Callable[..., Row],
+    needs: Callable[[float], None],
+    quick: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if quick and kind in ("resident", "torch"):
         pytest.skip("not in --quick")
     if kind == "dali" and not dali_loader.INSTALLED:
         pytest.skip("NVIDIA DALI is not installed: pip install 'fastbegan[dali]'")
+    side, files, batches, others = setting
     needs(8.0 * COUNT * side * side * 3)
     monkeypatch.setenv("FASTBEGAN_CACHE", str(tmp_path))
     train = TrainConfig(data=str(files), crop=str(WIDTH), batch_size=BATCH, loader=kind)  # pyright: ignore
@@ -161,20 +167,16 @@ def bench_loader(
     loader.close()
 
 
-def bench_pack(
-    side: int, files: Path, others: dict[str, Callable[[], torch.Tensor]], race: Callable[..., Row], batches: int,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+def bench_pack(setting: Setting, race: Callable[..., Row], tmp_path: Path) -> None:
     """From the files to the finished pack, worker processes' start included."""
-    number = 0
+    side, files, batches, others = setting
+    numbers = itertools.count()
 
     def pack() -> None:
-        nonlocal number
-        number += 1
-        found = make_pack(str(files), tmp_path / f"{number}.pack", side, str(WIDTH), lambda *_: None)
-        assert len(found.images) == COUNT
-        (tmp_path / f"{number}.pack").unlink()
+        path = tmp_path / f"{next(numbers)}.pack"
+        assert len(make_pack(str(files), path, side, str(WIDTH), lambda *_: None).images) == COUNT
+        path.unlink()
 
-    row = Row("data", f"pack {side} px", images=BATCH)
     turns = {"pack": pack, **others}
-    race(row, turns, calls=dict.fromkeys(turns, batches) | {"pack": COUNT // BATCH}, least=5)
+    calls = dict.fromkeys(turns, batches) | {"pack": COUNT // BATCH}
+    race(Row("data", f"pack {side} px", images=BATCH), turns, calls=calls, least=5)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.gpu_cases import ON_CPU, Case
+from bench.cases import ON_CPU, Case
 from fastbegan.measure.results import Row
 
 
@@ -14,4 +14,4 @@ from fastbegan.measure.results import Row
 def bench_fold(direction: str, race_op: Callable[..., Row]) -> None:
     n = 32 if ON_CPU else 128
     row = Row("fold", f"64 px nets, n {n}, {direction}")
-    race_op(Case("time", "fold", shape=(1, n, 3, 3, n)), row, backward=direction == "both")
+    race_op(Case("fold", (1, n, 3, 3, n), direction == "both"), row)

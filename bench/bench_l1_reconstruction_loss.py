@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.gpu_cases import ON_CPU, Case
+from bench.cases import ON_CPU, Case
 from fastbegan.measure.results import Row
 
 HUGE = 1 << (24 if ON_CPU else 28)  # bytes a tensor, so that no cache holds it
@@ -16,5 +16,5 @@ HUGE = 1 << (24 if ON_CPU else 28)  # bytes a tensor, so that no cache holds it
 def bench_l1_reconstruction_loss(what: str, quick: bool, race_op: Callable[..., Row]) -> None:
     samples = (HUGE >> 2 if quick else HUGE) // (3 * 64 * 64 * 4)
     row = Row("l1_reconstruction_loss", f"{samples} images of 64 px, {what}", images=samples)
-    op = "one_pass" if what == "one pass" else "l1_reconstruction_loss"
-    race_op(Case("time", op, shape=(samples, 3, 64, 64, 3)), row, backward=what == "both")
+    op = "l1_reconstruction_loss" + ("_with_gradients" if what == "one pass" else "")
+    race_op(Case(op, (samples, 3, 64, 64, 3), what == "both"), row)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.gpu_cases import ON_CPU, Case
+from bench.cases import ON_CPU, Case
 from fastbegan.measure.results import Row
 
 
 @pytest.mark.parametrize("direction", ["forward", "both"])
 def bench_skip_phase_table(direction: str, race_op: Callable[..., Row]) -> None:
     n = 32 if ON_CPU else 128
-    case = Case("time", "skip_phase_table", shape=(16, n, 8, 8, n))
-    race_op(case, Row("skip_phase_table", f"n {n} {direction}", images=16), backward=direction == "both")
+    case = Case("skip_phase_table", (16, n, 8, 8, n), direction == "both")
+    race_op(case, Row("skip_phase_table", f"n {n} {direction}", images=16))

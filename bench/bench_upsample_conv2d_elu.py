@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.gpu_cases import Case
+from bench.cases import Case
 from fastbegan.measure.results import Row
 
 
@@ -15,5 +15,4 @@ from fastbegan.measure.results import Row
 def bench_upsample_conv2d_elu(direction: str, shape: Any, race_op: Callable[..., Row]) -> None:
     px, n, first = shape
     row = Row("upsample_conv2d_elu", f"n {n} to {px} px {direction}", images=16)
-    case = Case("time", "up", shape=(16, n, px // 2, px // 2, n))
-    race_op(case, row, backward=direction == "both", search=first)
+    race_op(Case("up", (16, n, px // 2, px // 2, n), direction == "both"), row, search=first)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
 from bench import ops
-from bench.gpu_cases import DEVICE, ON_CPU
+from bench.cases import DEVICE, ON_CPU
 from bench.regression import Accepted
 from fastbegan.device import available_memory
 from fastbegan.measure.machine import facts, roofline, synchronize
@@ -28,6 +28,8 @@ from fastbegan_kernels import tuning
 from fastbegan_kernels.child import Trial
 
 FOLDER = Path(__file__).parent
+_BEGIN = time.monotonic()
+_WORTH = ("step", "conv_stage", "forms", "upsample_conv2d_elu", "conv2d_elu")  # files by what they tell; others follow
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 Turn = Callable[[], object]
 
@@ -37,13 +39,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="one small shape of each, few turns, one compilation")
     group.addoption("--sizes", default="", help="image sizes, with commas between; default: all that suit the device")
     group.addoption("--impl", choices=("reference", "algebraic", "fused"), help="the tier to race; default: automatic")
-    group.addoption("--results", type=Path, help="write all rows to this JSON file")
+    group.addoption("--budget", type=float, help="seconds after which no other benchmark begins, the weightiest first")
+    group.addoption("--results", type=Path, help="JSON file that gets each row as it comes, beside what it holds")
     group.addoption("--baselines", type=Path, default=FOLDER / "baselines", help="folder of accepted ratios")
     group.addoption("--update-baselines", action="store_true", help="accept the ratios of this run")
 
 
 def clock() -> float:
-    """Seconds, once the device has done all it was given."""
+    """Seconds, once the device has finished."""
     synchronize(DEVICE)
     return time.perf_counter()
 
@@ -53,15 +56,27 @@ class Suites:
     """One run of the suites."""
 
     results: Results
+    path: Path | None
     accepted: Accepted
     updates: bool
     turns: tuple[int, int]
     seconds: float
+    measured: list[Row] = field(default_factory=list)
+
+    def keep(self, row: Row) -> None:
+        """Note a row, at once on disk: a run that is cut off keeps what it measured."""
+        self.measured.append(row)
+        self.results.rows = [*(other for other in self.results.rows if other.key != row.key), row]
+        self.save()
+
+    def save(self) -> None:
+        if self.path:
+            self.results.save(self.path)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_quiet = True  # its table knows nothing of the others in a race
+    config.option.benchmark_quiet = True  # its own table shows only one contender of each race
     config.addinivalue_line("filterwarnings", "default")
     if impl := config.getoption("--impl"):
         os.environ["FASTBEGAN_IMPL"] = impl
@@ -69,7 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _keep_memory() -> None:
-    """Have glibc keep what is freed: else large buffers cost page faults, or none, by what ran before them."""
+    """Have glibc keep freed memory: else a large buffer costs page faults or none, depending on earlier benchmarks."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the most it takes
@@ -83,31 +98,56 @@ _runs: list[Suites] = []
 def suites(request: pytest.FixtureRequest) -> Suites:
     option = request.config.getoption
     machine, quick = facts(DEVICE), bool(option("--quick"))
+    path, updates = option("--results"), bool(option("--update-baselines"))
+    results = _begun(path, machine) or Results(machine, roofline(DEVICE, quick=quick))
     accepted = Accepted(Path(str(option("--baselines"))), machine)
-    results = Results(machine, roofline(DEVICE, quick=quick))
-    updates = bool(option("--update-baselines"))
-    made = Suites(results, accepted, updates, *(((9, 15), 1.5) if quick else ((9, 40), 4.0)))
-    _runs.append(made)
-    return made
+    suites = Suites(results, path, accepted, updates, *(((9, 15), 1.5) if quick else ((9, 40), 4.0)))
+    suites.save()
+    _runs.append(suites)
+    return suites
+
+
+def _begun(path: Path | None, machine: dict[str, Any]) -> Results | None:
+    """What other processes measured on this machine at this commit, to go on with it."""
+    if path is None or not path.exists():
+        return None
+    results = Results.load(path)
+    return results if results.machine == machine | {"date": results.machine.get("date")} else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--budget") is not None:
+        order = {f"bench_{name}": place for place, name in enumerate(_WORTH)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @dataclass
 class Race:
-    """Takes turns with all, so that what the machine does besides hits all alike."""
+    """The one timer: contenders take turns, so that a drift of the machine hits all of them."""
 
     benchmark: BenchmarkFixture
     suites: Suites
 
     def __call__(
-        self, row: Row, turns: dict[str, Turn], *, calls: dict[str, int] | None = None, least: int | None = None,
+        self,
+        row: Row,
+        turns: dict[str, Turn],
+        *,
+        calls: dict[str, int] | None = None,
+        least: int | None = None,
         anew: Callable[[], dict[str, Turn]] | None = None,
-    ) -> Row:  # fmt: skip
-        """Time `turns`, the first of which is ours and the second what it is held to, and keep what came out in `row`.
+    ) -> Row:
+        """Fill `row` with the time of the first of `turns`, which is ours, and its ratio to each of the others.
 
-        A turn of `name` is `calls[name]` calls, 1 where nothing is said. `least` turns are taken if one takes long.
-        Fails where the ratio fell out of the band of the accepted one, twice: where buffers lie in memory can make a
-        small op a tenth slower for as long as they lie there, so `anew` gives the turns of the second time with others.
-        The lower of two is what is accepted.
+        The second of `turns` is the baseline, whose ratio is held to the accepted one. Below the band it is measured
+        again, and fails the benchmark if it is below once more; the lower of both is what `--update-baselines` accepts.
+
+        Args:
+            row: gets the results.
+            turns: what is timed, by name; each a call or several.
+            calls: how many calls a turn of this name makes; 1 by default.
+            least: rounds to take however long one lasts.
+            anew: makes the turns of the second time, with new buffers: where they lie can slow a small op by a tenth.
         """
         accepted, updates = self.suites.accepted, self.suites.updates
         calls = dict.fromkeys(turns, 1) | (calls or {})
@@ -118,7 +158,7 @@ class Race:
             fell = accepted.fell(row)
         if updates:
             accepted.accept(row.key, once, row.ratio)
-        self.suites.results.rows.append(row)
+        self.suites.keep(row)
         self.benchmark.extra_info.update(row=row.key, ratios=row.ratios)
         if fell and not updates:
             pytest.fail(f"{row.key}: {once:.2f} and {row.ratio:.2f} times as fast, {row.accepted:.2f} was accepted")
@@ -174,9 +214,15 @@ def race(benchmark: BenchmarkFixture, suites: Suites) -> Race:
     return Race(benchmark, suites)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    budget = item.config.getoption("--budget")
+    if budget is not None and time.monotonic() > _BEGIN + budget:
+        pytest.skip(f"no time left of --budget {budget:g}")
+
+
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
-    # that every kernel is tried in a process of its own first is not what is measured here, and takes its time
+    # trials of kernels in a process of their own are not measured here, and take their time
     with mock.patch.object(tuning, "survivors", lambda problem, device, hows, **_: dict.fromkeys(hows, Trial(None))):
         yield
     if not ON_CPU:
@@ -190,7 +236,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def sizes(request: pytest.FixtureRequest) -> list[int]:
-    """Those that were asked for; none for all."""
+    """The image sizes of --sizes; empty: all."""
     return _sizes(request.config)
 
 
@@ -215,7 +261,7 @@ def needs() -> Callable[[float], None]:
 
 
 class Shape(NamedTuple):
-    """Of a layer: the side of the larger map, channels, and whether it is the first one of its suite."""
+    """A layer's larger side, its channels, and whether it is the first of its suite."""
 
     px: int
     filters: int
@@ -233,7 +279,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def race_op(race: Race, needs: Callable[[float], None], quick: bool) -> Callable[..., Row]:
-    """`ops.race_op` with what a run has."""
+    """`ops.race_op(case, row)`."""
     return partial(ops.race_op, race=race, needs=needs, quick=quick)
 
 
@@ -241,9 +287,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not _runs:
         return
     (suites,) = _runs
-    results, accepted = suites.results, suites.accepted
-    console = Console(width=max(150, terminalreporter._tw.fullwidth))
-    console.print(table(results))
+    results, accepted = replace(suites.results, rows=suites.measured), suites.accepted
+    if results.rows:
+        Console(width=max(150, terminalreporter._tw.fullwidth)).print(table(results))
     for line in count_lines(results):
         terminalreporter.write_line(line)
     if suites.updates:
@@ -251,6 +297,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"accepted from now on: {accepted.path}")
     elif not accepted.known:
         terminalreporter.write_line(f"no accepted ratios for this device: {accepted.path} is not there")
-    if path := config.getoption("--results"):
-        results.save(path)
-        terminalreporter.write_line(f"written: {path}")
+    if suites.path:
+        terminalreporter.write_line(f"written: {suites.path}")

@@ -1,4 +1,4 @@
-"""What a step costs that no clock is needed for: operations, launches, compiled graphs."""
+"""Costs of a step that do not depend on a clock: operations, launches, compiled graphs; and shares of its time."""
 
 from __future__ import annotations
 
@@ -27,29 +27,26 @@ _NAMED = 9  # operations or kernels with a share of their own
 
 
 class OperationCount(TorchDispatchMode):
-    """Counts operations that compute or copy; views cost nothing."""
+    """Counts operations that compute or copy, by name; views cost nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        nothing = ("new_empty", "promote_types")
-        if (
-            func.namespace in ("aten", "fastbegan")
-            and not func.is_view
-            and not any(name in str(func) for name in nothing)
-        ):
-            self.found[func.__name__.partition(".")[0]] += 1
+        name = func.name().partition("::")[2].partition(".")[0]
+        free = func.is_view or name in ("new_empty", "promote_types")
+        if func.namespace in ("aten", "fastbegan") and not free:
+            self.calls[name] += 1
         return func(*args, **(kwargs or {}))
 
 
 def launches(work: Callable[[], object], device: torch.device) -> dict[str, int]:
-    """Kernels that `work` starts on a GPU by the profiler; on a CPU the operations it dispatches."""
+    """Kernels that `work` launches on a GPU, by the profiler; on a CPU the operations that it dispatches."""
     if device.type != "cuda":
         with OperationCount() as count:
             work()
-        return {"operations": sum(count.found.values())}
+        return {"operations": count.calls.total()}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize(device)
@@ -57,7 +54,7 @@ def launches(work: Callable[[], object], device: torch.device) -> dict[str, int]
 
 
 def breakdown(work: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Shares of the time that `work` takes, by kernel on a GPU and by operation on a CPU; the rest in one."""
+    """Shares of the time of `work`, by kernel on a GPU and by operation on a CPU; small ones together."""
     gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
@@ -70,14 +67,14 @@ def breakdown(work: Callable[[], object], device: torch.device) -> dict[str, flo
             name = "compiled loops"
         shares[name] += event.self_device_time_total if gpu else event.self_cpu_time_total
     total = sum(shares.values())
-    found = {name: time / total for name, time in shares.most_common(_NAMED)}
-    return found | {"the rest": 1 - sum(found.values())}
+    largest = {name: time / total for name, time in shares.most_common(_NAMED)}
+    return largest | {"the rest": 1 - sum(largest.values())}
 
 
 def graphs(px: int, filters: int, batch: int, mode: str) -> dict[str, int]:
-    """Of a step under torch.compile: graphs, places where one had to be broken, and graphs made after two steps.
+    """Of a step under torch.compile: graphs, graph breaks, and graphs compiled after the second step.
 
-    Counted in a process of its own: what is compiled there is forgotten.
+    Counted in another process, so that this one compiles nothing twice.
     """
     command = [sys.executable, "-m", "bench.counts", str(px), str(filters), str(batch), mode]
     path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
@@ -87,10 +84,10 @@ def graphs(px: int, filters: int, batch: int, mode: str) -> dict[str, int]:
 
 
 def _graphs(model: ModelConfig, train: TrainConfig) -> dict[str, int]:
-    made: list[torch.fx.GraphModule] = []
+    compiled: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
-        made.append(graph)
+        compiled.append(graph)
         return graph
 
     real, z = inputs(model, train, torch.device("cpu"))
@@ -98,10 +95,10 @@ def _graphs(model: ModelConfig, train: TrainConfig) -> dict[str, int]:
         step = TrainStep(*build(model, seed=0), train, None, "default")
         for _ in range(2):
             step(real, z, z)
-        first = len(made)
+        first = len(compiled)
         for _ in range(3):
             step(real.flip(0).contiguous(memory_format=torch.channels_last), -z, z)
-    return {"graphs": first, "graph breaks": sum(counters["graph_break"].values()), "recompiles": len(made) - first}
+    return {"graphs": first, "graph breaks": sum(counters["graph_break"].values()), "recompiles": len(compiled) - first}
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ class Accepted:
     def accept(self, key: str, *ratios: float | None) -> None:
         """From now on hold this benchmark to the lowest of what it reached at this commit."""
         known = self.ratios.get(key) if self._same else None
-        if found := [ratio for ratio in (*ratios, known) if ratio is not None]:
-            self.ratios[key] = round(min(found), 3)
+        if reached := [ratio for ratio in (*ratios, known) if ratio is not None]:
+            self.ratios[key] = round(min(reached), 3)
 
     def save(self) -> None:
         """Write all accepted ratios; those of benchmarks that this run left out stay."""

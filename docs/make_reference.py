@@ -68,6 +68,8 @@ def _page(title: str, module: ModuleType) -> str:
 def _entry(name: str, value: Any) -> list[str]:
     bare = dataclasses.is_dataclass(value) or (isinstance(value, type) and issubclass(value, Exception))
     parts = [_source(value), "" if bare else _code(name, value), _doc(value), "\n".join(_fields(value))]
+    if isinstance(value, type) and not bare:
+        parts.append(_doc(value, "__init__"))
     if links := [f"[{base.__name__}](#{base.__name__.lower()})" for base in _listed_bases(value)]:
         parts.append(f"Also everything of {', '.join(links)}.")
     for member, held in _members(value):
@@ -125,7 +127,7 @@ def _fields(owner: Any) -> Iterator[str]:
     """A dataclass's fields, those of its bases first, with the string under each."""
     bases = owner.__mro__[::-1] if isinstance(owner, type) and dataclasses.is_dataclass(owner) else ()
     for base in filter(dataclasses.is_dataclass, bases):
-        body = getattr(ast.parse(inspect.getsource(base)).body[0], "body", [])
+        body = getattr(ast.parse(inspect.getsource(base)).body[0], "body", [])  # pyright: ignore[reportArgumentType]
         for node, below in zip(body, [*body[1:], None], strict=False):
             if isinstance(node, ast.AnnAssign):
                 text = (

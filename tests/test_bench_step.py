@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_step
 from fastbegan import ModelConfig, TrainConfig, UserError
 from fastbegan.cli import main
 from fastbegan.measure import step as bench
@@ -153,7 +152,3 @@ def test_the_search_for_the_largest_batch(most: int, guess: int) -> None:
     found = capacity._search(fits, guess)
     assert found <= most and found >= most * 7 // 8
     assert len(tried) < 80
-
-
-def test_a_part_that_was_ended_keeps_its_rows() -> None:
-    assert gpu_step.rows_of('noise\n\n{"a": 1}\n\n{"b": [2]}\n\n{"c": "cut o') == [{"a": 1}, {"b": [2]}]

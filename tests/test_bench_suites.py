@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from bench.conftest import Suites, _begun
 from bench.regression import Accepted
 from fastbegan.files import read_json, write_json
 from fastbegan.measure.results import Results, Row
+from tests.helpers.processes import environment
+from tests.pretended.running import pretended, run
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = {"device": "CPU Test", "threads": 2}
@@ -60,6 +63,22 @@ def test_a_ratio_may_fall_by_the_band(tmp_path: Path) -> None:
     assert not Accepted(tmp_path, MACHINE | {"threads": 4}).known
 
 
+def test_a_run_that_was_ended_keeps_its_rows_and_another_goes_on(tmp_path: Path) -> None:
+    def suites(machine: dict[str, Any]) -> Suites:
+        results = _begun(path, machine) or Results(machine, {})
+        return Suites(results, path, Accepted(tmp_path, machine), False, (1, 1), 1.0)
+
+    path, today, tomorrow = tmp_path / "rows.json", MACHINE | {"date": "1"}, MACHINE | {"date": "2"}
+    first = suites(today)
+    for ms in (1.0, 2.0):
+        first.keep(Row("step", f"{ms:g}", ms=ms))
+        assert Results.load(path).rows == first.measured  # on disk before the next one begins
+    second = suites(tomorrow)
+    second.keep(Row("step", "1", ms=3.0))
+    assert [row.ms for row in Results.load(path).rows] == [2.0, 3.0] and len(second.measured) == 1
+    assert suites(MACHINE | {"threads": 4}).results.rows == []  # nothing of another machine
+
+
 def _bench(tmp_path: Path, *options: str, planted: str = "") -> subprocess.CompletedProcess[str]:
     (tmp_path / "planted.py").write_text(planted)
     path = os.pathsep.join((str(tmp_path), str(ROOT), str(ROOT / "kernels")))
@@ -103,3 +122,101 @@ def test_what_does_not_fit_is_skipped_with_what_it_needs(tmp_path: Path) -> None
     done = _bench(tmp_path, planted=_FULL)
     assert done.returncode == 0 and "1 skipped" in done.stdout, done.stdout
     assert re.search(r"needs \d\d+ MiB, 1 MiB are free", done.stdout), done.stdout
+
+
+@pytest.mark.slow
+def test_what_is_over_the_budget_is_skipped_with_a_line(tmp_path: Path) -> None:
+    done = _bench(tmp_path, "--budget", "0")
+    assert done.returncode == 0 and "1 skipped" in done.stdout and "no time left of --budget 0" in done.stdout, done
+
+
+_ENDED = """
+import os
+from fastbegan.measure.results import Results
+save = Results.save
+def saved(self, path):
+    save(self, path)
+    if self.rows:
+        os._exit(9)
+Results.save = saved
+"""
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_dies_takes_no_row_with_it(tmp_path: Path) -> None:
+    done = _bench(tmp_path, planted=_ENDED)
+    assert done.returncode == 9 and len(Results.load(tmp_path / "results.json").rows) == 1, done.stdout
+
+
+_ON_A_GPU = """
+from fastbegan import device
+from fastbegan.measure import machine
+from fastbegan_kernels import problems
+from bench import cases
+machine.roofline = lambda *_, **__: {"copy_bytes_per_s": 1e12, "flop_per_s": {"bf16": 1e14}}
+problems.excess = lambda *_, **__: 0.0  # the interpreter multiplies bf16 wrongly
+cases.sets_beyond_cache = lambda size: 2
+device.pick_compile = lambda *_: (None, "")
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "net" in item.callspec.params:
+            item.callspec.params["net"] = (32, 4, 2)
+"""
+
+
+def _on_a_gpu(tmp_path: Path, name: str, *options: str) -> Row:
+    """The only row of a benchmark file on a pretended GPU."""
+    (tmp_path / "planted.py").write_text(_ON_A_GPU)
+    variables = pretended(tmp_path / "cache")
+    variables["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
+    arguments = ["-m", "pytest", "-p", "planted", "-q", "-rs", "-p", "no:cacheprovider", f"bench/bench_{name}.py"]
+    arguments += ["--results", tmp_path / "rows.json", *options]
+    done = run(arguments, {name: value for name, value in variables.items() if not name.startswith("PYTEST_")})
+    assert done.returncode == 0, done.stdout
+    results = Results.load(tmp_path / "rows.json")
+    assert results.machine["capability"] == "8.0"
+    (row,) = results.rows
+    assert row.precision == "bf16" and row.ms > 0
+    return row
+
+
+@pytest.mark.slow
+def test_forms_are_raced_where_there_is_a_gpu(tmp_path: Path) -> None:
+    row = _on_a_gpu(tmp_path, "forms", "--quick", "--sizes", "4", "-k", "same and forward")
+    assert list(row.ratios)[:2] == ["plain", "algebraic"] and any(name.startswith("pointer ") for name in row.ratios)
+
+
+@pytest.mark.slow
+def test_ops_and_steps_are_raced_where_there_is_a_gpu(tmp_path: Path) -> None:
+    (tmp_path / "step").mkdir()
+    row = _on_a_gpu(tmp_path / "step", "step", "-k", "64px-n64-batch16 and joint")
+    assert list(row.ratios) == ["eager"] and "graph breaks" in row.counts
+    row = _on_a_gpu(tmp_path, "equilibrium_update", "--quick")
+    assert list(row.ratios) == ["eager", "algebraic", "fused"]
+
+
+_LOSES_ITS_CONTEXT = """
+import torch
+from tests.kernels.conftest import pytest_runtest_protocol
+lost = []
+def synchronize():
+    if lost:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+torch.cuda.is_available, torch.cuda.synchronize, torch.cuda.lost = lambda: True, synchronize, lost
+"""
+_THREE = """
+import torch
+def test_before(): assert not torch.cuda.lost
+def test_loses(): torch.cuda.lost.append(True)
+def test_after(): assert not torch.cuda.lost
+"""
+
+
+@pytest.mark.slow
+def test_a_lost_context_ends_one_worker_and_no_other_test(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(_LOSES_ITS_CONTEXT)
+    (tmp_path / "test_three.py").write_text(_THREE)
+    variables = {name: value for name, value in environment().items() if not name.startswith("PYTEST_")}
+    done = run(["-m", "pytest", tmp_path, "-n", 1, "-v", "-p", "no:cacheprovider", "--rootdir", tmp_path], variables)
+    assert done.returncode == 1 and "crashed while running 'test_three.py::test_loses'" in done.stdout, done.stdout
+    assert "1 failed, 3 passed" in done.stdout  # the one that lost it counts twice

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastbegan.convert import accelerate
 from fastbegan.layers import Conv2dELU, UpsampleConv2dELU
 
+pytestmark = pytest.mark.core
 BEFORE: dict[str, Callable[[], nn.Module]] = {
     **{
         kind.__name__: kind

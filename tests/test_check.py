@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastbegan.convert import accelerate, chains, compare
 from tests.helpers.gans import GANS, seeded
 
+pytestmark = pytest.mark.core
 EVERY = pytest.mark.parametrize("name", GANS)
 
 

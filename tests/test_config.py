@@ -12,6 +12,8 @@ import pytest
 from fastbegan import ModelConfig, TrainConfig, UserError
 from fastbegan.config import FREE_ON_RESUME
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize(
     ("make", "field", "value", "accepted"),

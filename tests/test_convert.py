@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import statistics
-import time
 import warnings
 from typing import Any
 from unittest import mock
@@ -21,7 +19,10 @@ from tests.helpers.families import FAMILIES, Interpolating, Latent, images, sequ
 from tests.helpers.gans import seeded
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo of torch 2.7
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo of torch 2.7
+]
 
 
 def _made(family: str) -> tuple[nn.Module, Tensor, int]:
@@ -130,17 +131,28 @@ def test_autocast_and_functional_call() -> None:
 
 def test_the_report_says_what_and_why() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 5, padding=2), nn.ELU(),
-        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU(),
-        nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(4, 4, 3, padding=1),
-        nn.Upsample(scale_factor=3), nn.Conv2d(4, 4, 3, padding=1),
-        nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ELU(),
-        nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.ELU(),
-        nn.ConvTranspose2d(4, 4, 4, 2, 1), nn.ELU(),
-        nn.Conv2d(4, 4, 3), nn.ELU(),
-        nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3), nn.SiLU(),
-        nn.Conv2d(4, 4, 1), nn.LeakyReLU(),
-    )  # fmt: skip
+        nn.Conv2d(3, 4, 5, padding=2),
+        nn.ELU(),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Upsample(scale_factor=3),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.ELU(),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+        nn.ELU(),
+        nn.ConvTranspose2d(4, 4, 4, 2, 1),
+        nn.ELU(),
+        nn.Conv2d(4, 4, 3),
+        nn.ELU(),
+        nn.ZeroPad2d(1),
+        nn.Conv2d(4, 4, 3),
+        nn.SiLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.LeakyReLU(),
+    )
     x = images(1, 3, 8, 8)
     report = _report(accelerate(model, check=x))
     assert report.replaced == {
@@ -402,25 +414,3 @@ def test_a_compiled_model_notices_too() -> None:
     for one in (model, own):
         one.gain, one.conv = 1.0, own.conv
     torch.testing.assert_close(compiled(x), own(x))
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("all cores")
-def test_a_decoder_is_half_again_as_fast() -> None:
-    """Four up-blocks of 64 channels to 64 px, forward and backward, in turns, against the faster memory format."""
-    blocks = [(nn.Upsample(scale_factor=2), nn.Conv2d(64, 64, 3, padding=1), nn.ELU(inplace=True)) for _ in range(4)]
-    plain = nn.Sequential(*(layer for block in blocks for layer in block), nn.Conv2d(64, 3, 3, padding=1), nn.Tanh())
-    last: Any = copy.deepcopy(plain)
-    last.to(memory_format=torch.channels_last)
-    x = images(16, 64, 4, 4).requires_grad_()
-    models = {"plain": plain, "channels_last": last, "fast": accelerate(copy.deepcopy(last))}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(9):
-        for name, model in models.items():
-            begin = time.perf_counter()
-            model(x).square().mean().backward()
-            seconds[name].append(time.perf_counter() - begin)
-    turns = list(zip(*(seconds[name][2:] for name in models), strict=True))
-    ratio = statistics.median(min(one, other) / fast for one, other, fast in turns)
-    print(f"{ratio:.2f} times as fast")
-    assert ratio >= 1.5

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastbegan.convert import accelerate, chains, compare, restore
 from tests.helpers.families import Interpolating, images, made
 
+pytestmark = pytest.mark.core
 Forward = Callable[[Any, Tensor], Any]
 X = images(2, 3, 6, 6)
 
@@ -116,11 +117,23 @@ def _plain_end_written(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "forward",
     [
-        _alias_written, _skip_relu, _view_written, _written_after, _added_in_place, _written_view, _written_list,
-        _written_data, _flattened, _sliced, _makes_a_module, _numpy_gain, _hypernetwork, _padded_then_written,
+        _alias_written,
+        _skip_relu,
+        _view_written,
+        _written_after,
+        _added_in_place,
+        _written_view,
+        _written_list,
+        _written_data,
+        _flattened,
+        _sliced,
+        _makes_a_module,
+        _numpy_gain,
+        _hypernetwork,
+        _padded_then_written,
         _plain_end_written,
     ],
-)  # fmt: skip
+)
 def test_the_same_whatever_a_forward_does(forward: Forward) -> None:
     model = made(forward)
     own = copy.deepcopy(model)

@@ -12,6 +12,8 @@ from fastbegan import ModelConfig, TrainConfig, UserError, device
 from fastbegan.device import pick_device, pick_precision, set_backends
 from fastbegan.training import tune
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture
 def old_card(monkeypatch: pytest.MonkeyPatch) -> None:

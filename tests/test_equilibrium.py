@@ -11,6 +11,8 @@ from fastbegan import Equilibrium, TrainConfig, UserError
 from fastbegan.training.schedule import StallHalving
 from fastbegan_kernels import equilibrium_update, reference
 
+pytestmark = pytest.mark.core
+
 
 def _update(equilibrium: Equilibrium, real: float, fake: float, skip: bool | None = None) -> None:
     flag = None if skip is None else torch.tensor(skip)
@@ -67,10 +69,17 @@ def test_the_window_is_apart_from_the_log() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "accepted"),
-    [("gamma", 2, "0 to 1"), ("gamma", "0.5", "0 to 1"), ("gamma", -0.1, "0 to 1"), ("gamma", float("nan"), "0 to 1"),
-     ("gamma", True, "0 to 1"), ("gamma", None, "0 to 1"), ("lambda_k", -1.0, "numbers from 0"),
-     ("lambda_k", "1e-3", "numbers from 0")],
-)  # fmt: skip
+    [
+        ("gamma", 2, "0 to 1"),
+        ("gamma", "0.5", "0 to 1"),
+        ("gamma", -0.1, "0 to 1"),
+        ("gamma", float("nan"), "0 to 1"),
+        ("gamma", True, "0 to 1"),
+        ("gamma", None, "0 to 1"),
+        ("lambda_k", -1.0, "numbers from 0"),
+        ("lambda_k", "1e-3", "numbers from 0"),
+    ],
+)
 def test_what_no_controller_can_be_is_named_alike(field: str, value: Any, accepted: str) -> None:
     words = []
     for make, error in ((Equilibrium, ValueError), (TrainConfig, UserError)):

@@ -18,6 +18,7 @@ from fastbegan.convert import accelerate, restore
 from fastbegan.convert.follow import CannotFollowError, follow
 from tests.helpers.families import Interpolating, images, made
 
+pytestmark = pytest.mark.core
 Forward = Callable[[Any, Tensor], Any]
 
 

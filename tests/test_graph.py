@@ -12,6 +12,7 @@ import torch
 
 from fastbegan.training.graph import GraphedStep
 
+pytestmark = pytest.mark.core
 CUDA = torch.device("cuda", 0)
 
 
@@ -50,9 +51,14 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     for name, value in {
         "graph_pool_handle": lambda: (0, 7),
-        "Stream": Stream, "CUDAGraph": Graph, "graph": capture, "synchronize": lambda *_: None,
-        "set_stream": lambda _: None, "current_stream": lambda _: here, "stream": lambda _: contextlib.nullcontext(),
-    }.items():  # fmt: skip
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "synchronize": lambda *_: None,
+        "set_stream": lambda _: None,
+        "current_stream": lambda _: here,
+        "stream": lambda _: contextlib.nullcontext(),
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return state
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastbegan.cli import main
-from fastbegan.training import loop as train_module
+from fastbegan.training import sheets
 from fastbegan.training.health import HealthMonitor
 from tests.helpers.processes import TINY
 
@@ -43,7 +43,7 @@ def test_a_short_run_is_told_by_its_middle() -> None:
 def test_a_run_whose_samples_stay_alike_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_module, "diversity", lambda images: 0.001)
+    monkeypatch.setattr(sheets, "diversity", lambda images: 0.001)
     flags = [*TINY, "--sample-every", "10", "--device", "cpu", "--out", str(tmp_path / "run")]
     for steps in ("40", "50"):  # the continued run was told before
         assert main(["train", *flags, "--steps", steps]) == 0

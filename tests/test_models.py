@@ -23,6 +23,8 @@ from fastbegan import (
 from fastbegan.nets.models import build, count_parameters, to_plain
 from fastbegan.training.cost import step_cost
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize(
     ("config", "parameters"),

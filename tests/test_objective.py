@@ -13,6 +13,7 @@ from fastbegan.config import ObjectiveConfig
 from fastbegan.nets.models import build
 from fastbegan.training.objective import OBJECTIVES, Objective
 
+pytestmark = pytest.mark.core
 K = torch.tensor(0.37)
 EVERY = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 
@@ -143,16 +144,16 @@ def test_rounding_is_at_most_twice_the_textbooks(passes: str, dtype: torch.dtype
     assert 0 < errors[1] <= 2 * errors[0] + 1e-6 * exact.norm().item()
 
 
-@pytest.mark.parametrize("passes", ["single-pass", "joint"])
+@pytest.mark.parametrize("passes", ["single-pass", pytest.param("joint", marks=pytest.mark.slow)])
 def test_a_step_on_the_kernels(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole nets through the fused tier, under the interpreter where there is no GPU."""
     pytest.importorskip("triton")
     on_gpu = torch.cuda.is_available()
-    size, widths = (32, (2, 3, 3)) if on_gpu else (16, (1, 1))
+    batch, size, widths = (2, 32, (2, 3, 3)) if on_gpu else (1, 16, (1, 1))
     config = ModelConfig(size=size, filters=4, hidden=4, latent=5, widths=widths, repeats=1 + on_gpu)
     nets = build(config, seed=0, device="cuda" if on_gpu else "cpu")
     device = next(nets[0].parameters()).device
-    real, z = torch.rand(2, 3, size, size, device=device) * 2 - 1, torch.rand(2, 5, device=device)
+    real, z = torch.rand(batch, 3, size, size, device=device) * 2 - 1, torch.rand(batch, 5, device=device)
     found = []
     for how in ("textbook", passes):
         if how == passes:

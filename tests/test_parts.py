@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastbegan import PRESETS, ModelConfig, TrainConfig, TrainStep, UserError
+from fastbegan import ModelConfig, TrainConfig, TrainStep, UserError
 from fastbegan.data.choose import same_images
 from fastbegan.display import Display
 from fastbegan.distributed.bucket import Bucket
@@ -24,11 +24,12 @@ from fastbegan.layers import Equilibrium
 from fastbegan.nets.models import build
 from fastbegan.runs.checkpoint import list_checkpoints
 from fastbegan.runs.folder import RunConfig
-from fastbegan.training import loop as train
-from fastbegan.training.loop import Training
+from fastbegan.training import checkpoints
+from fastbegan.training.loop import NOT_FINITE, Training
 from fastbegan.training.objective import OBJECTIVES
 from fastbegan_kernels import tuning
 
+pytestmark = pytest.mark.core
 MODEL = ModelConfig(size=16, filters=4, hidden=6, latent=6, widths=(1, 2))
 TRAIN = TrainConfig(batch_size=6, lr=1e-3)
 MODES = [
@@ -258,6 +259,7 @@ class _Pair(Ranks):
         super().__init__(rank, 2)
         self.told: list[object] = []
         self.meets: Callable[[], object] = lambda: None
+        self.watch: Any = SimpleNamespace(settle=self.told.append, begin=lambda step: None, tick=lambda: None)
 
     def begin_sum(self, values: Tensor) -> Flight:
         return _Sum(values, values * 2)
@@ -268,9 +270,6 @@ class _Pair(Ranks):
 
     def from_first(self, value: Any) -> Any:
         return value
-
-    def settle(self, settled: bool = True) -> None:
-        self.told.append(settled)
 
 
 def _training(folder: Path, ranks: Ranks, **options: Any) -> Training:
@@ -286,11 +285,11 @@ def test_all_ranks_wait_until_the_first_has_said_what_was_not_finite(
     training = _training(tmp_path / "run", ranks)
     training.advance_one()
     written: list[str] = []
-    monkeypatch.setattr(training._writer, "finish", lambda: written.append("checkpoint"))
+    monkeypatch.setattr(training.checkpoints, "finish", lambda: written.append("checkpoint"))
     ranks.told.clear()
     ranks.meets = lambda: (*written, training.folder.nonfinite_file.exists())
-    assert training._stop_not_finite() == train.NOT_FINITE
-    assert ranks.told == [False, ("checkpoint", True)]
+    assert training._stop_not_finite() == NOT_FINITE
+    assert ranks.told == [("checkpoint", True)]
 
 
 def test_steps_are_settled_but_for_the_first_sheet(tmp_path: Path) -> None:
@@ -299,19 +298,17 @@ def test_steps_are_settled_but_for_the_first_sheet(tmp_path: Path) -> None:
     training = _training(tmp_path / "run", ranks)
     settled: list[object] = []
     for _ in range(6):
-        training.advance_one()
         ranks.told.clear()
-        training._settle()
-        settled += [one for one in ranks.told if one is not None]
+        training.advance_one()
+        settled += [message for message in ranks.told if message is not None]
     assert settled == [True]
     ranks.told.clear()
-    training._checkpoint()
-    training._writer.finish()
-    assert ranks.told == [None, True]
+    training.checkpoints.save(training.progress.done, training.state)
+    assert False not in ranks.told
+    training.checkpoints.finish()
     ranks.told.clear()
-    training._row_clock = 0.0
     for _ in range(2):
-        training._sheet()
+        training.sheets.draw(training.progress.done)
     assert ranks.told == [False, True, True]
 
 
@@ -327,38 +324,15 @@ def test_the_first_rank_chooses_the_kernel_of_k_for_all(monkeypatch: pytest.Monk
 
 
 def test_a_step_does_not_wait_until_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, disk = train.save_checkpoint, threading.Event()
-    monkeypatch.setattr(train, "save_checkpoint", lambda *what: (disk.wait(300), save(*what)))
+    save, disk = checkpoints.save_checkpoint, threading.Event()
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *what: (disk.wait(300), save(*what)))
     config = TrainConfig(data="faces:64", batch_size=8, steps=40, device="cpu", precision="float32")
     with Display(quiet=True) as display:
         training = Training(RunConfig("demo", MODEL, config), tmp_path / "run", resume=True, display=display)
         training.advance_one()
-        training._checkpoint()
+        training.checkpoints.save(training.progress.done, training.state)
         training.advance_one()
         assert not list_checkpoints(tmp_path / "run" / "checkpoints")
         disk.set()
-        training._writer.finish()
+        training.checkpoints.finish()
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["000000001"]
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("all cores")
-def test_a_checkpoint_hardly_holds_up_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the size of the demo, on a disk that takes a second: under 50 ms, unless the one before is not done."""
-    save = train.save_checkpoint
-    monkeypatch.setattr(train, "save_checkpoint", lambda *what: (time.sleep(1), save(*what)))
-    preset = PRESETS["demo"]
-    config = replace(preset.train, data="faces:64", device="cpu", compile="off")
-    with Display(quiet=True) as display:
-        training = Training(RunConfig("demo", preset.model, config), tmp_path / "run", resume=True, display=display)
-        waited = []
-        for _ in range(3):
-            training.advance_one()
-            training._writer.finish()
-            begun = time.monotonic()
-            training._checkpoint()
-            waited.append(time.monotonic() - begun)
-        training._writer.finish()
-    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2
-    print(f"a step waited {[f'{1e3 * one:.1f}' for one in sorted(waited)]} ms")
-    assert sorted(waited)[1] < 0.05, waited

@@ -32,8 +32,11 @@ def test_a_planted_fault_is_told_and_the_right_way_is_not(planted: Rows, name: s
 @PLANTED
 def test_waits_and_copies_are_counted_by_their_lines(planted: Rows) -> None:
     assert sorted(map(tuple, planted["counted"]["rows"])) == [
-        (findings.PAGEABLE, 6), (findings.PINNED, 7), (findings.WAIT, 5), (findings.WAIT, 9),
-    ]  # fmt: skip
+        (findings.PAGEABLE, 6),
+        (findings.PINNED, 7),
+        (findings.WAIT, 5),
+        (findings.WAIT, 9),
+    ]
 
 
 _CARDS = """
@@ -63,8 +66,10 @@ def test_cards_are_told_apart_and_each_thread_has_a_current_one(tmp_path: Path) 
     done = run(["-c", _CARDS], pretended(tmp_path, "80,61"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "2 [(8, 0), (6, 1)]", "[1, 1, 0, 0, 0, 1, 1] Pretended sm_61", "CUDA error: invalid device ordinal",
-    ]  # fmt: skip
+        "2 [(8, 0), (6, 1)]",
+        "[1, 1, 0, 0, 0, 1, 1] Pretended sm_61",
+        "CUDA error: invalid device ordinal",
+    ]
 
 
 _WHEEL = """
@@ -83,8 +88,9 @@ except Exception as error:
 def test_cards_that_the_wheel_has_no_code_for(tmp_path: Path) -> None:
     done = run(["-c", _WHEEL], pretended(tmp_path, "80,50", arches="sm_80,sm_90"))
     assert done.stdout.splitlines() == [
-        "1 True", "CUDA error: no kernel image is available for execution on the device"
-    ], done.stderr  # fmt: skip
+        "1 True",
+        "CUDA error: no kernel image is available for execution on the device",
+    ], done.stderr
 
 
 def test_nothing_is_pretended_where_nobody_asks(tmp_path: Path) -> None:

@@ -98,9 +98,14 @@ def test_two_ranks_with_their_sum_in_the_graph(tmp_path: Path) -> None:
     command += ["fastbegan", *FLAGS, "--out", str(tmp_path / "run")]
     for steps in ("8", "12"):
         process = subprocess.Popen(
-            [*command, "--steps", steps], env=variables, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, start_new_session=True,
-        )  # fmt: skip
+            [*command, "--steps", steps],
+            env=variables,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         try:
             output = process.communicate(timeout=200)[0]
         finally:

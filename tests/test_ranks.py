@@ -47,9 +47,13 @@ def torchrun() -> Iterator[Start]:
         program = [str(ROOT / "tests" / "helpers" / "faulty.py"), *fault.split()] if fault else ["-m", "fastbegan"]
         command += ["--nproc-per-node", str(ranks), *program, "train", *map(str, arguments)]
         process = subprocess.Popen(
-            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             start_new_session=True,
-        )  # fmt: skip
+        )
         started.append(process)
         return process
 
@@ -128,7 +132,7 @@ def test_a_run_goes_on_with_fewer_and_more_ranks(tmp_path: Path, torchrun: Start
         _check_near(tmp_path / "whole", tmp_path / f"{ranks}")
 
 
-@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("restarts", [pytest.param(0, marks=pytest.mark.core), pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_dies(tmp_path: Path, torchrun: Start, restarts: int) -> None:
     out = tmp_path / "run"
     run = torchrun(2, *FLAGS, "--steps", 25, "--out", out, fault="collect 30 kill 1", restarts=restarts)
@@ -279,6 +283,7 @@ def test_bad_input_is_said_once(tmp_path: Path, torchrun: Start) -> None:
         assert "exitcode  : 2" in output and "interrupted" not in output
 
 
+@pytest.mark.core
 def test_of_several_ranks_only_an_interrupt_ends_a_start() -> None:
     with StopRequest(ranks=True) as stop:
         signal.raise_signal(signal.SIGTERM)  # torchrun's, since another rank died: it has yet to be named
@@ -290,6 +295,7 @@ def test_of_several_ranks_only_an_interrupt_ends_a_start() -> None:
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.core
 def test_ranks_that_start_again_do_not_take_what_was_left_for_their_own() -> None:
     """Two generations of three ranks in one store, with the hello of a rank that ended at once between them."""
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -350,6 +356,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.core
 def test_there_are_twenty_points() -> None:
     assert len(POINTS) >= 20
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import fastbegan.training.loop
 from fastbegan import ModelConfig, TrainConfig
 from fastbegan.display import Display
 from fastbegan.runs.checkpoint import list_checkpoints
@@ -19,9 +18,15 @@ from fastbegan.training.loop import NOT_FINITE, StopRequest, Training
 from fastbegan.training.reading import Reading
 
 SHORT = TrainConfig(
-    data="faces:64", batch_size=8, steps=20, log_every=5, sample_every=15, checkpoint_every=1000, device="cpu",
+    data="faces:64",
+    batch_size=8,
+    steps=20,
+    log_every=5,
+    sample_every=15,
+    checkpoint_every=1000,
+    device="cpu",
     precision="float32",
-)  # fmt: skip
+)
 
 
 def _run(out: Path, prepare: Callable[[Training], None] = lambda training: None, **changes: Any) -> int:
@@ -65,7 +70,7 @@ def test_late_rows_are_the_same_rows(prompt: Path, tmp_path: Path, monkeypatch: 
 
     def watch(training: Training) -> None:
         def append(folder: RunFolder, row: dict[str, Any]) -> None:
-            late.append(training.done - row["step"])
+            late.append(training.progress.done - row["step"])
             write(folder, row)
 
         monkeypatch.setattr(RunFolder, "append_metrics", append)
@@ -81,13 +86,13 @@ def test_a_checkpoint_waits_for_the_row_and_for_the_numbers(tmp_path: Path, monk
     rows_at: list[int] = []
 
     def watch(training: Training) -> None:
-        save = training._checkpoint
+        save = training.checkpoints.save
 
-        def checkpoint() -> None:
+        def checkpoint(step: int, state: Callable[[], dict[str, Any]]) -> None:
             rows_at.append(len(RunFolder(tmp_path / "run").read_metrics()))
-            save()
+            save(step, state)
 
-        monkeypatch.setattr(training, "_checkpoint", checkpoint)
+        monkeypatch.setattr(training.checkpoints, "save", checkpoint)
 
     assert _run(tmp_path / "run", watch, sample_every=1000, checkpoint_every=7) == 0
     assert rows_at == [1, 2, 4]  # at 7, 14 and 20: those of 5; of 10; of 15 and 20
@@ -103,14 +108,14 @@ def test_a_checkpoint_waits_for_the_row_and_for_the_numbers(tmp_path: Path, monk
 
 def test_images_a_second_are_of_the_row_and_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("fastbegan.training.loop.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
 
     def slow(training: Training) -> None:
-        advance, save, draw = training.advance, training._checkpoint, fastbegan.training.loop.training_sheet
+        advance, save, draw = training.advance, training.checkpoints.save, training.sheets.draw
         monkeypatch.setattr(advance, "work", lambda work=advance.work: (work(), now.__setitem__(0, now[0] + 0.5)))
-        monkeypatch.setattr(training, "_checkpoint", lambda: (save(), now.__setitem__(0, now[0] + 70)))
-        sheet = lambda *given: (now.__setitem__(0, now[0] + 30), draw(*given))[1]  # noqa: E731
-        monkeypatch.setattr(fastbegan.training.loop, "training_sheet", sheet)
+        monkeypatch.setattr(training.checkpoints, "save", lambda *a: (save(*a), now.__setitem__(0, now[0] + 70)))
+        sheet = lambda step: (now.__setitem__(0, now[0] + 30), draw(step))[1]  # noqa: E731
+        monkeypatch.setattr(training.sheets, "draw", sheet)
 
     assert _run(tmp_path / "run", slow, checkpoint_every=7) == 0
     rows = RunFolder(tmp_path / "run").read_metrics()

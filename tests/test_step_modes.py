@@ -113,11 +113,14 @@ def test_options_reach_the_nets() -> None:
     assert not _step().discriminator.encoder.recompute
 
 
-@pytest.mark.parametrize(("updates", "latents", "packs"), [
-    ("simultaneous", "shared", [1, 1]),
-    ("simultaneous", "independent", [1, 1]),
-    ("alternating", "shared", [2, 2]),  # D's weights change in between
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("updates", "latents", "packs"),
+    [
+        ("simultaneous", "shared", [1, 1]),
+        ("simultaneous", "independent", [1, 1]),
+        ("alternating", "shared", [2, 2]),  # D's weights change in between
+    ],
+)
 @pytest.mark.parametrize("passes", ["single-pass", "joint"])
 def test_weights_are_packed_once_an_update(
     passes: str, updates: str, latents: str, packs: list[int], monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,7 @@ from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.training.loop import NOT_FINITE, StopRequest, Training, train
 from fastbegan_kernels import tuning
 
+pytestmark = pytest.mark.core
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -274,7 +275,7 @@ def test_the_rate_asked_for_survives_a_kill(tmp_path: Path, monkeypatch: pytest.
             config = RunConfig("demo", SMALL, replace(SHORT, lr=5e-4, lr_window=0))
             training = Training(config, out, resume=True, display=display)
             assert training.step.optimizer_d.param_groups[0]["lr"].item() == pytest.approx(5e-4)
-            assert training.schedule.lr == 5e-4 and training.done == 20
+            assert training.schedule.lr == 5e-4 and training.progress.done == 20
 
 
 def test_the_first_batch_and_draw_are_those_of_position_zero(tmp_path: Path) -> None:
@@ -290,25 +291,27 @@ def test_the_first_batch_and_draw_are_those_of_position_zero(tmp_path: Path) -> 
         assert torch.equal(seen[2 * number + 1], latents(SHORT.seed, Z_D, 8 * number, 8, latent, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("where", ["_sheet", "_log", "_checkpoint"])
+@pytest.mark.parametrize("where", ["sheets.draw", "metrics.catch_up", "metrics.log", "checkpoints.save"])
 def test_a_signal_at_any_moment_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     out = tmp_path / "run"
     with Display() as display, StopRequest() as stop:
         config = RunConfig("demo", SMALL, replace(SHORT, steps=1000, log_every=4, sample_every=6, checkpoint_every=10))
         training = Training(config, out, resume=True, display=display)
-        sound, calls = getattr(training, where), list[int]()
+        part, _, method = where.partition(".")
+        owner, calls = getattr(training, part), list[int]()
+        sound = getattr(owner, method)
 
         def interrupted(*arguments: object, **options: object) -> object:
-            calls.append(training.done)
+            calls.append(training.progress.done)
             if len(calls) == 2:
                 signal.raise_signal(signal.SIGINT)
             return sound(*arguments, **options)
 
-        monkeypatch.setattr(training, where, interrupted)
+        monkeypatch.setattr(owner, method, interrupted)
         assert training.run(stop) == 130
-    assert _last_state(out)["step"] == training.done == calls[1] + 1  # noticed after the next step
-    assert (out / "samples" / f"{training.done:09d}.png").exists()
-    assert RunFolder(out).read_metrics()[-1]["step"] == training.done
+    assert _last_state(out)["step"] == training.progress.done == calls[1] + 1  # noticed after the next step
+    assert (out / "samples" / f"{training.progress.done:09d}.png").exists()
+    assert RunFolder(out).read_metrics()[-1]["step"] == training.progress.done
 
 
 def test_a_signal_before_the_first_step_ends_at_once() -> None:

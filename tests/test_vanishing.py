@@ -56,9 +56,13 @@ def _step(compile_mode: str | None = None) -> TrainStep:
 def test_fading_compiles_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda net, fullgraph, dynamic, mode: compiled(
-        net, fullgraph=fullgraph, dynamic=dynamic, backend=lambda graph, _: made.append(graph) or graph
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda net, fullgraph, dynamic, mode: compiled(
+            net, fullgraph=fullgraph, dynamic=dynamic, backend=lambda graph, _: made.append(graph) or graph
+        ),
+    )
     torch.compiler.reset()
     step, z = _step("default"), torch.rand(4, 8)
     counts, carries = [], []

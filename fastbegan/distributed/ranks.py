@@ -114,6 +114,7 @@ class Ranks:
         self.rank, self.world, self.local = rank, world, local
         self.launched = "RANK" in os.environ  # by torchrun, which forwards signals and restarts failed ranks
         self.watch: Watch | None = None
+        self._settled = False
 
     @classmethod
     def join(cls, timeout: float) -> Ranks:
@@ -199,10 +200,20 @@ class Ranks:
         if self.watch is not None:
             self.watch.begin(number)
 
-    def settle(self, settled: bool = True) -> None:
-        """Tell the watch whether steps take their usual time from now on, or longer (they compile, or save)."""
+    def settle(self) -> None:
+        """Tell the watch that steps take their usual time from now on."""
+        self._settled = True
         if self.watch is not None:
-            self.watch.settle(settled)
+            self.watch.settle(True)
+
+    @contextlib.contextmanager
+    def patient(self, needed: bool = True) -> Iterator[None]:
+        """Allow this rank, inside and where `needed`, to keep the others waiting as long as a rank that starts."""
+        if needed and self.watch is not None:
+            self.watch.settle(False)
+        yield
+        if self.watch is not None:
+            self.watch.settle(self._settled)
 
     def tick(self) -> None:
         """Tell the watch that this rank is about to wait for the others."""

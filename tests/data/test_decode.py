@@ -124,10 +124,21 @@ def test_every_rotation(tmp_path: Path, orientation: int) -> None:
     Image.fromarray(pixels).save(plain, quality=95)
     Image.fromarray(pixels).save(turned, quality=95, exif=exif)
     seen = whole(read_bytes(plain))
-    ways = [seen, seen[:, ::-1], seen[::-1, ::-1], seen[::-1], *(seen.swapaxes(0, 1)[a, b] for a, b in (
-        (slice(None), slice(None)), (slice(None), slice(None, None, -1)),
-        (slice(None, None, -1), slice(None, None, -1)), (slice(None, None, -1), slice(None)),
-    ))]  # fmt: skip
+    ways = [
+        seen,
+        seen[:, ::-1],
+        seen[::-1, ::-1],
+        seen[::-1],
+        *(
+            seen.swapaxes(0, 1)[a, b]
+            for a, b in (
+                (slice(None), slice(None)),
+                (slice(None), slice(None, None, -1)),
+                (slice(None, None, -1), slice(None, None, -1)),
+                (slice(None, None, -1), slice(None)),
+            )
+        ),
+    ]
     assert np.array_equal(whole(read_bytes(turned)), ways[orientation - 1])
     assert decoding.decode(read_bytes(turned), "none").converted == (orientation > 1)
 

@@ -20,6 +20,7 @@ from fastbegan.data.loader import Batching, Loader, PackedLoader, ResidentLoader
 from fastbegan.data.prepare import load_catalogue
 from tests.helpers.processes import environment
 
+pytestmark = pytest.mark.core
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
 CPU = torch.device("cpu")
 KINDS = ("resident", "packed", "dali", "torch")

@@ -104,17 +104,6 @@ def test_a_run_goes_on_with_another_loader(pictures: Path, tmp_path: Path, fastb
         assert other.returncode == 2 and "is not what" in other.stderr, other.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("all cores")
-def test_a_step_hardly_waits_for_packed_images(pictures: Path, tmp_path: Path, fastbegan: Run) -> None:
-    flags = ("--data", pictures, "--batch-size", 12, "--loader", "packed", "--device", "cpu", "--compile", "off")
-    done = fastbegan("train", *flags, "--steps", 30, "--log-every", 5, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert "% waiting for data" in done.stdout
-    shares = sorted(row["data_wait"] for row in RunFolder(tmp_path / "run").read_metrics())
-    assert 0 < shares[len(shares) // 2] < 0.02, shares
-
-
 def test_an_empty_folder_is_no_pack(tmp_path: Path, fastbegan: Run) -> None:
     (tmp_path / "empty").mkdir()
     done = fastbegan("data", "pack", tmp_path / "empty", tmp_path / "x.pack")

@@ -1,4 +1,4 @@
-"""Compile every shipped kernel configuration for GPUs that are not here; run as a program, without the interpreter.
+"""Compile every shipped kernel configuration for absent GPUs. Run as a program, without the interpreter.
 
 Prints a JSON list: kernel, configuration, architecture, registers, stack, shared memory, and counts of the machine
 instructions that tell whether the matrix units and asynchronous copies are used.
@@ -76,9 +76,13 @@ def _matrix_cases(name: str, tiles: Sequence[AnyTile], channels: str = "") -> It
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
             missing = f", channels {channels}" if channels else ""
             yield (
-                f"{label} {name} {tile.name}{missing}", code, signature, constants | dict.fromkeys(absent), options,
+                f"{label} {name} {tile.name}{missing}",
+                code,
+                signature,
+                constants | dict.fromkeys(absent),
+                options,
                 ("C", "K") if channels != "odd" else (),
-            )  # fmt: skip
+            )
 
 
 def _descriptors(tile: TmaTile, name: str, transpose: bool, stride: int, first: bool) -> dict[str, str]:
@@ -100,59 +104,94 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
     rows = {"ACTIVATION": "elu", "BLOCK_M": 16, "BLOCK_K": 128}
     for skip in (0, 8):
         yield (
-            f"activation{' with skip' if skip else ''} {dtype}", elementwise._activation_kernel,
+            f"activation{' with skip' if skip else ''} {dtype}",
+            elementwise._activation_kernel,
             {"y_ptr": data, "b_ptr": "*fp32", "skip_ptr": data, "alpha": "fp32"}
             | dict.fromkeys(("rows", "height", "width", "K"), "i32"),
-            rows | {"HAS_BIAS": True, "SKIP_SIZE": skip} | ({} if skip else {"skip_ptr": None}), {}, ("K",),
-        )  # fmt: skip
+            rows | {"HAS_BIAS": True, "SKIP_SIZE": skip} | ({} if skip else {"skip_ptr": None}),
+            {},
+            ("K",),
+        )
     yield (
-        f"activation backward {dtype}", elementwise._activation_backward_kernel,
-        {"grad_ptr": data, "y_ptr": data, "out_ptr": data, "db_ptr": "*fp32", "rows": "i32", "K": "i32",
-         "alpha": "fp32"},
-        rows, {}, ("K",),
-    )  # fmt: skip
+        f"activation backward {dtype}",
+        elementwise._activation_backward_kernel,
+        {
+            "grad_ptr": data,
+            "y_ptr": data,
+            "out_ptr": data,
+            "db_ptr": "*fp32",
+            "rows": "i32",
+            "K": "i32",
+            "alpha": "fp32",
+        },
+        rows,
+        {},
+        ("K",),
+    )
     yield (
-        f"skip gradient {dtype}", elementwise._skip_gradient_kernel,
+        f"skip gradient {dtype}",
+        elementwise._skip_gradient_kernel,
         {"dz_ptr": data, "out_ptr": data} | dict.fromkeys(("height", "width", "K"), "i32"),
-        {"SIZE": 8, "BLOCK_W": 16, "BLOCK_K": 32}, {}, ("K",),
-    )  # fmt: skip
+        {"SIZE": 8, "BLOCK_W": 16, "BLOCK_K": 32},
+        {},
+        ("K",),
+    )
     for eta in (1, 2):
         for name, loss, gradient in (("loss", True, False), ("gradient", False, True), ("both", True, True)):
             pointers = dict.fromkeys(("prediction_ptr", "target_ptr", "d_prediction_ptr", "d_target_ptr"), data)
             absent = [] if gradient else ["scale_ptr", "d_prediction_ptr", "d_target_ptr"]
             absent += [] if loss else ["partial_ptr"]
             yield (
-                f"l1 {name} eta {eta} {dtype}", elementwise._l1_kernel,
+                f"l1 {name} eta {eta} {dtype}",
+                elementwise._l1_kernel,
                 pointers | {"scale_ptr": "*fp32", "partial_ptr": "*fp32", "values": "i32"},
                 {"ETA": eta, "LOSS": loss, "GRADIENT": gradient, "TO_TARGET": gradient, "BLOCK": 1024}
-                | dict.fromkeys(absent), {}, ("values",),
-            )  # fmt: skip
+                | dict.fromkeys(absent),
+                {},
+                ("values",),
+            )
     for windows in (False, True):
         yield (
-            f"normalize images{', windows' if windows else ''} {dtype}", elementwise._normalize_images_kernel,
+            f"normalize images{', windows' if windows else ''} {dtype}",
+            elementwise._normalize_images_kernel,
             {"images_ptr": "*u8", "index_ptr": "*i64", "flip_ptr": "*u8", "corner_ptr": "*i64", "out_ptr": data}
             | dict.fromkeys(("height", "width", "margin"), "i32"),
             {"C": 3, "HAS_INDEX": True, "HAS_FLIP": True, "HAS_MARGIN": windows, "BLOCK": 1024}
-            | ({} if windows else {"corner_ptr": None}), {}, (),
-        )  # fmt: skip
+            | ({} if windows else {"corner_ptr": None}),
+            {},
+            (),
+        )
     for backward in (False, True):
         yield (
-            f"fold{' backward' if backward else ''} {dtype}", elementwise._fold_kernel,
+            f"fold{' backward' if backward else ''} {dtype}",
+            elementwise._fold_kernel,
             {"table_ptr": "*i64", "owner_ptr": "*i32", "packed_ptr": data, "gradient_ptr": "*fp32"},
-            {"BACKWARD": backward, "BLOCK": 64} | ({} if backward else {"gradient_ptr": None}), {}, (),
-        )  # fmt: skip
+            {"BACKWARD": backward, "BLOCK": 64} | ({} if backward else {"gradient_ptr": None}),
+            {},
+            (),
+        )
 
 
 def cases(capability: int) -> Iterator[Case]:
-    """What ships for an architecture: elementwise kernels everywhere, matrix products from Ampere on."""
+    """All shipped kernels for an architecture: elementwise ones everywhere, matrix products from Ampere on."""
     yield (
-        "equilibrium update", elementwise._equilibrium_update_kernel,
+        "equilibrium update",
+        elementwise._equilibrium_update_kernel,
         {
-            "real_ptr": "*fp32", "fake_ptr": "*fp32", "skip_ptr": "*u8", "k_ptr": "*fp32", "sums_ptr": "*fp32",
-            "window_ptr": "*fp64", "samples": "i32", "gamma": "fp32", "lambda_k": "fp32",
+            "real_ptr": "*fp32",
+            "fake_ptr": "*fp32",
+            "skip_ptr": "*u8",
+            "k_ptr": "*fp32",
+            "sums_ptr": "*fp32",
+            "window_ptr": "*fp64",
+            "samples": "i32",
+            "gamma": "fp32",
+            "lambda_k": "fp32",
         },
-        {"HAS_SKIP": True, "BLOCK": 256}, {}, (),
-    )  # fmt: skip
+        {"HAS_SKIP": True, "BLOCK": 256},
+        {},
+        (),
+    )
     for dtype in ("fp32",) if capability < 80 else ("fp32", "bf16"):
         yield from _elementwise_cases(dtype)
     if capability < 80:
@@ -195,13 +234,17 @@ def measure(case: Case, capability: int) -> dict[str, Any]:
         products = [found.start() for found in re.finditer(r"\bHGMMA\b", machine)]
         counts["LDSM"] = len(re.findall(r"\bLDSM\b", machine[products[0] : products[-1]])) if products else 0
     return {
-        "kernel": name, "sm": capability, "registers": int(found[1]), "stack": int(found[2]),
-        "shared": compiled.metadata.shared, **counts,
-    }  # fmt: skip
+        "kernel": name,
+        "sm": capability,
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared": compiled.metadata.shared,
+        **counts,
+    }
 
 
 def main() -> None:
-    """Arguments: an architecture, and part of the names to compile (all where none is given)."""
+    """Arguments: an architecture, and optionally a part of the names to compile."""
     sm, *wanted = sys.argv[1:]
     chosen = [case for case in cases(int(sm)) if not wanted or wanted[0] in case[0]]
     print(json.dumps([measure(case, int(sm)) for case in chosen]))

@@ -16,12 +16,20 @@ from torch import Tensor, nn
 def sequential(width: int = 8) -> nn.Module:
     """A decoder as one nn.Sequential."""
     return nn.Sequential(
-        nn.Linear(6, width * 16), nn.Unflatten(1, (width, 4, 4)),
-        nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1), nn.ELU(inplace=True),
-        nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width, 3, 1, 1), nn.ELU(True),
-        nn.Conv2d(width, width, 3, 1, 1), nn.ELU(True),
-        nn.UpsamplingNearest2d(scale_factor=2), nn.Conv2d(width, 3, 3, 1, "same"), nn.Tanh(),
-    )  # fmt: skip
+        nn.Linear(6, width * 16),
+        nn.Unflatten(1, (width, 4, 4)),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ELU(inplace=True),
+        nn.Upsample(scale_factor=2, mode="nearest"),
+        nn.Conv2d(width, width, 3, 1, 1),
+        nn.ELU(True),
+        nn.Conv2d(width, width, 3, 1, 1),
+        nn.ELU(True),
+        nn.UpsamplingNearest2d(scale_factor=2),
+        nn.Conv2d(width, 3, 3, 1, "same"),
+        nn.Tanh(),
+    )
 
 
 class Interpolating(nn.Module):

@@ -25,20 +25,20 @@ from fastbegan.distributed.bucket import Bucket
 from fastbegan.distributed.ranks import Flight, LostContactError
 from fastbegan.runs import checkpoint
 from fastbegan.runs.folder import RunFolder
-from fastbegan.training import loop as train
+from fastbegan.training import checkpoints, loop, sheets
 from fastbegan.training.step import TrainStep
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "load": (train, "open_loader"),
+    "load": (loop, "open_loader"),
     "config": (RunFolder, "write_config"),
     "prepare": (PackedLoader, "prepare"),
     "step": (TrainStep, "forward"),
     "collect": (Bucket, "collect"),
     "land": (Flight, "land"),
     "metrics": (RunFolder, "append_metrics"),
-    "sheet": (train, "save_png"),
+    "sheet": (sheets, "save_png"),
     "weights": (RunFolder, "write_weights"),
-    "copy": (train, "copied"),
+    "copy": (checkpoints, "copied"),
     "save": (torch, "save"),
     "fsync": (os, "fsync"),
     "sum": (checkpoint, "sha256"),

@@ -22,9 +22,12 @@ class DCGANGenerator(nn.Module):
         self.width = width
         self.l1 = nn.Sequential(nn.Linear(latent, width * 8**2))
         self.conv_blocks = nn.Sequential(
-            nn.BatchNorm2d(width), *_up(width, width), *_up(width, width // 2),
-            nn.Conv2d(width // 2, 3, 3, stride=1, padding=1), nn.Tanh(),
-        )  # fmt: skip
+            nn.BatchNorm2d(width),
+            *_up(width, width),
+            *_up(width, width // 2),
+            nn.Conv2d(width // 2, 3, 3, stride=1, padding=1),
+            nn.Tanh(),
+        )
 
     def forward(self, noise: Tensor) -> Tensor:
         out = self.l1(noise)
@@ -76,15 +79,35 @@ class BEGANDiscriminator(nn.Module):
         super().__init__()
         conv = lambda a, b, stride=1: nn.Conv2d(a, b, 3, stride, 1)  # noqa: E731
         self.encoder = nn.Sequential(
-            conv(3, width), nn.ELU(True), conv(width, width), nn.ELU(True), conv(width, 2 * width, 2), nn.ELU(True),
-            conv(2 * width, 2 * width), nn.ELU(True), conv(2 * width, 3 * width, 2), nn.ELU(True), nn.Flatten(),
+            conv(3, width),
+            nn.ELU(True),
+            conv(width, width),
+            nn.ELU(True),
+            conv(width, 2 * width, 2),
+            nn.ELU(True),
+            conv(2 * width, 2 * width),
+            nn.ELU(True),
+            conv(2 * width, 3 * width, 2),
+            nn.ELU(True),
+            nn.Flatten(),
             nn.Linear(3 * width * 8**2, code),
-        )  # fmt: skip
+        )
         self.decoder = nn.Sequential(
-            nn.Linear(code, width * 8**2), nn.Unflatten(1, (width, 8, 8)), conv(width, width), nn.ELU(True),
-            nn.UpsamplingNearest2d(scale_factor=2), conv(width, width), nn.ELU(True), conv(width, width), nn.ELU(True),
-            nn.UpsamplingNearest2d(scale_factor=2), conv(width, width), nn.ELU(True), conv(width, 3), nn.Tanh(),
-        )  # fmt: skip
+            nn.Linear(code, width * 8**2),
+            nn.Unflatten(1, (width, 8, 8)),
+            conv(width, width),
+            nn.ELU(True),
+            nn.UpsamplingNearest2d(scale_factor=2),
+            conv(width, width),
+            nn.ELU(True),
+            conv(width, width),
+            nn.ELU(True),
+            nn.UpsamplingNearest2d(scale_factor=2),
+            conv(width, width),
+            nn.ELU(True),
+            conv(width, 3),
+            nn.Tanh(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.encoder(x))
@@ -112,8 +135,11 @@ class AnoGANGenerator(nn.Module):
         self.first, self.width = nn.Linear(latent, width * 4**2), width
         self.blocks = nn.Sequential(
             *(_Block(width, width, nn.BatchNorm2d, nn.Upsample(scale_factor=2), up=True) for _ in range(3)),
-            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 1, 3, padding=1), nn.Tanh(),
-        )  # fmt: skip
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, 1, 3, padding=1),
+            nn.Tanh(),
+        )
 
     def forward(self, z: Tensor) -> Tensor:
         return self.blocks(self.first(z).view(-1, self.width, 4, 4))

@@ -1,4 +1,4 @@
-"""How far a kernel may be from float64, and what it is given.
+"""The allowed distance of a kernel from float64, and its random inputs.
 
 The largest error may be twice that of PyTorch's own op in the same dtype, plus 1e-6; four times for up-convolutions in
 half precision, whose weights are rounded once folded.
@@ -55,7 +55,7 @@ def check(
 ) -> None:
     """Both in the inputs' dtype against `plain` in float64, output and gradients of all inputs."""
     dtype = inputs[0].dtype
-    grad = random_tensor(*plain(*inputs).shape, seed=99, dtype=dtype)
+    grad = random_tensor(*plain(*inputs).shape, seed=99, dtype=dtype).to(inputs[0].device)
     exact = outputs_and_gradients(plain, [value.double() for value in inputs], grad)
     own = outputs_and_gradients(plain, inputs, grad)
     compare(outputs_and_gradients(fused, inputs, grad), own, exact, dtype, factor)

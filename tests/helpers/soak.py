@@ -28,9 +28,18 @@ def _kib() -> int:
 
 def main(folder: Path, steps: int) -> None:
     train = replace(
-        PRESETS["demo"].train, data="faces:64", images=None, steps=steps, batch_size=8, device="cpu", log_every=10,
-        sample_every=100, checkpoint_every=50, compile="default", precision="float32",
-    )  # fmt: skip
+        PRESETS["demo"].train,
+        data="faces:64",
+        images=None,
+        steps=steps,
+        batch_size=8,
+        device="cpu",
+        log_every=10,
+        sample_every=100,
+        checkpoint_every=50,
+        compile="default",
+        precision="float32",
+    )
     with Display(quiet=True) as display:
         config = RunConfig("demo", ModelConfig(size=32, filters=4), train)
         training = Training(config, folder, resume=True, display=display)
@@ -39,10 +48,10 @@ def main(folder: Path, steps: int) -> None:
 
         def advance_one() -> None:
             step()
-            if training.done % (steps // 4) == 0:
+            if training.progress.done % (steps // 4) == 0:
                 stats = counters["stats"]
                 graphs, breaks = stats["unique_graphs"], sum(counters["graph_break"].values())
-                found.append({"step": training.done, "kib": _kib(), "graphs": graphs, "breaks": breaks})
+                found.append({"step": training.progress.done, "kib": _kib(), "graphs": graphs, "breaks": breaks})
 
         training.advance_one = advance_one  # type: ignore[method-assign]
         assert training.run(StopRequest()) == 0

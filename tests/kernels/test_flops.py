@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastbegan_kernels import conv_stage, flops, fold
 
+pytestmark = pytest.mark.core
 CASES = [("same same", 3), ("same down", 3), ("same same up", 3), ("up", 3), ("down up same", 3), ("same", 1)]
 
 

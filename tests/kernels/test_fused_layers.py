@@ -110,10 +110,10 @@ def _check_tile(kind: str, shape: Sequence[int], tile: tiles.AnyTile, dtype: tor
     def forward(values: Sequence[Tensor | None]) -> list[Tensor]:
         a, b, c, d = values
         assert a is not None and b is not None
-        return [tiers.forward(a, b, c, d, **settings, how="plain")]
+        return [tiers.forward(a, b, c, d, **settings, form="plain")]
 
     def backward(d: Tensor, y: Tensor, w: Tensor) -> list[Tensor]:
-        dx, db = tiers.input_gradient(d, y, w, **settings, how="plain")
+        dx, db = tiers.input_gradient(d, y, w, **settings, form="plain")
         assert db is not None
         return [dx, db]
 
@@ -126,7 +126,7 @@ def _check_tile(kind: str, shape: Sequence[int], tile: tiles.AnyTile, dtype: tor
     compare([dx, db], backward(dz, y, weight), backward(dz.double(), y.double(), weight.double()), dtype)
     plain, none = launch.input_gradient(dz, weight, kind=kind, size=x.shape[2:], tile=tile)
     exact = tiers.input_gradient(
-        dz.double(), x.double(), weight.double(), kind=kind, activation=None, alpha=1, how="plain"
+        dz.double(), x.double(), weight.double(), kind=kind, activation=None, alpha=1, form="plain"
     )
     assert none is None and (plain - exact[0]).abs().max() <= 1e-2 * exact[0].abs().max()
 
@@ -142,17 +142,26 @@ def test_pointer_tiles(shape: tuple[int, ...], kind: str, dtype: torch.dtype) ->
 HALF = [dtype for dtype in DTYPES if dtype != torch.float32]
 
 
+TILINGS = {
+    "whole tiles": ((1, 32, 8, 8, 16), (1, 4, 4)),
+    "nothing divides": ((3, 16, 6, 10, 32), (2, 4, 8)),  # samples, rows, columns
+    "larger than the map": ((1, 48, 4, 4, 16), (1, 8, 8)),
+}
+
+
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("kind", tiers.KINDS)
 @pytest.mark.parametrize(
-    ("shape", "block"),
+    ("tiling", "kind"),
     [
-        pytest.param((1, 32, 8, 8, 16), (1, 4, 4), marks=SLOW),  # whole tiles
-        ((3, 16, 6, 10, 32), (2, 4, 8)),  # nothing divides: samples, rows, columns
-        pytest.param((1, 48, 4, 4, 16), (1, 8, 8), marks=SLOW),  # a tile larger than the map
+        pytest.param(
+            tiling, kind, marks=() if tiling == ("whole tiles" if kind == "up" else "nothing divides") else SLOW
+        )
+        for tiling in TILINGS
+        for kind in tiers.KINDS
     ],
 )
-def test_tma_tiles(shape: tuple[int, ...], block: tuple[int, int, int], kind: str, dtype: torch.dtype) -> None:
+def test_tma_tiles(tiling: str, kind: str, dtype: torch.dtype) -> None:
+    shape, block = TILINGS[tiling]
     tile = tiles.TmaTile(*block, 16, 16, 4, 2)
     for backward in (False, True):
         weight = (shape[1], shape[4], 4, 4) if kind == "up" else (shape[4], shape[1], 3, 3)
@@ -223,16 +232,23 @@ def test_tiles_are_found_by_their_names() -> None:
 
 
 STAGES = [
-    pytest.param(["same", "same"], 0, marks=SLOW),
+    (["same", "same"], 0),
     (["same", "down"], 0),
-    pytest.param(["same", "same", "up"], 2, marks=SLOW),
+    (["same", "same", "up"], 2),
     (["up", "same"], 0),
-    pytest.param(["down", "up", "same", "up"], 4, marks=SLOW),
+    (["down", "up", "same", "up"], 4),
 ]
+FAST_STAGES = [(["same", "down"], torch.float16), (["up", "same"], torch.float32)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kinds", "skip"), STAGES)
+@pytest.mark.parametrize(
+    ("kinds", "skip", "dtype"),
+    [
+        pytest.param(kinds, skip, dtype, marks=() if (kinds, dtype) in FAST_STAGES else SLOW)
+        for dtype in DTYPES
+        for kinds, skip in STAGES
+    ],
+)
 def test_conv_stage(kinds: list[str], skip: int, dtype: torch.dtype) -> None:
     """The output and every gradient of a whole stage."""
     x, weights, biases, table = _stage(len(kinds), skip, 16 if kinds[0] == "same" else 8, dtype)

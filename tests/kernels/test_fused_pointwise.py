@@ -15,6 +15,7 @@ from fastbegan_kernels import (
 )
 from tests.helpers.oracle import DEVICE, EXACT, check, compare, outputs_and_gradients, random_tensor
 
+pytestmark = pytest.mark.core
 launch = pytest.importorskip("fastbegan_kernels.fused.launch")
 
 
@@ -156,7 +157,7 @@ def test_k_is_clamped() -> None:
 @pytest.mark.parametrize(("activation", "alpha"), [("elu", 1.0), ("leaky_relu", 0.2), ("relu", 1.0), ("none", 1.0)])
 @pytest.mark.parametrize("skip", [0, 2])
 def test_the_algebraic_epilogue(skip: int, activation: str, alpha: float, dtype: torch.dtype) -> None:
-    """Bias, skip table and activation written over a convolution's output, and the activation's way back."""
+    """Bias, skip table and activation that overwrite a convolution's output, and the activation's backward."""
     z = random_tensor(2, 37, 8, 12, seed=1, dtype=dtype).contiguous(memory_format=torch.channels_last)
     bias = random_tensor(37, seed=2)
     table = random_tensor(2, 3, 3, skip, skip, 37, seed=3, dtype=dtype) if skip else None
@@ -169,19 +170,21 @@ def test_the_algebraic_epilogue(skip: int, activation: str, alpha: float, dtype:
     got = launch.activation(z.clone(), bias, table, activation=activation, alpha=alpha)
     compare([got], [plain(dtype)], [plain(torch.float64)], dtype)
     grad, y = random_tensor(2, 37, 8, 12, seed=4, dtype=dtype), plain(dtype)
-    how = {"activation": activation, "alpha": alpha, "how": "plain"}
-    own, exact = (tiers.activation_backward(grad.to(t), y.to(t), **how) for t in (dtype, torch.float64))
+    settings = {"activation": activation, "alpha": alpha, "form": "plain"}
+    own, exact = (tiers.activation_backward(grad.to(t), y.to(t), **settings) for t in (dtype, torch.float64))
     back = launch.activation_backward(grad, y, activation=activation, alpha=alpha)
     compare(list(back), list(own), list(exact), dtype)
 
 
 @pytest.mark.parametrize("dtype", EXACT)
-@pytest.mark.parametrize(("size", "height", "width"), [(1, 2, 2), (2, 4, 12), (4, 32, 8)])
+@pytest.mark.parametrize(
+    ("size", "height", "width"), [(1, 2, 2), (2, 4, 12), pytest.param(4, 32, 8, marks=pytest.mark.slow)]
+)
 def test_skip_gradient(size: int, height: int, width: int, dtype: torch.dtype) -> None:
     """The transpose of expanding a phase table."""
     dz = random_tensor(2, 70, height, width, seed=1, dtype=dtype)
     table = torch.zeros(2, 3, 3, size, size, 70, dtype=torch.float64, device=DEVICE, requires_grad=True)
     (exact,) = torch.autograd.grad(reference.expand_phase_table(table, height, width), table, dz.double())
-    own = tiers.skip_gradient(dz, size, how="plain")
+    own = tiers.skip_gradient(dz, size, form="plain")
     compare([launch.skip_gradient(dz, size)], [own], [exact], dtype)
-    torch.testing.assert_close(tiers.skip_gradient(dz.double(), size, how="plain"), exact)
+    torch.testing.assert_close(tiers.skip_gradient(dz.double(), size, form="plain"), exact)

@@ -8,6 +8,8 @@ import torch
 from fastbegan_kernels import l1_reconstruction_loss
 from tests.helpers.oracle import random_tensor
 
+pytestmark = pytest.mark.core
+
 
 def test_values_and_gradients_by_hand() -> None:
     prediction = torch.tensor([[[[0.0, 1.0]]], [[[2.0, -2.0]]]], requires_grad=True)  # [2, 1, 1, 2]
@@ -59,6 +61,6 @@ def test_second_derivatives(eta: int, impl: str | None) -> None:
     for tier in (impl, "reference"):
         (slope,) = torch.autograd.grad(
             l1_reconstruction_loss(x**3, x.sin(), eta=eta, impl=tier).sum(), x, create_graph=True
-        )  # fmt: skip
+        )
         seconds += torch.autograd.grad(slope.square().sum(), x)
     torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-5)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fastbegan_kernels import normalize_images
+
+pytestmark = pytest.mark.core
 
 
 def test_picks_flips_and_scales() -> None:

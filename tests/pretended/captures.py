@@ -27,9 +27,7 @@ def capture_of_thread() -> CUDAGraph | None:
     return next((graph for graph in UNDER_WAY if graph.thread == me), None)
 
 
-def refuse(
-    graph: CUDAGraph, what: str, reason: str = "operation not permitted when stream is capturing"
-) -> NoReturn:  # fmt: skip
+def refuse(graph: CUDAGraph, what: str, reason: str = "operation not permitted when stream is capturing") -> NoReturn:
     """End a capture as CUDA does: this call raises, and so does the capture's end."""
     FINDINGS.note(CAPTURE, what)
     graph.broken = True

@@ -34,7 +34,7 @@ def main() -> None:
     module: Any = child
     module.Child, module.command = Counted, lambda: [sys.executable, "-c", _ANSWERS]
     module = tuning
-    module._checked = lambda problem, device, how, own, exact: tuning.Outcome(how, None)
+    module._checked = lambda problem, device, form, own, exact: tuning.Outcome(form, None)
     for kind in (problems.Layer, problems.Pointwise):
         setattr(kind, "expected", lambda *_: ([], []))  # noqa: B010
     problems.Layer.tensors = lambda *_, **__: {}

@@ -42,8 +42,18 @@ class Record:
     """What is known of a storage. `card` is None for pinned memory, `graph` the capture whose pool it came from."""
 
     __slots__ = (
-        "born", "bytes", "card", "graph", "key", "reads", "recorded", "reference", "stream", "used_at", "writes",
-    )  # fmt: skip
+        "born",
+        "bytes",
+        "card",
+        "graph",
+        "key",
+        "reads",
+        "recorded",
+        "reference",
+        "stream",
+        "used_at",
+        "writes",
+    )
 
     def __init__(self, storage: Any, card: int | None, stream: Stream | None, graph: CUDAGraph | None) -> None:
         self.reference, self.key, self.bytes = StorageWeakRef(storage), storage._cdata, storage.nbytes()

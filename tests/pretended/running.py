@@ -33,8 +33,14 @@ def run(
     """Run Python with these arguments from the project's root, and wait for it."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env=variables, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        env=variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def rows(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:

@@ -31,10 +31,18 @@ def patch() -> None:
         setattr(Tensor, name, _attribute(name, told))
     methods: dict[str, object] = {
         "get_device": lambda self: -1 if (card := card_of(self)) is None else card,
-        "to": to, "cpu": cpu, "cuda": cuda, "numpy": numpy, "tolist": tolist, "__array__": as_array,
-        "pin_memory": pin_memory, "is_pinned": lambda self, device=None: is_pinned(self),
-        "record_stream": record_stream, "__setitem__": set_item, "new_tensor": new_tensor,
-    }  # fmt: skip
+        "to": to,
+        "cpu": cpu,
+        "cuda": cuda,
+        "numpy": numpy,
+        "tolist": tolist,
+        "__array__": as_array,
+        "pin_memory": pin_memory,
+        "is_pinned": lambda self, device=None: is_pinned(self),
+        "record_stream": record_stream,
+        "__setitem__": set_item,
+        "new_tensor": new_tensor,
+    }
     for name, method in methods.items():
         setattr(Tensor, name, method)
     torch.tensor, torch.as_tensor = _on_host_first(_tensor), _on_host_first(_as_tensor)

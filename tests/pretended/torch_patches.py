@@ -51,11 +51,20 @@ def set_device(device: Any) -> None:
 def properties(device: Any = None) -> types.SimpleNamespace:
     card = CARDS[index_of(device)]
     return types.SimpleNamespace(
-        name=card.name, major=card.capability[0], minor=card.capability[1], total_memory=card.memory,
-        multi_processor_count=108, L2_cache_size=1 << 25, max_threads_per_multi_processor=2048, warp_size=32,
-        regs_per_multiprocessor=65536, shared_memory_per_block_optin=166912, gcnArchName="", is_integrated=0,
+        name=card.name,
+        major=card.capability[0],
+        minor=card.capability[1],
+        total_memory=card.memory,
+        multi_processor_count=108,
+        L2_cache_size=1 << 25,
+        max_threads_per_multi_processor=2048,
+        warp_size=32,
+        regs_per_multiprocessor=65536,
+        shared_memory_per_block_optin=166912,
+        gcnArchName="",
+        is_integrated=0,
         is_multi_gpu_board=0,
-    )  # fmt: skip
+    )
 
 
 def free_and_total(device: Any = None) -> tuple[int, int]:
@@ -97,24 +106,47 @@ def patch() -> None:
     """Replace what reaches for the driver."""
     cuda: Any = torch.cuda
     functions: dict[str, Any] = {
-        "_lazy_init": lazy_init, "init": lazy_init, "_is_compiled": lambda: True, "is_available": lambda: True,
-        "is_initialized": lambda: bool(_checked), "device_count": lambda: len(CARDS),
-        "current_device": lambda: THREAD.card, "set_device": set_device, "device": DeviceContext,
-        "device_of": DeviceOfContext, "get_device_name": lambda device=None: CARDS[index_of(device)].name,
+        "_lazy_init": lazy_init,
+        "init": lazy_init,
+        "_is_compiled": lambda: True,
+        "is_available": lambda: True,
+        "is_initialized": lambda: bool(_checked),
+        "device_count": lambda: len(CARDS),
+        "current_device": lambda: THREAD.card,
+        "set_device": set_device,
+        "device": DeviceContext,
+        "device_of": DeviceOfContext,
+        "get_device_name": lambda device=None: CARDS[index_of(device)].name,
         "get_device_capability": lambda device=None: CARDS[index_of(device)].capability,
-        "get_device_properties": properties, "get_arch_list": lambda: list(ARCHES),
+        "get_device_properties": properties,
+        "get_arch_list": lambda: list(ARCHES),
         "is_bf16_supported": lambda including_emulation=True: including_emulation or _has_bf16(),
-        "mem_get_info": free_and_total, "memory_allocated": used, "memory_reserved": used,
-        "max_memory_allocated": peak, "max_memory_reserved": peak, "reset_peak_memory_stats": reset_peak,
-        "memory_stats": lambda device=None: collections.defaultdict(int), "empty_cache": MEMORY.purge,
-        "synchronize": synchronize, "current_stream": current_stream, "default_stream": default_stream,
-        "set_stream": set_stream, "Stream": Stream, "Event": Event, "stream": StreamContext,
-        "StreamContext": StreamContext, "CUDAGraph": CUDAGraph, "graph": graph,
-        "is_current_stream_capturing": _capturing, "graph_pool_handle": lambda: (0, 0),
-        "_sleep": lambda cycles: current_stream().tick(), "get_rng_state": random_state,
-        "set_rng_state": lambda state, device=None: None, "manual_seed": lambda seed: None,
+        "mem_get_info": free_and_total,
+        "memory_allocated": used,
+        "memory_reserved": used,
+        "max_memory_allocated": peak,
+        "max_memory_reserved": peak,
+        "reset_peak_memory_stats": reset_peak,
+        "memory_stats": lambda device=None: collections.defaultdict(int),
+        "empty_cache": MEMORY.purge,
+        "synchronize": synchronize,
+        "current_stream": current_stream,
+        "default_stream": default_stream,
+        "set_stream": set_stream,
+        "Stream": Stream,
+        "Event": Event,
+        "stream": StreamContext,
+        "StreamContext": StreamContext,
+        "CUDAGraph": CUDAGraph,
+        "graph": graph,
+        "is_current_stream_capturing": _capturing,
+        "graph_pool_handle": lambda: (0, 0),
+        "_sleep": lambda cycles: current_stream().tick(),
+        "get_rng_state": random_state,
+        "set_rng_state": lambda state, device=None: None,
+        "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
-    }  # fmt: skip
+    }
     for name, value in functions.items():
         for module in (cuda, cuda.streams, cuda.graphs, cuda.memory):
             if module is cuda or (hasattr(module, name) and not isinstance(getattr(module, name), types.ModuleType)):

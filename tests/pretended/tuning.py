@@ -18,16 +18,16 @@ def patch(tuning: ModuleType) -> None:
     wanted = os.environ["PRETENDED_TUNING"]
     module: Any = tuning
 
-    def seconds(hows: Sequence[str]) -> dict[str, float]:
-        return {how: (0.1 if how.startswith(wanted) else 1.0) + 0.01 * number for number, how in enumerate(hows)}
+    def seconds(forms: Sequence[str]) -> dict[str, float]:
+        return {form: (0.1 if form.startswith(wanted) else 1.0) + 0.01 * number for number, form in enumerate(forms)}
 
     def measure(runs: dict[str, Callable[[], object]], device: object, rounds: int = 7) -> dict[str, float]:
         return seconds(list(runs))
 
-    def outcomes(problem: object, device: object, hows: Sequence[str], *, again: bool = False) -> list[Any]:
+    def outcomes(problem: object, device: object, forms: Sequence[str], *, again: bool = False) -> list[Any]:
         if wanted == "plain":
             return []
-        return [module.Outcome(how, None, second) for how, second in seconds(hows).items()]
+        return [module.Outcome(form, None, second) for form, second in seconds(forms).items()]
 
     module.measure = measure
     if wanted == "child":

@@ -1,0 +1,104 @@
+"""Rows of metrics: read from the device without waiting for it, written to a file, TensorBoard and the display."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ..display import Display
+from ..distributed.ranks import Ranks
+from ..runs.folder import RunFolder
+from .health import HealthMonitor
+from .progress import Progress
+from .reading import Reading
+from .step import TrainStep
+
+
+class Metrics:
+    """Logs a run. One row at a time is on its way from the device; of several ranks the first one writes."""
+
+    def __init__(self, step: TrainStep, folder: RunFolder, display: Display, ranks: Ranks) -> None:
+        self._step, self._folder, self._display, self._ranks = step, folder, display, ranks
+        self._health = HealthMonitor()
+        self._tensorboard: Any = None
+        self._row: tuple[Reading, dict[str, Any]] | None = None  # on its way
+        self._clock, self._images = time.monotonic(), 0  # of the row before
+        self._waited = 0.0  # seconds for batches, since the row before
+
+    def open(self, progress: Progress, tensorboard: Any) -> None:
+        """Continue the rows of the folder, if it has some; `tensorboard` is a SummaryWriter or None."""
+        self._tensorboard = tensorboard
+        for row in self._folder.read_metrics():
+            self._health.after_log(row["k"])
+            if "diversity" in row:
+                fraction = progress.fraction() * row["images"] / max(progress.images, 1)
+                self._health.after_sheet(row["diversity"], row["images"], fraction)
+
+    def begin(self, progress: Progress) -> None:
+        """A sitting begins."""
+        self._clock, self._images, self._waited = time.monotonic(), progress.images, 0.0
+
+    def close(self) -> None:
+        """No rows come any more."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count: images per second are those of training."""
+        before = time.monotonic()
+        yield
+        self._clock += time.monotonic() - before
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time inside is spent waiting for a batch."""
+        before = time.monotonic()
+        yield
+        self._waited += time.monotonic() - before
+
+    def catch_up(self, progress: Progress) -> bool:
+        """Write the row on its way, if it has arrived or something comes that waits; whether all is finite so far."""
+        finite = self._write(progress, wait=progress.log_due or progress.waits)
+        return finite and not (progress.waits and bool(self._step.found_bad.item()))
+
+    def log(self, progress: Progress, lr: float, diversity: float | None) -> bool:
+        """Begin a row where one is due; whether all is finite so far. `diversity` is that of a sheet of this step."""
+        if diversity is not None:
+            self._warn(self._health.after_sheet(diversity, progress.images, progress.fraction()), progress.done)
+        if progress.log_due:
+            facts = {"step": progress.done, "images": progress.images, "lr": lr}
+            facts |= {} if diversity is None else {"diversity": diversity}
+            self._row = self._step.begin_reading(), facts
+        else:
+            self._display.step(progress.fraction(), progress.done, progress.seconds_left())
+        return self._write(progress, wait=progress.waits)
+
+    def _write(self, progress: Progress, *, wait: bool) -> bool:
+        """Write the row on its way, if it has arrived or `wait`; False if its numbers are not finite."""
+        # several ranks look at the same step, not whenever a row has arrived
+        if self._row is None or not (wait or (self._ranks.alone and self._row[0].arrived())):
+            return True
+        (reading, facts), self._row = self._row, None
+        *numbers, found_bad = reading.values()
+        if found_bad or not self._ranks.first:
+            return not found_bad
+        now, step, images = time.monotonic(), facts.pop("step"), facts.pop("images")
+        seconds = max(now - self._clock, 1e-9)
+        rate, waited = (images - self._images) / seconds, min(1.0, self._waited / seconds)
+        self._clock, self._images, self._waited = now, images, 0.0
+        row = {"step": step, "images": images, **self._step.equilibrium.means(numbers)}
+        row |= {"lr": facts.pop("lr"), "images_per_second": round(rate, 2), "data_wait": round(waited, 4), **facts}
+        self._warn(self._health.after_log(row["k"]), step)
+        self._folder.append_metrics(row)
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                self._tensorboard.add_scalar(name, value, step)
+        self._display.training(progress.fraction(), row, progress.seconds_left())
+        return True
+
+    def _warn(self, message: str | None, step: int) -> None:
+        if message:
+            self._display.say(f"warning: step {step:,}: {message}")

@@ -1,0 +1,92 @@
+"""How far a run is, what is due after a step, and when it ends."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..config import TrainConfig
+from ..distributed.ranks import Ranks
+from ..distributed.stop import StopRequest
+from .reading import Reading
+from .step import TrainStep
+
+
+class Progress:
+    """Steps, images and seconds of a run over all its sittings; `last` says whether the step just done is the last."""
+
+    def __init__(self, train: TrainConfig, step: TrainStep, ranks: Ranks) -> None:
+        self.done, self.images, self.seconds = 0, 0, 0.0
+        self.last = False
+        self._train, self._step, self._ranks = train, step, ranks
+        self._wishes: Reading | None = None  # of all ranks in the step before
+        self._clock = time.monotonic()
+
+    def begin(self) -> None:
+        """A sitting begins."""
+        self._clock = time.monotonic()
+        self.last = self.fraction() >= 1
+
+    def count(self) -> None:
+        """A step is done."""
+        self.done, self.images = self.done + 1, self.images + self._train.batch_size
+
+    def decide(self, stop: StopRequest) -> None:
+        """Set `last`, once per step: a signal that comes later is for the next step. All ranks decide alike."""
+        now = time.monotonic()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+        self.last = self._reached(stop)
+
+    def _reached(self, stop: StopRequest) -> bool:
+        wish = stop.signal is not None or self.fraction() >= 1
+        if self._ranks.alone:
+            return wish
+        # a wish travels with the sums of the next step; clocks differ between ranks, counts do not
+        self._step.wish.fill_(wish)
+        before, self._wishes = self._wishes, Reading(self._step.wished[None])
+        return self._fraction(None) >= 1 or (before is not None and before.values()[0] > 0)
+
+    def fraction(self) -> float:
+        """Share of the run that is done, by the total that is nearest."""
+        return self._fraction(self._train.minutes)
+
+    def _fraction(self, minutes: float | None) -> float:
+        train = self._train
+        totals = ((self.images, train.images), (self.done, train.steps), (self.seconds / 60, minutes))
+        return max((now / total for now, total in totals if total is not None), default=0.0)
+
+    def seconds_left(self) -> float:
+        """Seconds until the end at the mean speed so far."""
+        return max(0.0, self.seconds / max(self.fraction(), 1e-9) - self.seconds)
+
+    def due(self, every: int) -> bool:
+        """Whether something that comes every so many steps, and after the last, comes after this one."""
+        return self.last or self.done % every == 0
+
+    @property
+    def log_due(self) -> bool:
+        """Whether a row of metrics begins."""
+        return self.due(self._train.log_every)
+
+    @property
+    def sheet_due(self) -> bool:
+        """Whether a sample sheet is drawn; the first is early, for a person who waits for it."""
+        return self.due(self._train.sample_every) or self.done == self._train.log_every
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether a checkpoint is written."""
+        return self.due(self._train.checkpoint_every)
+
+    @property
+    def waits(self) -> bool:
+        """Whether this step waits for the device anyway."""
+        return self.sheet_due or self.checkpoint_due
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"step": self.done, "images": self.images, "seconds": self.seconds}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.done, self.images, self.seconds = state["step"], state["images"], state["seconds"]

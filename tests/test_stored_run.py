@@ -1,0 +1,74 @@
+"""A run of an earlier version goes on: tests/stored/run, four steps at commit 28d91aa on tests/stored/images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastbegan.cli import main
+from fastbegan.display import Display
+from fastbegan.runs.checkpoint import load_latest
+from fastbegan.runs.folder import RunFolder
+from fastbegan.training.loop import Training
+
+STORED = Path(__file__).parent / "stored"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A copy of the stored run, whose config names the images where they lie here."""
+    copy = shutil.copytree(STORED / "run", tmp_path / "run")
+    config = json.loads((copy / "config.json").read_text())
+    config["train"]["data"] = str(STORED / "images")
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(item, f"{name}/{key}")
+    else:
+        yield name, value
+
+
+def test_every_tensor_counter_and_setting_is_the_files(run: Path) -> None:
+    written = json.loads((run / "config.json").read_text())
+    config = RunFolder(run).read_config()
+    read = json.loads(json.dumps(config.to_dict()))
+    assert all(read[part].items() >= written[part].items() for part in ("model", "train"))
+    assert set(read["train"]) - set(written["train"]) == {"cudnn_search"}  # added since
+    with Display(quiet=True) as display:
+        training = Training(config, run, resume=True, display=display)
+    stored = load_latest(STORED / "run" / "checkpoints", torch.device("cpu"))
+    assert stored is not None and stored["step"] == 4
+    loaded = dict(_leaves(training.state()))
+    for name, value in _leaves(stored):
+        if isinstance(value, Tensor):
+            assert torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype, name
+        elif not name.startswith("/data/files"):  # a digest of paths and times
+            assert loaded[name] == value, name
+    weights = load_file(run / "generator.safetensors")
+    average = training.step.average.state_dict()
+    assert set(weights) == set(average) and all(torch.equal(average[name], value) for name, value in weights.items())
+
+
+def test_it_trains_on_and_draws(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--out", str(run), "--steps", "6"]) == 0
+    assert "continued at step 4" in capsys.readouterr().out
+    steps = [row["step"] for row in RunFolder(run).read_metrics()]
+    assert steps == [2, 4, 6] and (run / "samples" / "000000006.png").exists()
+    assert main(["sample", str(run), "--count", "2", "--out", str(tmp_path / "drawn")]) == 0
+    assert (tmp_path / "drawn" / "sheet-0.png").exists()
+    capsys.readouterr()
+    assert main(["info", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "1,881" in told and "step 6" in told and "000000006: whole" in told
