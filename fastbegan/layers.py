@@ -1,4 +1,8 @@
-"""Drop-in layers and losses, of `fastbegan_kernels.layers` and `fastbegan_kernels.losses`."""
+"""Drop-in layers and losses for your own nets, from `fastbegan_kernels.layers` and `fastbegan_kernels.losses`.
+
+State dicts of the convolutions are those of `nn.Conv2d`. Images and feature maps are [N, C, H, W] in float32, bf16,
+fp16 or float64.
+"""
 
 from fastbegan_kernels.layers import (
     Conv2dELU,

@@ -277,7 +277,7 @@ def test_check_says_where_nothing_fast_ran() -> None:
     model = made(of_a_batch)
     with pytest.warns(UserWarning, match="called with other arguments"):
         accelerate(model, check={"x": X})
-    assert model.fastbegan_report.checked.startswith("the check did not come to a fast layer")
+    assert model.fastbegan_report.checked.startswith("the check ran no fast layer")
 
 
 def test_unpickled_where_it_can_no_longer_be_followed() -> None:

@@ -87,9 +87,9 @@ def truth(model: nn.Module, example: Any) -> dict[str, Tensor]:
 def compare(before: dict[str, Tensor], after: dict[str, Tensor], exact: dict[str, Tensor]) -> Comparison:
     """Compare errors against `exact`. A value fails if its error is more than four times as large as before.
 
-    The error of a gradient is relative to the largest gradient of its layer, because that of a bias before a
-    normalisation is zero up to rounding. A value that is not in `exact` must be equal to 1e-4, relative. Raises
-    RuntimeError if `before` and `after` have different names.
+    The error of a gradient is relative to the largest gradient of its layer. That of a bias before a normalisation is
+    zero up to rounding, so its own size says nothing. A value that is not in `exact` must be equal to 1e-4, relative.
+    Raises RuntimeError if `before` and `after` have different names.
     """
     if before.keys() != after.keys():
         unmatched = sorted(before.keys() ^ after.keys())

@@ -1,10 +1,14 @@
 """Follows a module's forward with torch.fx, and records on which attributes the result depends.
 
 torch.fx runs a forward once on proxies and records the operations in a graph. Python values at that moment (a branch on
-`self.training`, a number in an attribute, a default argument) become constants, and a later call may need others. So
-every attribute that the forward reads is recorded here (`Followed.reads`), for its value to be compared at each call.
-A forward is refused (CannotFollowError) if it reads a value that cannot be compared, writes attributes, keeps proxies,
-draws random numbers, or switches gradients or autocast.
+`self.training`, a number in an attribute, a default argument) become constants. A later call may need others. So every
+attribute that the forward reads is recorded here (`Followed.reads`), for its value to be compared at each call.
+
+CannotFollowError refuses a forward that
+
+- reads a value that cannot be compared, or writes attributes;
+- keeps proxies, so that it would keep a value of each call;
+- draws random numbers, or switches gradients or autocast.
 """
 
 from __future__ import annotations

@@ -68,13 +68,18 @@ def accelerate(model: Model, *, check: Any = None) -> Model:
     - zero padding (0, 1, 0, 1), 3x3 convolution of stride 2, then one of these activations or nothing;
     - one of the above but SiLU's, then a 3x3 or 1x1 convolution of stride 1 or 2 without activation.
 
-    Everything else runs as before: other kernels, padding modes and resizings, transposed convolutions, modules with
-    hooks, subclasses of `nn.Conv2d`, and forwards that branch on values or shapes, draw random numbers, keep state or
-    switch autocast or gradients. Normalisation layers stay where they are. `torch.nn.utils.parametrizations` (weight
-    norm, spectral norm) are computed as before.
+    All other layers run as before, among them
 
-    `model.fastbegan_report` lists what was taken and what was left: `replaced` and `left` map the path of each
-    convolution to what it became or to the reason, `checked` holds the errors; `print` shows all three.
+    - other kernel sizes, padding modes and resizings, and transposed convolutions;
+    - modules with hooks, and subclasses of `nn.Conv2d`;
+    - modules whose forward branches on values or shapes, draws random numbers, keeps values, or switches autocast or
+      gradients.
+
+    Normalisation layers stay where they are. `torch.nn.utils.parametrizations` (weight norm, spectral norm) are
+    computed as before.
+
+    `print(model.fastbegan_report)` shows each convolution and the errors of the check. Its `replaced` maps the path of
+    a convolution to the operations that are fast now, its `left` to the reason.
 
     The model's class, modules, parameters, hooks and state dict are not changed, and optimizers made before stay valid.
     Only the instance's `forward` is new. It falls back to the class's own forward, with one warning, when
@@ -82,8 +87,8 @@ def accelerate(model: Model, *, check: Any = None) -> Model:
     - a layer, class, hook, patched forward, or attribute that the forward reads is no longer the same;
     - it is called with anything but one tensor per argument without default.
 
-    Inputs that the fast layers do not compute (not 4-dimensional, of mixed types, on devices other than CPU and CUDA)
-    run on torch's operations, without a warning.
+    Inputs that are not 4-dimensional, of mixed types, or on devices other than CPU and CUDA run on torch's operations,
+    without a warning.
 
     `restore` undoes everything. `copy.deepcopy`, `pickle`, `torch.save` and DistributedDataParallel keep the fast
     layers; an unpickled model is traced again at its first call. `copy.copy` and `nn.DataParallel` are not supported.
@@ -106,8 +111,8 @@ def accelerate(model: Model, *, check: Any = None) -> Model:
         `model` itself. A warning is given if no convolution was replaced.
 
     Raises:
-        RuntimeError: The check failed (the model is restored first); or the model, or a part of it, is accelerated,
-            compiled or scripted already; or hooks on all modules are registered.
+        RuntimeError: The check failed, and the model was restored. Or the model or a part of it is accelerated or
+            compiled already, or the model is a torch.jit script, or hooks on all modules are registered.
         TypeError: `model` is no nn.Module, or `check` is of another type.
     """
     if not isinstance(model, nn.Module):
@@ -132,7 +137,7 @@ def accelerate(model: Model, *, check: Any = None) -> Model:
         if before is not None and exact is not None:
             with mock.patch.object(chains, "conv_stage", side_effect=chains.conv_stage) as counted:
                 words = _checked(model, check, before, exact, report.forwards)
-            words = words if counted.called else "the check did not come to a fast layer: the model's own forward ran"
+            words = words if counted.called else "the check ran no fast layer: the model's original forward ran"
             model.fastbegan_report = dataclasses.replace(report, checked=words)  # pyright: ignore
     except BaseException:
         model.fastbegan_report = Report()  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]

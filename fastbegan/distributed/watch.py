@@ -14,8 +14,8 @@ long, the others wait for the rank with the fewest ticks. States of a rank, as i
     lost      torch reported an error of communication: waits until a verdict names the rank that caused it
 
 Rank 0 judges all ranks. Every other rank judges rank 0, and only whether it is alive. The first verdict goes into the
-store as `ended`, and all ranks exit with its code: LOST (4), or the code that a rank passed to `end`. A rank that gets
-no answer from the store exits with LOST by itself.
+store as `ended`. All ranks exit with its code: LOST (4), or the code that a rank passed to `end`. A rank that gets no
+answer from the store exits with LOST by itself.
 """
 
 from __future__ import annotations

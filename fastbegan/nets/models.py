@@ -82,8 +82,8 @@ class _Net(nn.Module, ABC):
             dtype: Type of the packed weights; None keeps their own. Biases always keep theirs.
 
         Returns:
-            Tensors by parameter name: folded convolutions, linear weights as channels_last 1x1 or 8x8 convolutions,
-            biases, and `levels.N.0.skip` where a skip table takes part of a weight.
+            Tensors by parameter name: folded convolutions, linear weights as channels_last 1x1 or 8x8 convolutions, and
+            biases. `levels.N.0.skip` is the part of a weight from which a skip table is computed.
         """
         parts = list(self.parts())
         if asked_for(None) == "reference":  # it takes weights as they are
