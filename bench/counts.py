@@ -27,20 +27,17 @@ _NAMED = 9  # operations or kernels with a share of their own
 
 
 class OperationCount(TorchDispatchMode):
-    """Counts operations that compute or copy; views cost nothing."""
+    """Counts operations that compute or copy, by name; views cost nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        nothing = ("new_empty", "promote_types")
-        if (
-            func.namespace in ("aten", "fastbegan")
-            and not func.is_view
-            and not any(name in str(func) for name in nothing)
-        ):
-            self.calls += 1
+        name = func.name().partition("::")[2].partition(".")[0]
+        free = func.is_view or name in ("new_empty", "promote_types")
+        if func.namespace in ("aten", "fastbegan") and not free:
+            self.calls[name] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -49,7 +46,7 @@ def launches(work: Callable[[], object], device: torch.device) -> dict[str, int]
     if device.type != "cuda":
         with OperationCount() as count:
             work()
-        return {"operations": count.calls}
+        return {"operations": count.calls.total()}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize(device)

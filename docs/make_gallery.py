@@ -1,4 +1,4 @@
-"""`python docs/make_gallery.py`: copy the reports of experiments/*-demo into docs/gallery/ and make its first page."""
+"""Copy the reports of experiments/*-demo to docs/gallery/ and write its first page: python docs/make_gallery.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ nets and lengths, with `--data` for your images; nobody has run that with this c
 
 
 def copy(name: str) -> None:
-    """The report of an experiment and all it shows."""
+    """Copy an experiment's report, results.json and pictures."""
     source, target = SOURCE / f"{name}-demo", GALLERY / name
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -36,7 +36,7 @@ def copy(name: str) -> None:
 
 
 def section(name: str) -> str:
-    """An experiment on the first page: its command, its first pictures, and what was found."""
+    """The section of an experiment on the first page: its command, first pictures, checks and findings."""
     report = (GALLERY / name / "report.md").read_text(encoding="utf-8")
     results: dict[str, Any] = json.loads((GALLERY / name / "results.json").read_text(encoding="utf-8"))
     title = report.partition("\n")[0].removeprefix("# ")
@@ -47,14 +47,16 @@ def section(name: str) -> str:
     lines = [f"## [{title}]({name}/report.md)", f"```sh\n{results['command']}\n```"]
     lines.append(f"Seed {settings['seed']}, {minutes}, {machine['date']}.")
     lines += [f"![{caption}]({name}/{file})" for caption, file in first]
-    checks = [f"- {'Holds' if one['holds'] else '**Does not hold**'}: {one['expected']}. Found: {one['found']}."
-              for one in results["checks"]]  # fmt: skip
-    checks += [f"- {one[:1].upper()}{one[1:]}." for one in results.get("findings", ())]
+    checks = []
+    for check in results["checks"]:
+        verdict = "Holds" if check["holds"] else "**Does not hold**"
+        checks.append(f"- {verdict}: {check['expected']}. Found: {check['found']}.")
+    checks += [f"- {finding[:1].upper()}{finding[1:]}." for finding in results.get("findings", ())]
     return "\n\n".join([*lines, "\n".join(checks)])
 
 
 def page() -> str:
-    """The first page, from what lies in the gallery."""
+    """The first page, made from the reports in the gallery."""
     return "\n\n".join([HEAD, *(section(name) for name in ORDER if (GALLERY / name).is_dir())]) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,8 @@ def _page(title: str, module: ModuleType) -> str:
 def _entry(name: str, value: Any) -> list[str]:
     bare = dataclasses.is_dataclass(value) or (isinstance(value, type) and issubclass(value, Exception))
     parts = [_source(value), "" if bare else _code(name, value), _doc(value), "\n".join(_fields(value))]
+    if isinstance(value, type) and not bare:
+        parts.append(_doc(value, "__init__"))
     if links := [f"[{base.__name__}](#{base.__name__.lower()})" for base in _listed_bases(value)]:
         parts.append(f"Also everything of {', '.join(links)}.")
     for member, held in _members(value):
@@ -78,12 +81,29 @@ def _ours(value: Any) -> bool:
     return value.__module__.split(".")[0] in ("fastbegan", "fastbegan_kernels")
 
 
+def _markdown(text: str) -> str:
+    """A docstring with its sections (Args, Returns, Raises ...) as lists under a bold word."""
+    lines, section = [], ""
+    for line in text.splitlines():
+        if heading := re.fullmatch(r"(Args|Attributes|Returns|Yields|Raises):", line):
+            section = heading[1]
+            lines += [f"**{section}**", ""]
+        elif section and line.startswith("    "):
+            entry, item = line[4:], re.match(r"    (\S+): ", line)
+            listed = section not in ("Returns", "Yields")
+            lines.append(f"- `{item[1]}`: {line[item.end() :]}" if item and listed else entry.replace("    ", "  "))
+        else:
+            section = section if not line else ""
+            lines.append(line)
+    return "\n".join(lines)
+
+
 def _doc(value: Any, member: str | None = None) -> str:
     """A docstring; that of a method from the first of our classes that has one, for torch's change with its version."""
     if member is None:
-        return inspect.cleandoc(value.__doc__ or "")
+        return _markdown(inspect.cleandoc(value.__doc__ or ""))
     held = (vars(cls)[member].__doc__ for cls in value.__mro__ if _ours(cls) and member in vars(cls))
-    return inspect.cleandoc(next(filter(None, held), ""))
+    return _markdown(inspect.cleandoc(next(filter(None, held), "")))
 
 
 def _listed_bases(value: Any) -> list[type]:
@@ -107,7 +127,7 @@ def _fields(owner: Any) -> Iterator[str]:
     """A dataclass's fields, those of its bases first, with the string under each."""
     bases = owner.__mro__[::-1] if isinstance(owner, type) and dataclasses.is_dataclass(owner) else ()
     for base in filter(dataclasses.is_dataclass, bases):
-        body = getattr(ast.parse(inspect.getsource(base)).body[0], "body", [])
+        body = getattr(ast.parse(inspect.getsource(base)).body[0], "body", [])  # pyright: ignore[reportArgumentType]
         for node, below in zip(body, [*body[1:], None], strict=False):
             if isinstance(node, ast.AnnAssign):
                 text = (

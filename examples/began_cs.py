@@ -1,4 +1,4 @@
-"""BEGAN-CS (Chang et al., ECCV 2018): BEGAN with a constraint on the latent space, in which E(G(z)) is to be z.
+"""BEGAN-CS (Chang et al., ECCV 2018): BEGAN with a constraint on the latent space, which draws E(G(z)) to z.
 
 python examples/began_cs.py [--steps 30]
 """
@@ -11,6 +11,10 @@ from race import race
 from torch import Tensor, nn
 
 from fastbegan.layers import Equilibrium, L1ReconstructionLoss, LatentL1Loss
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.ELU()
 
 
 class Decoder(nn.Module):
@@ -34,10 +38,13 @@ class Encoder(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.convs = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1), nn.ELU(), nn.Conv2d(width, width, 3, padding=1), nn.ELU(),
-            nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ELU(), nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.ELU(),
-            nn.Conv2d(2 * width, 3 * width, 3, 2, 1), nn.ELU(), nn.Conv2d(3 * width, 3 * width, 3, padding=1), nn.ELU(),
-        )  # fmt: skip
+            *_conv(3, width),
+            *_conv(width, width),
+            *_conv(width, 2 * width, stride=2),
+            *_conv(2 * width, 2 * width),
+            *_conv(2 * width, 3 * width, stride=2),
+            *_conv(3 * width, 3 * width),
+        )
         self.code = nn.Linear(3 * width * 64, 64)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -45,14 +52,13 @@ class Encoder(nn.Module):
 
 
 class BEGANCS:
-    """The balance of BEGAN, and 0.1 times the distance of E(G(z)) from z in D's loss."""
+    """BEGAN's equilibrium; D's loss has 0.1 times the L1 distance between E(G(z)) and z added."""
 
     def __init__(self) -> None:
         self.generator = Decoder()
         self.encoder, self.decoder = Encoder(), Decoder()
-        self.nets: dict[str, nn.Module] = {
-            "generator": self.generator, "encoder": self.encoder, "decoder": self.decoder,
-        }  # fmt: skip
+        self.nets: dict[str, nn.Module] = {"generator": self.generator}
+        self.nets |= {"encoder": self.encoder, "decoder": self.decoder}
         self.for_g = torch.optim.Adam(self.generator.parameters(), 1e-4)
         self.for_d = torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()], 1e-4)
         self.loss, self.latent = L1ReconstructionLoss(), LatentL1Loss()

@@ -1,4 +1,4 @@
-"""EBGAN (arXiv 1609.03126): an auto-encoder's reconstruction error is the energy, with margin and pull-away term.
+"""EBGAN (arXiv 1609.03126): D is an auto-encoder, its error the energy; with a margin and the pull-away term.
 
 python examples/ebgan.py [--steps 30]
 """
@@ -12,16 +12,23 @@ from torch import Tensor, nn
 from fastbegan.layers import HingeLoss, L2ReconstructionLoss, PullAwayTerm
 
 
+def _up(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
 class Generator(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.width = width
         self.start = nn.Linear(64, width * 64)
         self.body = nn.Sequential(
-            nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.2),
-            nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 3, 3, padding=1), nn.Tanh(),
-        )  # fmt: skip
+            *_up(width, width),
+            nn.LeakyReLU(0.2),
+            *_up(width, width),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 3, 3, padding=1),
+            nn.Tanh(),
+        )
 
     def forward(self, z: Tensor) -> Tensor:
         return self.body(self.start(z).view(-1, self.width, 8, 8))
@@ -33,10 +40,7 @@ class AutoEncoder(nn.Module):
         self.encoder = nn.Sequential(
             nn.Conv2d(3, width, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.LeakyReLU(0.2)
         )
-        self.decoder = nn.Sequential(
-            nn.Upsample(scale_factor=2), nn.Conv2d(2 * width, width, 3, padding=1), nn.LeakyReLU(0.2),
-            nn.Upsample(scale_factor=2), nn.Conv2d(width, 3, 3, padding=1), nn.Tanh(),
-        )  # fmt: skip
+        self.decoder = nn.Sequential(*_up(2 * width, width), nn.LeakyReLU(0.2), *_up(width, 3), nn.Tanh())
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         code = self.encoder(images)
@@ -44,7 +48,7 @@ class AutoEncoder(nn.Module):
 
 
 class EBGAN:
-    """Energies below a margin of 0.2 are pushed up on generated images; generated codes of a batch are pulled apart."""
+    """D raises the energy of generated images up to a margin of 0.2; the pull-away term spreads codes in a batch."""
 
     def __init__(self) -> None:
         self.generator, self.discriminator = Generator(), AutoEncoder()

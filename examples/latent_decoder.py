@@ -1,4 +1,4 @@
-"""An auto-encoder as in VQGAN and latent diffusion: residual blocks of GroupNorm and SiLU, resizing in between.
+"""An auto-encoder as in VQGAN and latent diffusion: residual blocks with GroupNorm and SiLU, and resizing.
 
 python examples/latent_decoder.py [--steps 30]
 """
@@ -63,7 +63,7 @@ class LatentAutoEncoder(nn.Module):
 
 
 class Reconstruction:
-    """Without quantiser and adversary: what is timed here is the auto-encoder."""
+    """The auto-encoder alone, without quantiser and adversary."""
 
     def __init__(self) -> None:
         self.net = LatentAutoEncoder()

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=fastbegan
 #SBATCH --nodes=4
-#SBATCH --ntasks-per-node=1          # one torchrun a machine; it starts a rank a GPU
+#SBATCH --ntasks-per-node=1          # one torchrun per machine, which starts a rank per GPU
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:TERM@120          # two minutes before the end this script is told, and ...
-#SBATCH --requeue                    # ... the job is queued again; so it is when it was preempted
+#SBATCH --signal=B:TERM@120          # SIGTERM to this script two minutes before the end;
+#SBATCH --requeue                    # then the job is queued again, as after a preemption
 #SBATCH --open-mode=append
 # sbatch examples/slurm.sh --preset paper-128 --data FACES.pack --batch-size 512 --scaling sqrt --out RUNS/faces
-# All machines have to see the run folder; the images may be local to each.
+# The run folder has to be on a shared file system; the images may be local to each machine.
 set -uo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 stopped= code=1
@@ -18,7 +18,7 @@ srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" torchrun --nnodes "$SLURM_NNODE
     --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
     -m fastbegan train "$@" &
 srun=$!
-# ranks agree on a step, write a checkpoint and end
+# on SIGTERM the ranks agree on a step, write a checkpoint and end
 trap 'stopped=1; kill -TERM "$srun"' TERM
 while kill -0 "$srun" 2>/dev/null; do
     wait "$srun"

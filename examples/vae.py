@@ -16,13 +16,14 @@ def _up(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True))
 
 
+def _down(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.ReLU(inplace=True)
+
+
 class Encoder(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.convs = nn.Sequential(
-            nn.Conv2d(3, width, 3, stride=2, padding=1), nn.ReLU(inplace=True),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU(inplace=True),
-        )  # fmt: skip
+        self.convs = nn.Sequential(*_down(3, width), *_down(width, 2 * width))
         self.mean, self.log_variance = nn.Linear(2 * width * 64, 64), nn.Linear(2 * width * 64, 64)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,7 @@ class Decoder(nn.Module):
 
 
 class VAE:
-    """The evidence lower bound with a Gaussian likelihood; z serves as the noise."""
+    """The evidence lower bound with a Gaussian likelihood; z is the source of the noise."""
 
     def __init__(self) -> None:
         self.encoder, self.decoder = Encoder(), Decoder()
@@ -52,7 +53,7 @@ class VAE:
 
     def step(self, images: Tensor, z: Tensor) -> dict[str, Tensor]:
         mean, log_variance = self.encoder(images)
-        # z is uniform in [-1, 1], noise is to be normal
+        # uniform z in [-1, 1] to normal noise
         noise = torch.special.ndtri(0.5 + 0.499 * z)
         error = self.loss(self.decoder(mean + (0.5 * log_variance).exp() * noise), images).mean()
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()

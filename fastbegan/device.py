@@ -1,4 +1,4 @@
-"""Which device and which precision: tried, not assumed."""
+"""The choice of device, precision and compilation: tried on the machine, not assumed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,22 @@ from fastbegan_kernels.dispatch import HAS_TRITON, ROCM
 from .errors import UserError
 
 OLD_GPU_TORCH = "2.7.1"  # the last default wheel with CUDA 12.6 and code for sm_60
-_COMPILE_PAYS = 600.0  # seconds of a run that a cold compilation of 20 to 60 s is worth its while for
-_CPU_BF16 = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # cpuinfo's names, x86 and Arm
+_COMPILE_PAYS = 600.0  # seconds of a run from which on a cold compilation of 20 to 60 s pays
+_CPU_BF16 = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # flags in /proc/cpuinfo, x86 and Arm
 
 
 def pick_device(wanted: str, local: int | None = None) -> tuple[torch.device, str]:
-    """The device to run on and one line about it. `auto` falls back to the CPU and says why.
+    """Choose the device to run on.
 
-    Of several ranks, the `local`-th on its machine has the GPU of that number. Raises UserError for an unknown name,
-    and for a GPU that was asked for by name and does not work.
+    Args:
+        wanted: auto, cpu, cuda, or cuda:N. `auto` takes a GPU that works, else the CPU.
+        local: Number of this rank on its machine, which is also the number of its GPU; None outside of torchrun.
+
+    Returns:
+        The device, and one line about it, with the reason where `auto` falls back to the CPU.
+
+    Raises:
+        UserError: The name is unknown, or the GPU that it names does not work.
     """
     if wanted == "cpu":
         return torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads"
@@ -41,9 +48,9 @@ def pick_device(wanted: str, local: int | None = None) -> tuple[torch.device, st
     problem = gpu_problem(name)
     if problem is None:
         device = torch.device(name)
-        if device.index is None:  # DALI takes a device without a number for none
+        if device.index is None:  # DALI ignores a device without a number
             device = torch.device("cuda", torch.cuda.current_device())
-        torch.cuda.set_device(device)  # kernels that are launched by Triton go to the current one
+        torch.cuda.set_device(device)  # Triton launches kernels on the current device
         kind = "; ROCm, where none of our kernels run" if ROCM else ""
         return device, f"{device}, {torch.cuda.get_device_name(device)}{kind}"
     if wanted != "auto":
@@ -53,12 +60,11 @@ def pick_device(wanted: str, local: int | None = None) -> tuple[torch.device, st
 
 
 def gpu_problem(name: str) -> str | None:
-    """Run one tiny kernel on a CUDA device: None if it works, "" if there is no GPU, else one line on what to do.
+    """Run one tiny kernel on a CUDA device: None if it works, "" if there is no GPU, else one line with advice.
 
-    torch warns of every card of the machine that it has no code for, of those that nobody wants to use as well: only
-    the kernel tells.
+    torch's own warnings do not tell: they name every unsupported card of the machine, used or not.
     """
-    with warnings.catch_warnings(record=True) as warned:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             if not torch.cuda.is_available():
@@ -69,7 +75,7 @@ def gpu_problem(name: str) -> str | None:
             if values.mul(2).sum().item() != 56:
                 raise RuntimeError("a tiny kernel gave a wrong result")
         except Exception as error:  # torch raises many types here
-            failure = warned[0].message if warned and "no kernel image" in str(error) else error
+            failure = caught[0].message if caught and "no kernel image" in str(error) else error
         else:
             return None
     card = nvidia_smi()
@@ -86,7 +92,7 @@ def gpu_problem(name: str) -> str | None:
 
 
 def nvidia_smi() -> tuple[str, str] | None:
-    """Name and driver of the first NVIDIA GPU according to its driver, None without one."""
+    """Name and driver version of the first NVIDIA GPU; None where nvidia-smi finds none."""
     if (program := shutil.which("nvidia-smi")) is None:
         return None
     query = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -99,15 +105,16 @@ def nvidia_smi() -> tuple[str, str] | None:
 
 
 def pick_precision(wanted: str, device: torch.device) -> tuple[str, torch.dtype | None]:
-    """Resolve `auto`: the precision's name and the autocast dtype (None: float32). `set_backends` puts it into force.
+    """Resolve a precision: auto, float32, tf32, bf16 or fp16. `set_backends` puts it into force.
 
-    Raises UserError where the device cannot do it.
+    Returns its name and the dtype of autocast, None for float32 and tf32. Raises UserError where the device does not
+    support it.
     """
     if wanted not in ("auto", "float32", "tf32", "bf16", "fp16"):
         raise UserError(f"precision is {wanted!r}; accepted: auto, float32, tf32, bf16, fp16")
     if wanted == "auto":
         wanted = "bf16" if _has_native_bf16(device) else "float32"
-    # a GPU before Ampere does fp16 in hardware and bf16 slowly, a CPU the other way round
+    # GPUs before Ampere have fp16 in hardware but not bf16; CPUs the other way round
     accepted = "float32, bf16" if device.type != "cuda" else "float32, fp16"
     if wanted == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise UserError(f"precision 'tf32' needs an NVIDIA GPU from Ampere on; {device} accepts {accepted}")
@@ -117,23 +124,30 @@ def pick_precision(wanted: str, device: torch.device) -> tuple[str, torch.dtype 
 
 
 def set_backends(precision: str, *, deterministic: bool = False, search: bool = True) -> None:
-    """Set for this process what torch's libraries may do; for commands, never for ops, which run as they find it.
+    """Set the global switches of torch's libraries for this process; commands call this, ops never do.
 
-    `precision` "tf32" rounds float32 matrix products and convolutions, all others leave them exact. With `search` cuDNN
-    times its algorithms for each shape; not with `deterministic`, under which results do not vary between runs.
+    Args:
+        precision: "tf32" rounds the inputs of float32 products and convolutions; all others keep them exact.
+        deterministic: Results do not vary between runs; cuDNN's search is off.
+        search: cuDNN times its algorithms for each shape.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = search and not deterministic
-    if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9; what was set there would outlive what comes below
+    if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9; a value there would override the switches below
         torch.backends.fp32_precision = torch.backends.cudnn.fp32_precision = "ieee"  # pyright: ignore
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # torch's default is on, for convolutions only
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # on by default in torch, for convolutions only
+
+
+def core_count() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free on a device now."""
+    """Free bytes of the device's memory now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -145,18 +159,31 @@ def _has_native_bf16(device: torch.device) -> bool:
     return not _CPU_BF16.isdisjoint(_cpu_flags())
 
 
-def _cpu_flags() -> list[str]:
+def cpu_info() -> list[str]:
+    """Lines of /proc/cpuinfo; none on systems without it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    return next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+
+
+def _cpu_flags() -> list[str]:
+    return next((line.split() for line in cpu_info() if line.startswith(("flags", "Features"))), [])
 
 
 def pick_compile(wanted: str, device: torch.device, seconds: float) -> tuple[str | None, str]:
-    """torch.compile's mode (None: off) and a few words on it, for a run of about `seconds`.
+    """Choose torch.compile's mode: off, auto, or a mode by name. `auto` compiles runs of ten minutes and more.
 
-    Raises UserError where compilation is asked for and cannot work.
+    Args:
+        wanted: The option.
+        device: Where the run takes place.
+        seconds: Estimated length of the run.
+
+    Returns:
+        The mode, None for off, and a few words on it.
+
+    Raises:
+        UserError: A mode was named, but this machine cannot compile.
     """
     if wanted == "off":
         return None, "compile off"
@@ -174,7 +201,7 @@ def pick_compile(wanted: str, device: torch.device, seconds: float) -> tuple[str
 
 @contextlib.contextmanager
 def without_search() -> Iterator[None]:
-    """cuDNN's search is off inside, as for steps that only see what fits."""
+    """Switch cuDNN's search off inside the block, for steps that only try whether they fit into memory."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield

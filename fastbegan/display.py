@@ -1,9 +1,10 @@
-"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+"""Messages and progress of a command: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -15,17 +16,23 @@ _PLAIN_SECONDS = 10.0  # between plain lines
 
 
 def duration(seconds: float) -> str:
-    """`75` -> `1:15`, `3700` -> `1:01:40`."""
+    """Seconds as text: `75` is `1:15`, `3700` is `1:01:40`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Print a line per fact, name and value in two columns."""
+    for name, value in facts:
+        print(f"{name:<12}{value}")
+
+
 class Display:
-    """Messages and progress on standard output. Use as a context manager, so that the live line is closed."""
+    """Messages and progress on standard output. Used as a context manager, which closes the live line."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        """`quiet` for ranks that say nothing."""
+        """`quiet` prints nothing, for ranks other than 0 and for JSON output."""
         self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._live: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -49,31 +56,34 @@ class Display:
             self._live = None
 
     def say(self, message: str) -> None:
-        """One line that stays."""
-        # names of files may be no UTF-8
+        """Print a line that stays."""
+        # names of files may hold bytes that are not UTF-8
         self.console.print(message.encode("utf-8", "replace").decode(), markup=False)
 
-    def preparing(self, what: str, done: int, total: int) -> None:
-        """Progress of making a packed set; `data.prepare` calls it."""
-        self._show(what, done / max(total, 1), f"{done:,} of {total:,}", last=done == total)
+    def preparing(self, work: str, done: int, total: int) -> None:
+        """Show progress of preparing images: `work` in words, `done` of `total` entries (a `data.prepare.Progress`)."""
+        self._show(work, done / max(total, 1), f"{done:,} of {total:,}", last=done == total)
 
     def trying(self, done: int, total: int) -> None:
-        """Progress of trying kernels that this kind of GPU has not run yet."""
+        """Show progress of trying kernels that this kind of GPU has not run yet."""
         self._show("trying kernels on this GPU, once:", done / max(total, 1), f"{done} of {total}", last=done == total)
 
     def step(self, fraction: float, step: int, seconds_left: float) -> None:
-        """Progress between log rows: what is known without reading from the device."""
+        """Show progress between two log rows, from numbers that need no read from the device.
+
+        `fraction` of the run is done, from 0 to 1; `step` is the number of the last step.
+        """
         if self._live is None and not self._due():
             return
         note = f"{fraction:4.0%}  step {step:,}  {duration(seconds_left)} left"
         self._show("training", fraction, note + (self._numbers if self._live else ""))
 
     def training(self, fraction: float, row: dict[str, Any], seconds_left: float) -> None:
-        """Progress of training from a log row."""
+        """Show progress of training from a row of metrics, as metrics.jsonl holds it; `fraction` of the run is done."""
         numbers = (
             f"L(x) {row['loss_real']:.4f}  L(G(z)) {row['loss_fake']:.4f}  k {row['k']:.4f}  M {row['convergence']:.4f}"
         )
-        self._numbers = f"\n{numbers}"  # on a terminal a second line: one of 80 columns is too short for all
+        self._numbers = f"\n{numbers}"  # a second line: 80 columns are too short for all of it
         speed = f"{row['images']:,} images  {row['images_per_second']:,.0f} img/s  {duration(seconds_left)} left"
         speed += f"  {row['data_wait']:.1%} waiting for data"
         note = f"{fraction:4.0%}  {speed}" + (self._numbers if self._live else f"  {numbers}")
@@ -82,21 +92,21 @@ class Display:
     def _due(self) -> bool:
         return time.monotonic() - self._last >= _PLAIN_SECONDS
 
-    def _show(self, what: str, fraction: float, note: str, *, last: bool = False) -> None:
+    def _show(self, work: str, fraction: float, note: str, *, last: bool = False) -> None:
         if self._live is not None:
-            if what not in self._tasks:
-                self._tasks[what] = self._live.add_task(what, total=1.0, note=note)
-            self._live.update(self._tasks[what], completed=fraction, note=note)
+            if work not in self._tasks:
+                self._tasks[work] = self._live.add_task(work, total=1.0, note=note)
+            self._live.update(self._tasks[work], completed=fraction, note=note)
         elif last or self._due():
             self._last = time.monotonic()
-            self.say(f"{time.strftime('%H:%M:%S')}  {what}  {note}")
+            self.say(f"{time.strftime('%H:%M:%S')}  {work}  {note}")
 
 
 def summary_writer() -> Any:
-    """TensorBoard's class; raises UserError where it is not installed."""
+    """Import TensorBoard's SummaryWriter. Raises UserError where the package is not installed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its protobuf warns about itself
+            warnings.simplefilter("ignore")  # its protobuf version warns
             from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the package tensorboard: pip install 'fastbegan[tensorboard]'") from None

@@ -1,6 +1,6 @@
 """Plots in one style, as PNGs without a display.
 
-matplotlib is imported when a figure is made: the import takes half a second, and most commands draw none.
+matplotlib is imported when a figure is made: that takes half a second, and most commands draw none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ def new_figure(
     ratios: Sequence[float] | None = None,
     share_x: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """An empty figure of `width` x `height` inches with `rows` axes below each other, whose heights are as `ratios`."""
+    """Make an empty figure with axes below each other.
+
+    Args:
+        rows: Number of axes.
+        width: Of the figure, in inches.
+        height: Of the figure, in inches.
+        ratios: Relative heights of the axes; None for equal ones.
+        share_x: Whether the axes share their x axis.
+
+    Returns:
+        The figure, and its axes from top to bottom.
+    """
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
@@ -38,7 +49,7 @@ def new_figure(
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as a PNG atomically."""
+    """Write a figure as a PNG, atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()

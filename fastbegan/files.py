@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of one."""
+"""Files that a crash leaves old or new, never half-written; locks between processes; JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut, where the platform can."""
+    """Flush renames inside `folder` to disk, where the platform can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -31,7 +31,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the system says against writing (no space, no permission) as a UserError that names `path`."""
+    """Turn an OSError inside the block (no space, no permission) into a UserError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -40,9 +40,9 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at `path`, flushed to disk, when the block ends without an error.
+    """A new binary file, which replaces `path` when the block ends without an error; then it is on disk.
 
-    Raises UserError where the system refuses.
+    Raises UserError where the system refuses to write.
     """
     with writing(path), _atomic(path) as file:
         yield file
@@ -57,7 +57,7 @@ def _atomic(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide results from colleagues
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide the file from other users
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -67,30 +67,30 @@ def _atomic(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[int | None]:
-    """One process at a time; `waiting` is called where another one is inside. The system frees it when its holder dies.
+    """Hold a lock beside `path`; one process at a time. The system frees the lock when its holder dies.
 
-    Yields the lock's descriptor: a child that inherits it holds the lock too. Where the platform has no such locks,
-    nobody waits, and it is None.
+    `waiting` is called once where another process holds it. Yields the lock's descriptor: a child that inherits it
+    holds the lock too. Platforms without such locks yield None and never wait.
     """
     if fcntl is None:
         yield None
         return
     lock = path.with_name(f".{path.name}.lock")
-    told = False
+    announced = False
     while True:
         with lock.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not told:
+                if not announced:
                     waiting()
-                told = True
+                announced = True
                 fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 same = lock.stat().st_ino == os.fstat(file.fileno()).st_ino
             except FileNotFoundError:
                 same = False
-            if same:  # else the last holder took the file away while this one waited
+            if same:  # else the last holder removed the file while this process waited
                 try:
                     yield file.fileno()
                 finally:
@@ -105,13 +105,13 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
+    """Write `value` as indented JSON, atomically."""
     with atomic(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError where there is none."""
+    """Read a JSON object. Raises UserError for a missing file and for any other content."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -124,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def make_folder(path: Path) -> Path:
-    """Create `path` and check that files can be made in it. Raises UserError."""
+    """Create the folder `path` and check that it can be written to; returns it. Raises UserError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -135,12 +135,12 @@ def make_folder(path: Path) -> Path:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What lies in `folder` and is not hidden; nothing where there is no such folder."""
+    """Entries of `folder` that are not hidden; none where the folder does not exist."""
     return [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """SHA-256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

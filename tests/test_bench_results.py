@@ -105,12 +105,12 @@ def test_the_readme_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -
 
 def test_a_plan_is_the_sum_of_its_parts() -> None:
     preset = PRESETS["paper-128"]
-    one = plan.plan(preset.model, preset.train, "a100", 1, images=7_000_000, share=0.25)
+    one = plan.plan(preset.model, preset.train, plan.Cluster("a100"), images=7_000_000, share=0.25)
     assert one.arithmetic == pytest.approx(step_cost(preset.model, preset.train).flops / (0.25 * 312e12))
     assert one.communication == 0 and one.limit == "compute" and one.fits and not one.measured
     assert one.hours == pytest.approx(7e6 / one.images_per_second / 3600)
     assert one.kwh == pytest.approx(one.hours * 0.4)
-    many = plan.plan(preset.model, preset.train, "a100", 32, images=7_000_000, share=0.25)
+    many = plan.plan(preset.model, preset.train, plan.Cluster("a100", 32), images=7_000_000, share=0.25)
     assert 8 < many.images_per_second / one.images_per_second < 32  # the network costs something
     assert many.step == pytest.approx(one.step + many.communication)
     assert many.efficiency == pytest.approx(many.images_per_second / one.images_per_second / 32)
@@ -120,11 +120,11 @@ def test_a_plan_is_the_sum_of_its_parts() -> None:
     assert many.sent == 4 * 17_334_214 and 0.3 < cost.after_generator / cost.flops < 0.5
     assert many.communication >= 2 * 31 / 32 * of_d / 10e9
     assert many.communication < 2 * 31 / 32 * many.sent / 10e9
-    slow = plan.plan(preset.model, preset.train, "a100", 8, images=1, share=0.25, link="pcie")
-    fast = plan.plan(preset.model, preset.train, "a100", 8, images=1, share=0.25)
+    slow = plan.plan(preset.model, preset.train, plan.Cluster("a100", 8, link="pcie"), images=1, share=0.25)
+    fast = plan.plan(preset.model, preset.train, plan.Cluster("a100", 8), images=1, share=0.25)
     assert slow.communication > 5 * fast.communication
     large = PRESETS["paper-256"]
-    full = plan.plan(large.model, large.train.__class__(batch_size=4096), "p100", 1, images=1)
+    full = plan.plan(large.model, large.train.__class__(batch_size=4096), plan.Cluster("p100"), images=1)
     assert not full.fits
 
 

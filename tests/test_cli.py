@@ -251,5 +251,5 @@ def test_kernels_do_not_need_fastbegan() -> None:
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=300)
 
 
-def test_python_dash_m(fastbegan: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    assert "train" in fastbegan("--help").stdout
+def test_python_dash_m(start_fastbegan: Callable[..., subprocess.Popen[str]]) -> None:
+    assert "train" in start_fastbegan("--help").communicate(timeout=300)[0]

@@ -166,8 +166,8 @@ def test_the_report_says_what_and_why() -> None:
         "7": "the upsampling before it is not by a scale_factor of 2",
         "8": "it is dilated or in groups",
         "10": "it is dilated or in groups",
-        "12": "a torch.nn.modules.conv.ConvTranspose2d, no convolution of ours",
-        "14": "stride (1, 1), padding (0, 0) is none of ours",
+        "12": "a torch.nn.modules.conv.ConvTranspose2d, and only nn.Conv2d is taken",
+        "14": "no fast layer has stride (1, 1) and padding (0, 0)",
     }
     assert "2 of 10 convolutions on fast layers; checked: largest relative error" in str(report)
 
@@ -184,7 +184,9 @@ def test_a_convolution_without_activation_goes_with_the_layer_before_it() -> Non
         counted.reset_mock()
         model(images(2, 4, 4, 4))
     assert _report(model).replaced["5"] == "3x3 convolution 17 -> 5" and counted.call_count == 3
-    assert _report(model).left == dict.fromkeys(("7", "8"), "nothing to join before or behind it")
+    assert _report(model).left == dict.fromkeys(
+        ("7", "8"), "it has neither an upsampling before nor an activation behind it"
+    )
 
 
 @pytest.mark.parametrize("odd", [False, True])

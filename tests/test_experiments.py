@@ -25,8 +25,8 @@ from fastbegan.cli import main
 from fastbegan.commands.experiment import EXPERIMENTS
 from fastbegan.experiments.continuity import recover
 from fastbegan.experiments.convergence import ranks_correlate
+from fastbegan.experiments.record import fingerprint
 from fastbegan.experiments.scales import SCALES
-from fastbegan.experiments.study import fingerprint
 from fastbegan.files import read_json
 from fastbegan.nets.models import build
 from fastbegan.runs.folder import RunFolder
@@ -92,7 +92,7 @@ def test_it_goes_on_where_it_was(
     assert main(command) == 2
     assert "holds an experiment with other lengths" in capsys.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr("fastbegan.experiments.study.fingerprint", lambda: "other")
+    monkeypatch.setattr("fastbegan.experiments.record.fingerprint", lambda: "other")
     assert main(command) == 2
     assert "holds an experiment with other code or device; remove it or" in capsys.readouterr().err
     assert main([*command, "--any-code"]) == 0

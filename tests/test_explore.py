@@ -20,6 +20,7 @@ from PIL import Image
 from fastbegan import ModelConfig, TrainConfig, UserError
 from fastbegan.cli import main
 from fastbegan.commands import explore as explore_module
+from fastbegan.commands import explore_page
 from fastbegan.commands.explore import Explore
 from fastbegan.nets.models import build
 from fastbegan.runs.folder import RunConfig, RunFolder
@@ -210,10 +211,8 @@ def test_odd_names_are_only_text(run: Path, name: str, tmp_path: Path, capsys: p
 
 def test_strings_in_the_data_cannot_end_the_script() -> None:
     bad = "</script><script>alert(1)</script><!--"
-    page = explore_module._fill(
-        {"value": bad},
-        **dict.fromkeys(("title", "facts", "training", "nearest", "command", "ends", "corners", "version"), ""),
-    )
+    places = ("title", "facts", "training", "nearest", "command", "ends", "corners", "version")
+    page = explore_page.fill({"value": bad}, **dict.fromkeys(places, ""))
     assert len(_Reader(page).scripts) == 2 and _data(page) == {"value": bad}
 
 

@@ -46,7 +46,7 @@ def test_as_brute_force_finds_them(flip: bool, chunk: int, margin: int, monkeypa
 def test_an_image_is_not_its_own_neighbour() -> None:
     images = _noise(30, 4, 4, 3)
     images[20] = images[3]
-    found = nearest(images[[3, 4]], images, 3, flip=True, own=np.array([3, -1]))
+    found = nearest(images[[3, 4]], images, 3, flip=True, excluded=np.array([3, -1]))
     assert (found[0][0].number, found[0][0].distance) == (20, 0) and 3 not in [one.number for one in found[0]]
     assert (found[1][0].number, found[1][0].distance) == (4, 0)
 
@@ -54,9 +54,9 @@ def test_an_image_is_not_its_own_neighbour() -> None:
 def test_ties_go_by_number_and_small_sets_have_fewer_neighbours() -> None:
     images = np.zeros((4, 4, 4, 3), np.uint8)
     images[0] = 10
-    found = nearest(images[:1], images, 9, flip=True, own=np.array([0]))
+    found = nearest(images[:1], images, 9, flip=True, excluded=np.array([0]))
     assert [one.number for one in found[0]] == [1, 2, 3] and [one.distance for one in found[0]] == [10, 10, 10]
-    assert nearest(images[:1], images[:1], 5, flip=False, own=np.array([0])) == [[]]
+    assert nearest(images[:1], images[:1], 5, flip=False, excluded=np.array([0])) == [[]]
 
 
 def test_read_only_memory_maps_are_taken(tmp_path_factory: pytest.TempPathFactory) -> None:

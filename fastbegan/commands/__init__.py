@@ -1,1 +1,1 @@
-"""A file a command: its options, and what it does with them."""
+"""One file per command: its options, and the function that runs it."""

@@ -1,4 +1,4 @@
-"""`fastbegan bench plan`: what training a preset would take on other GPUs. A model, not a measurement."""
+"""`fastbegan bench plan`: the estimate of `measure.plan` as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from rich.table import Table
 
 from ..config import find_preset
 from ..errors import UserError
-from ..measure.plan import ASSUMED, COPY_SHARE, GPUS, NETWORK_SHARE, PASSES, Plan, measured_share, plan
+from ..measure.plan import ASSUMED, COPY_SHARE, GPUS, NETWORK_SHARE, PASSES, Cluster, Plan, measured_share, plan
 from ..training.cost import step_cost
 
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """Estimate what training a preset takes on other GPUs: images a second, hours, energy. A model, and labelled so."""
+    """Estimate what training a preset takes on other GPUs: images/s, hours, energy. A model, not a measurement."""
 
     preset: str = "paper-128"
-    """Nets and number of images."""
+    """The nets, and the number of images that they see."""
     gpu: str = "all"
     """p100, v100, a100, h100, b200, or all."""
     gpus: str = "1"
-    """How many; several numbers with commas between, to see how far it scales: 1,8,64,512."""
+    """How many of them; several numbers with commas between show how it scales: 1,8,64,512."""
     batch_size: int | None = None
-    """Images a card and step. Default: the preset's."""
+    """Images per card and step. Default: the preset's."""
     share: float | None = None
-    """Share of the card's peak that a step reaches. Default: as measured on such a card, else an assumed one."""
+    """Share of the card's peak that a step reaches. Default: the one measured on such a card, else an assumed one."""
     link: Literal["nvlink", "pcie"] = "nvlink"
-    """What joins the cards of a node."""
+    """The link between the cards of a node."""
     network: float = 100.0
-    """Gb/s of a node's link to the others."""
+    """Gb/s between the nodes, per node."""
     results: Path = Path("bench/results")
-    """Where measured shares are looked for."""
+    """Folder of results of `pytest bench/`, with the measured shares."""
     json: bool = False
     """Print only JSON."""
 
@@ -46,50 +46,44 @@ class BenchPlan:
 
 
 def bench_plan(options: BenchPlan) -> int:
-    """Print the plan for `gpu`, or for all with "all", on each number of cards. Raises UserError for bad values."""
+    """Print a plan for each GPU and number of cards; returns the exit code. Raises UserError for bad values."""
     preset = find_preset(options.preset)
     batch_size = preset.train.batch_size if options.batch_size is None else options.batch_size
     train = dataclasses.replace(preset.train, batch_size=batch_size)
     images = train.images or 7_000_000
-    plans = []
+    plans: list[Plan] = []
     for gpu in GPUS if options.gpu == "all" else [options.gpu]:
         measured = measured_share(options.results, gpu) if options.share is None and gpu in GPUS else None
         share = options.share if options.share is not None else measured
         for count in _counts(options.gpus):
-            estimate = plan(
-                preset.model, train, gpu, count, images=images, share=share, measured=measured is not None,
-                link=options.link, network=options.network,
-            )  # fmt: skip
-            plans.append(estimate)
+            cluster = Cluster(gpu, count, options.link, options.network)
+            plans.append(plan(preset.model, train, cluster, images=images, share=share, measured=measured is not None))
     if options.json:
         rows = [dataclasses.asdict(row) for row in plans]
         print(json.dumps({"preset": options.preset, "images": images, "plans": rows}, indent=1))
         return 0
-    shown = Table(
-        title=f"{options.preset}: {images:,} images, {train.batch_size} a card a step; a model, not a measurement",
-        box=box.SIMPLE, padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    title = f"{options.preset}: {images:,} images, {train.batch_size} a card a step; a model, not a measurement"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in ("GPU", "cards", "of peak", "ms/step", "images/s", "a card", "hours", "kWh", "limit"):
-        shown.add_column(column, justify="left" if column in ("GPU", "limit") else "right", no_wrap=True)
-    for one in plans:
-        source = "" if one.measured or options.share is not None else "?"
-        shown.add_row(
-            f"{one.gpu} {one.precision}", str(one.gpus), f"{one.share:.0%}{source}", f"{1e3 * one.step:.2f}",
-            f"{one.images_per_second:,.0f}", f"{one.efficiency:.0%}", f"{one.hours:,.1f}", f"{one.kwh:,.1f}",
-            one.limit if one.fits else "does not fit",
-        )  # fmt: skip
+        table.add_column(column, justify="left" if column in ("GPU", "limit") else "right", no_wrap=True)
+    for row in plans:
+        assumed = "" if row.measured or options.share is not None else "?"
+        step = (f"{row.share:.0%}{assumed}", f"{1e3 * row.step:.2f}", f"{row.images_per_second:,.0f}")
+        whole = (f"{row.efficiency:.0%}", f"{row.hours:,.1f}", f"{row.kwh:,.1f}")
+        limit = row.limit if row.fits else "does not fit"
+        table.add_row(f"{row.gpu} {row.precision}", str(row.gpus), *step, *whole, limit)
     console = Console()
-    console.print(shown)
-    for one in plans if len(plans) == 1 else []:
-        console.print(_limits(one, train.batch_size))
+    console.print(table)
+    if len(plans) == 1:
+        console.print(_limits(plans[0], train.batch_size))
     console.print(_assumptions(4 * step_cost(preset.model, train).parameters, options.link, options.network))
     return 0
 
 
-def _limits(one: Plan, batch: int) -> str:
-    """What each part alone would allow."""
-    parts = {"compute": one.arithmetic, "memory": one.memory, "images": one.gather, "network": one.network}
-    rates = (f"{name} {one.gpus * batch / seconds:,.0f}" for name, seconds in parts.items() if seconds)
+def _limits(row: Plan, batch: int) -> str:
+    """Images/s that each part of the step would allow alone."""
+    parts = {"compute": row.arithmetic, "memory": row.memory, "images": row.gather, "network": row.network}
+    rates = (f"{name} {row.gpus * batch / seconds:,.0f}" for name, seconds in parts.items() if seconds)
     return f"Images a second that each would allow alone: {', '.join(rates)}.\n"
 
 

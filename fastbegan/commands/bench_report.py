@@ -1,4 +1,4 @@
-"""`fastbegan bench report`: results of `pytest bench/` as Markdown and pictures."""
+"""`fastbegan bench report`: results of `pytest bench/` as Markdown and plots."""
 
 from __future__ import annotations
 

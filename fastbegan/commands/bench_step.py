@@ -1,4 +1,4 @@
-"""`fastbegan bench step`: every way to do a training step, timed turn by turn in one run."""
+"""`fastbegan bench step`: the measurement of `measure.step` as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..measure.step import COMPILED, DEFAULT_MODES, MODES, measure
 
 @dataclass(frozen=True)
 class BenchStep:
-    """Time every way to do a training step on this machine, turn by turn in one run."""
+    """Time all modes of the training step on this machine, turn by turn in one run."""
 
     preset: str = "demo"
     """Nets, batch and loss: demo, paper-32, paper-64, paper-128, paper-256."""
@@ -30,16 +30,16 @@ class BenchStep:
     filters: int | None = None
     """n. Default: the preset's."""
     batch_size: int | None = None
-    """Images a step. Default: the preset's."""
+    """Images per step. Default: the preset's."""
     modes: str = "all"
-    """Of textbook, single-pass, joint, alternating, each also with +compile: some, with commas between. all: those,
-    and textbook+compile and single-pass+compile."""
+    """textbook, single-pass, joint, alternating, each also with +compile; several with commas between. all: these four,
+    textbook+compile and single-pass+compile."""
     precision: str = "auto"
     """auto, float32, tf32, bf16, fp16; several with commas between."""
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
-    """How modes with +compile are compiled; off leaves them out."""
+    """torch.compile's mode for modes with +compile; off leaves these modes out."""
     rounds: int = 10
-    """Turns, of which the median counts."""
+    """Turns; the median counts."""
     cudnn_search: Literal["auto", "off"] = "auto"
     """As for train."""
     device: str = "auto"
@@ -52,7 +52,7 @@ class BenchStep:
 
 
 def bench_step(options: BenchStep) -> int:
-    """Measure and print a table, or only JSON. Raises UserError for bad values."""
+    """Time the modes and print a table, or only JSON; returns the exit code. Raises UserError for bad values."""
     modes: Sequence[str] = DEFAULT_MODES if options.modes == "all" else options.modes.split(",")
     for mode in modes:
         if mode.removesuffix(COMPILED) not in MODES:
@@ -73,12 +73,8 @@ def bench_step(options: BenchStep) -> int:
     if compiler is None:
         modes = [mode for mode in modes if not mode.endswith(COMPILED)]
     rows = measure(model, train, modes, names, device, compiler, options.rounds, say=None if options.json else print)
-    facts = {
-        **machine.facts(device),
-        "device": line,
-        "model": dataclasses.asdict(model),
-        "batch_size": train.batch_size,
-    }
+    facts = machine.facts(device) | {"device": line}
+    facts |= {"model": dataclasses.asdict(model), "batch_size": train.batch_size}
     if options.json:
         print(json.dumps({**facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1))
         return 0
@@ -87,11 +83,9 @@ def bench_step(options: BenchStep) -> int:
     for name in ("type", "ms", "img/s", "GFLOP", "MiB", "eager", "compile"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        ratios = (row.ratio_eager, row.ratio_compile)
-        table.add_row(
-            row.mode, row.precision, f"{row.ms:.1f}", f"{row.images_per_second:,.0f}", f"{row.flops / 1e9:,.1f}",
-            f"{row.peak_bytes / 2**20:,.0f}", *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-        )  # fmt: skip
+        costs = (f"{row.ms:.1f}", f"{row.images_per_second:,.0f}", f"{row.flops / 1e9:,.1f}")
+        ratios = ("-" if ratio is None else f"{ratio:.2f}" for ratio in (row.ratio_eager, row.ratio_compile))
+        table.add_row(row.mode, row.precision, *costs, f"{row.peak_bytes / 2**20:,.0f}", *ratios)
     Console().print(table)
     return 0
 

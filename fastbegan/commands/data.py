@@ -1,4 +1,4 @@
-"""`fastbegan data`: pack a source, check it, look into a pack."""
+"""`fastbegan data`: pack a source, check a source, show a pack."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _SHOWN = 8  # rows and columns of a contact sheet
 
 @dataclass(frozen=True)
 class DataPack:
-    """Decode images once into one file that training maps into memory. A pack that was cut off is taken up again."""
+    """Decode images once into one file that training maps into memory. An interrupted pack is resumed."""
 
     source: Positional[str]
     """As --data of train: a folder, a .tar or .tfrecord file, faces:COUNT, cifar10:ROOT, fashion-mnist:ROOT."""
     out: Positional[Path]
-    """The file to write, NAME.pack; NAME.rejected.txt beside it names what was broken, left out or converted."""
+    """The file to write, NAME.pack; NAME.rejected.txt beside it lists files broken, left out or converted."""
     size: int = 64
-    """Height and width of the packed images; with --jitter J of train, 2 * J more than the nets' size."""
+    """Height and width of the packed images: the nets' size, plus 2 * J where train gets --jitter J."""
     crop: str = "center"
     """center (largest square), none (stretch), pixels (128), or celeba (the face in CelebA's aligned images)."""
     max_bad: float = 1.0
     """Percentage of broken files above which nothing is packed."""
     workers: int | None = None
-    """Processes that decode. Default: as many as there are cores."""
+    """Processes that decode. Default: one per core."""
 
     def run(self) -> int:
         return pack(self)
@@ -48,7 +48,7 @@ class DataCheck:
     crop: str = "center"
     """As for pack."""
     workers: int | None = None
-    """Processes that decode. Default: as many as there are cores."""
+    """Processes that decode. Default: one per core."""
 
     def run(self) -> int:
         return check(self)
@@ -56,19 +56,19 @@ class DataCheck:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a pack holds, and a contact sheet of it."""
+    """Show what a pack holds, and draw a contact sheet of it."""
 
     pack: Positional[Path]
     """The file."""
     sheet: Path | None = None
-    """Where the sheet goes. Default: NAME.sheet.png beside NAME.pack."""
+    """The sheet's file. Default: NAME.sheet.png beside NAME.pack."""
 
     def run(self) -> int:
         return info(self)
 
 
 def pack(options: DataPack) -> int:
-    """Write a pack of `source` to `out`; returns the exit code. Raises UserError."""
+    """Write a pack; returns the exit code. Raises UserError for bad options and bad data."""
     if options.size < 1:
         raise UserError(f"size is {options.size}; accepted: whole numbers from 1")
     _check_workers(options.workers)
@@ -77,16 +77,11 @@ def pack(options: DataPack) -> int:
     if options.out.suffix != ".pack":
         raise UserError(f"out is {options.out}; accepted: a name that ends with .pack")
     with Display() as display:
-        found = make_pack(
-            options.source,
-            options.out,
-            options.size,
-            options.crop,
-            display.preparing,
-            max_bad=options.max_bad,
-            workers=options.workers,
+        size, crop, limit = options.size, options.crop, options.max_bad
+        images = make_pack(
+            options.source, options.out, size, crop, display.preparing, max_bad=limit, workers=options.workers
         )
-        display.say(found.description)
+        display.say(images.description)
         display.say(f"  train on it: fastbegan train --size {options.size} --data {options.out}")
         rejected = options.out.with_suffix(".rejected.txt")
         if rejected.exists() and rejected.stat().st_size:
@@ -95,19 +90,18 @@ def pack(options: DataPack) -> int:
 
 
 def check(options: DataCheck) -> int:
-    """Decode all of `source` and name what is broken; returns 1 if something is. Raises UserError."""
+    """Decode all files of a source and print the broken ones; returns 1 if there are any. Raises UserError."""
     _check_workers(options.workers)
     with Display() as display:
-        found = load_catalogue(
+        catalogue = load_catalogue(
             options.source, options.crop, display.preparing, max_bad=100.0, workers=options.workers, again=True
         )
-        for name, reason in found.broken:
+        for name, reason in catalogue.broken:
             display.say(f"broken  {name}: {reason}")
-        converted = int(found.seen[:, 2].sum())
-        display.say(
-            f"{found.description}; {len(found.broken):,} broken, {converted:,} with colours or rotation converted"
-        )
-    return 1 if found.broken else 0
+        converted = int(catalogue.seen[:, 2].sum())
+        counts = f"{len(catalogue.broken):,} broken, {converted:,} with colours or rotation converted"
+        display.say(f"{catalogue.description}; {counts}")
+    return 1 if catalogue.broken else 0
 
 
 def _check_workers(workers: int | None) -> None:
@@ -116,7 +110,7 @@ def _check_workers(workers: int | None) -> None:
 
 
 def info(options: DataInfo) -> int:
-    """Print what a pack holds and draw a contact sheet of it; returns the exit code. Raises UserError."""
+    """Print the header of a pack and draw a contact sheet; returns the exit code. Raises UserError."""
     path = options.pack
     if not path.is_file():
         raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}; accepted: a .pack file")

@@ -1,4 +1,4 @@
-"""`fastbegan doctor`: what this machine runs for every op, and why."""
+"""`fastbegan doctor`: the implementation that this machine runs for every op, and why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastbegan_kernels.problems import Layer, Pointwise
 
 from ..config import ModelConfig, TrainConfig, find_preset
 from ..device import pick_device, pick_precision, set_backends
-from ..display import Display
+from ..display import Display, print_facts
 from ..errors import UserError
 from ..training.capacity import capacity
 from ..training.cost import step_cost
@@ -27,33 +27,33 @@ Row = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Doctor:
-    """What this machine runs for every op, and why; on a GPU every kernel is checked and timed."""
+    """Show what this machine runs for every op, and why; on a GPU every kernel is checked and timed."""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: str = "auto"
     """auto, float32, tf32, bf16 or fp16; with --tune several with commas between."""
     filters: int | None = None
-    """Channels of the layers that are tried (default: 64), or n of the preset."""
+    """Channels of the layers that are tried (default: 64); with --preset its n."""
     size: int | None = None
-    """Height and width of their inputs (default: 32), or the preset's image size."""
+    """Height and width of their inputs (default: 32); with --preset its image size."""
     batch_size: int | None = None
-    """Images at once. Default: 16, or the preset's. With --tune those of one GPU, not of all ranks."""
+    """Images per batch. Default: 16, or the preset's. With --tune those of one GPU, not of all ranks."""
     preset: str | None = None
-    """Instead of layers: what a step of this preset needs here, and the largest batch that fits."""
+    """Instead of layers: what a step of this preset needs on this machine, and the largest batch that fits."""
     tune: bool = False
-    """With --preset on a GPU: choose all its kernels now, into the cache that runs read; before a job of many nodes."""
+    """With --preset on a GPU: choose all its kernels now, for the cache that runs read. For jobs of many nodes."""
     cudnn_search: Literal["auto", "off"] = "auto"
-    """As for train: what is chosen under one setting is not used under the other."""
+    """As for train: choices made under one setting are not used under the other."""
 
     def run(self) -> int:
         return doctor(self)
 
 
 def doctor(options: Doctor) -> int:
-    """Tell about this machine's ops, about a preset on it, or choose a preset's kernels; returns the exit code.
+    """Report on this machine's ops or on a preset, or choose a preset's kernels; returns the exit code.
 
-    Raises UserError for bad values.
+    Raises UserError for bad options.
     """
     if options.preset is None:
         if options.tune:
@@ -77,29 +77,28 @@ def _ops(options: Doctor) -> int:
     for name, value in (("filters", filters), ("size", size), ("batch-size", batch_size)):
         if value < 1 or (name == "size" and value % 2):
             raise UserError(f"{name} is {value}; accepted: {'even ' if name == 'size' else ''}numbers from 1 on")
-    where, line = pick_device(options.device)
-    used, dtype = pick_precision(options.precision, where)
-    set_backends(used, search=options.cudnn_search == "auto")
+    device, line = pick_device(options.device)
+    precision, dtype = pick_precision(options.precision, device)
+    set_backends(precision, search=options.cudnn_search == "auto")
     facts = [
         ("device", line),
-        ("precision", f"{used}{' (as nothing else was asked for)' if options.precision == 'auto' else ''}"),
-        ("software", f"Python {platform.python_version()}, {tuning.environment(where)}"),
-        *([("kernels", tier(where))] if where.type == "cuda" else []),
+        ("precision", f"{precision}{' (as nothing else was asked for)' if options.precision == 'auto' else ''}"),
+        ("software", f"Python {platform.python_version()}, {tuning.environment(device)}"),
+        *([("kernels", tier(device))] if device.type == "cuda" else []),
         ("asked for", f"FASTBEGAN_IMPL={os.environ.get('FASTBEGAN_IMPL') or '(unset: automatic)'}"),
         ("choices in", str(tuning.cache_file())),
     ]
-    for name, value in facts:
-        print(f"{name:<12}{value}")
+    print_facts(facts)
     name = str(dtype or torch.float32).removeprefix("torch.")
     table = Table("op", "runs", "why", title=f"{filters} channels, {batch_size} maps of {size} x {size}, {name}")
-    for row in _rows(where, name, filters, size, batch_size):
+    for row in _rows(device, name, filters, size, batch_size):
         table.add_row(*row)
     Console().print(table)
     return 0
 
 
 def tier(device: torch.device) -> str:
-    """What kinds of kernels a GPU has, and why not more."""
+    """The kinds of kernels that a GPU can run, and the reason where some are missing."""
     major, minor = torch.cuda.get_device_capability(device)
     chip = f"sm_{major}{minor}"
     if major < 8:
@@ -109,57 +108,65 @@ def tier(device: torch.device) -> str:
 
 
 def _preset(options: Doctor, model: ModelConfig, train: TrainConfig) -> int:
-    """Print what a step of a preset does and needs here, and the largest batch that fits."""
-    where, line = pick_device(options.device)
-    used, dtype = pick_precision(options.precision, where)
-    set_backends(used, search=options.cudnn_search == "auto")
+    """Print FLOPs and memory of a preset's step on this machine, and the largest batch that fits."""
+    device, line = pick_device(options.device)
+    precision, dtype = pick_precision(options.precision, device)
+    set_backends(precision, search=options.cudnn_search == "auto")
     cost = step_cost(model, train, dtype)
     facts = [
         ("device", line),
-        ("precision", used),
+        ("precision", precision),
         ("step", f"{cost.flops / 1e9:,.1f} GFLOPs at batch {train.batch_size}"),
     ]
     for name, recompute in (("memory", False), ("recompute", True)):
-        found = capacity(model, replace(train, recompute=recompute), where, dtype)
-        how = "ran" if found.tried else "worked out from free memory"
-        each, fixed = found.per_image / 2**20, found.fixed / 2**20
-        facts.append((name, f"{each:,.1f} MiB an image and {fixed:,.0f} MiB; largest batch {found.largest:,} ({how})"))
-    for name, value in facts:
-        print(f"{name:<12}{value}")
+        result = capacity(model, replace(train, recompute=recompute), device, dtype)
+        source = "ran" if result.tried else "worked out from free memory"
+        sizes = f"{result.per_image / 2**20:,.1f} MiB an image and {result.fixed / 2**20:,.0f} MiB"
+        facts.append((name, f"{sizes}; largest batch {result.largest:,} ({source})"))
+    print_facts(facts)
     return 0
 
 
 def _tune(options: Doctor, model: ModelConfig, train: TrainConfig) -> int:
-    """Choose all kernels of a preset in each precision, into the cache that runs read, before a job of many nodes.
+    """Choose all kernels of a preset in each precision, for the cache that runs read.
 
-    Returns 1 where some could not be chosen for good. Raises UserError where there is no GPU to choose for.
+    Returns 1 where a choice is not final. Raises UserError where there is no GPU.
     """
-    where, line = pick_device(options.device)
-    if where.type != "cuda":
+    device, line = pick_device(options.device)
+    if device.type != "cuda":
         raise UserError(f"tune is True, but the device is {line}; accepted: a GPU (a CPU has no kernels)")
-    print(f"{'device':<12}{line}\n{'choices in':<12}{tuning.cache_file()}")
+    print_facts([("device", line), ("choices in", str(tuning.cache_file()))])
     failed = 0
     for precision in options.precision.split(","):
-        used, dtype = pick_precision(precision, where)
-        set_backends(used, search=options.cudnn_search == "auto")
+        name, dtype = pick_precision(precision, device)
+        set_backends(name, search=options.cudnn_search == "auto")
         with Display() as display:
-            missing = tune(model, train, where, dtype, display.trying)
+            missing = tune(model, train, device, dtype, display.trying)
         failed += missing
-        print(f"{used:<12}{f'{missing} not chosen for good, as said above' if missing else 'all kernels are chosen'}")
+        print_facts([(name, f"{missing} not chosen for good, as said above" if missing else "all kernels are chosen")])
     return 1 if failed else 0
 
 
 def layers(dtype: str, filters: int, size: int, batch_size: int, *, tf32: bool = False) -> list[Layer]:
-    """Each kind of layer, forward and back to the layer before it."""
-    found = []
+    """One layer of each kind, forward and input gradient.
+
+    Args:
+        dtype: As torch names it, without `torch.`.
+        filters: Channels in and out.
+        size: Height and width of the input.
+        batch_size: Images.
+        tf32: Whether float32 products may round to TF32.
+    """
+    problems = []
     for kind, window in (("same", 3), ("down", 3), ("up", 4)):
         x, weight = (batch_size, filters, size, size), (filters, filters, window, window)
-        found += [Layer(kind, backward, dtype, x, weight, tf32=tf32) for backward in (False, True)]
-    return found
+        problems += [Layer(kind, backward, dtype, x, weight, tf32=tf32) for backward in (False, True)]
+    return problems
 
 
 def _rows(device: torch.device, dtype: str, filters: int, size: int, batch_size: int) -> list[Row]:
-    asked = dispatch.asked_for(None)
+    """A row per op: its name, what runs, and why."""
+    impl = dispatch.asked_for(None)
     tf32 = dtype == "float32" and device.type == "cuda" and dispatch.allows_tf32()
     layered: list[Layer] = layers(dtype, filters, size, batch_size, tf32=tf32)
     ops = {
@@ -169,26 +176,26 @@ def _rows(device: torch.device, dtype: str, filters: int, size: int, batch_size:
         Pointwise(op, "float32" if op in ("equilibrium_update", "normalize_images") else dtype)
         for op in problems.POINTWISE
     ]
-    reason = _no_kernels(device, asked)
+    reason = _no_kernels(device, impl)
     if reason is not None:
-        plain = "reference" if asked == "reference" else "plain PyTorch"
+        plain = "reference" if impl == "reference" else "plain PyTorch"
         folded = "algebraic: folded weights, transposed convolution"
         rows = [
-            (op, folded if problem.kind == "up" and asked != "reference" else plain, reason)
+            (op, folded if problem.kind == "up" and impl != "reference" else plain, reason)
             for problem, op in ops.items()
             if not problem.backward
         ]
         return rows + [(problem.op, plain, reason) for problem in pointed]
-    rows = [(op, *_verdict(problem, device, asked or "auto")) for problem, op in ops.items()]
-    return rows + [(problem.op, *_verdict(problem, device, asked or "auto")) for problem in pointed]
+    rows = [(op, *_verdict(problem, device, impl or "auto")) for problem, op in ops.items()]
+    return rows + [(problem.op, *_verdict(problem, device, impl or "auto")) for problem in pointed]
 
 
 _LAYER_OPS = {"same": "conv2d_elu", "down": "conv2d_elu, stride 2", "up": "upsample_conv2d_elu"}
 
 
-def _no_kernels(device: torch.device, asked: str | None) -> str | None:
-    """Why no kernel of ours runs here at all, None where some do."""
-    if asked == "reference":
+def _no_kernels(device: torch.device, impl: str | None) -> str | None:
+    """The reason why this machine runs no Triton kernel at all; None where it runs some."""
+    if impl == "reference":
         return "FASTBEGAN_IMPL asks for it"
     if not dispatch.HAS_TRITON:
         return "Triton is not installed"
@@ -200,13 +207,13 @@ def _no_kernels(device: torch.device, asked: str | None) -> str | None:
 
 
 def _verdict(problem: Layer | Pointwise, device: torch.device, impl: str) -> tuple[str, str]:
-    hows = tuning.forms(problem, device, impl)
-    found = tuning.outcomes(problem, device, hows, again=True)
-    right = [outcome for outcome in found if outcome.fault is None]
-    notes = [f"{outcome.how} {outcome.fault}" for outcome in found if outcome.fault]
+    """The form that runs for a problem, and the checks and times behind it; all forms are tried now."""
+    outcomes = tuning.outcomes(problem, device, tuning.forms(problem, device, impl), again=True)
+    right = [outcome for outcome in outcomes if outcome.fault is None]
+    notes = [f"{outcome.how} {outcome.fault}" for outcome in outcomes if outcome.fault]
     if not right:
         return "plain PyTorch", "; ".join(notes) or "no kernel takes this"
     best = min(right, key=lambda outcome: outcome.seconds or 0.0)
     timed = sorted((outcome.seconds, outcome.how) for outcome in right if outcome.seconds is not None)
-    notes = [f"{how} {seconds * 1e6:.0f} us" for seconds, how in timed] + notes
+    notes = [f"{form} {seconds * 1e6:.0f} us" for seconds, form in timed] + notes
     return best.how, "right; " + ", ".join(notes) if notes else "right"

@@ -1,4 +1,4 @@
-"""`fastbegan evaluate`: how far a generator's images, or any images, are from a data set."""
+"""`fastbegan evaluate`: scores of a generator's images, or of any images, against a data set."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ..runs import sheets
 from ..runs.folder import RunConfig, RunFolder
 
 ENOUGH = 10_000
-"""Images of a side below which figures are said to be biased."""
-_FILTER = "bilinear, antialiased"  # of data.scale, which makes packs too
+"""Images per side below which a warning says that figures are biased."""
+_FILTER = "bilinear, antialiased"  # of data.scale
 _BETTER = {
     "frechet_distance": "lower",
     "kernel_distance": "lower",
@@ -41,25 +41,25 @@ _BETTER = {
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Compare images, a generator's or files, with a data set: Frechet and kernel distance, inception score, precision,
-    recall, diversity."""
+    """Score images, a generator's or files, against a data set: Frechet and kernel distance, inception score,
+    precision, recall, diversity."""
 
     images: Positional[str]
-    """A run folder, whose averaged generator draws them, or images as train takes them for data."""
+    """A run folder, whose averaged generator draws them, or images, as --data of train."""
     against: str | None = None
-    """The data set, as train takes it. Default: what the run was trained on."""
+    """The data set, as --data of train. Default: the run's."""
     count: int = 5000
-    """How many images of each side, or all there are. Below 10,000 the Frechet distance comes out clearly too high."""
+    """Images per side, or all that there are. Below 10,000 the Frechet distance is clearly too high."""
     size: int | None = None
     """Height and width to which both sides are scaled. Default: the run's, else 64."""
     crop: str | None = None
     """As for train. Default: the run's, else center."""
     extractor: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
-    """Whose features are compared. inception needs its weights, by --inception, and gives the usual FID."""
+    """The net whose features are compared. inception gives the usual FID and needs --inception."""
     inception: Path | None = None
-    """File of torch-fidelity's weights of Inception, weights-inception-2015-12-05-6726825d.pth; its hash is checked."""
+    """torch-fidelity's file of Inception's weights, weights-inception-2015-12-05-6726825d.pth; its hash is checked."""
     seed: int = 0
-    """Which latents, and which images of a set that has more than --count."""
+    """Chooses the latents, and the images of a set that has more than --count."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: bool = False
@@ -70,120 +70,136 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class _Selection:
+    """The choice and the size of images that both sides share."""
+
+    count: int
+    size: int
+    crop: str
+    seed: int
+
+
+@dataclass(frozen=True)
 class _Side:
-    """Images of one side, uint8 [N, size, size, 3], and a few words on what they are and how they came to this size."""
+    """The images of one side."""
 
     pixels: np.ndarray
+    """uint8 [N, size, size, 3]."""
     source: str
+    """In words."""
     scaled: str
+    """The way to this size, in words."""
     crc32: int | None = None
+    """Checksum of the set that they come from; None for drawn images."""
     total: int = 0
+    """Images of that set."""
 
 
 def evaluate(options: Evaluate) -> int:
-    """Score `images` against a data set and print the figures; Raises UserError."""
+    """Score images against a data set and print the figures; returns the exit code. Raises UserError."""
     require_seed(options.seed)
-    count, seed, against, crop, size = options.count, options.seed, options.against, options.crop, options.size
-    for name, value, least in (("count", count, LEAST), ("size", 1 if size is None else size, 1)):
-        if value < least:
+    for name, value, least in (("count", options.count, LEAST), ("size", options.size, 1)):
+        if value is not None and value < least:
             raise UserError(f"{name} is {value}; accepted: whole numbers from {least}")
     run = RunFolder(Path(options.images))
     config = run.read_config() if run.exists() else None
-    if config is None and against is None:
+    against = options.against or config.train.data if config else options.against
+    if against is None:
         raise UserError(
             f"against is missing, and {options.images!r} is no run folder that would say it; give --against DATA"
         )
-    place = pick_device(options.device)[0]
-    net = open_extractor(options.extractor, options.inception, place)
+    device, _ = pick_device(options.device)
+    extractor = open_extractor(options.extractor, options.inception, device)
+    size, crop, jitter = options.size, options.crop or "center", 0
     if config is not None:
-        against, crop = against or config.train.data, crop or config.train.crop
-    assert against is not None
-    crop, jitter = crop or "center", 0
-    if size is None:
-        size = config.model.size if config else 64
-    if config is not None and size == config.model.size:
-        jitter = config.train.jitter
+        size, crop = config.model.size if size is None else size, options.crop or config.train.crop
+        jitter = config.train.jitter if size == config.model.size else 0
+    selection = _Selection(options.count, 64 if size is None else size, crop, options.seed)
     with Display(quiet=options.json) as display:
-        show, max_bad = display.preparing, config.train.max_bad if config else 1.0
-        other = _load(against, size, crop, jitter, count, seed, max_bad, show)
+        max_bad = config.train.max_bad if config else 1.0
+        data_set = _load(against, selection, display.preparing, jitter=jitter, max_bad=max_bad)
         if config is None:
-            side = _load(options.images, size, crop, 0, count, seed, 1.0, show, from_end=True)
+            side = _load(options.images, selection, display.preparing, from_end=True)
         else:
-            side = _draw(run, config, size, count, seed, place, show)
-        yardstick = Yardstick(other.pixels, extractor=net, progress=show)
-        figures = yardstick.score(side.pixels)
+            side = _draw(run, config, selection, device, display.preparing)
+        figures = Yardstick(data_set.pixels, extractor=extractor, progress=display.preparing).score(side.pixels)
     facts = {
         "images": side.source,
-        "against": other.source,
-        "size": f"{size} px; images: {side.scaled}; data set: {other.scaled}",
-        "extractor": f"{net.weights}; it scales what it sees itself: {net.resize}",
+        "against": data_set.source,
+        "size": f"{selection.size} px; images: {side.scaled}; data set: {data_set.scaled}",
+        "extractor": f"{extractor.weights}; it scales what it sees itself: {extractor.resize}",
         "diversity": f"mean L1 distance between images in [-1, 1], {SCATTERED} of a side at most",
     }
-    warned = _warnings(side, other)
+    cautions = _warnings(side, data_set)
     if options.json:
-        print(dumps({**figures, "names": names(options.extractor), "about": facts, "warnings": warned}, indent=2))
+        print(dumps({**figures, "names": names(options.extractor), "about": facts, "warnings": cautions}, indent=2))
     else:
-        _show(figures, facts, warned)
+        _show(figures, facts, cautions)
     return 0
 
 
-def _draw(
-    run: RunFolder, config: RunConfig, size: int, count: int, seed: int, device: torch.device, progress: Progress
-) -> _Side:
-    """What the averaged generator makes of `fastbegan sample`'s latents."""
+def _draw(run: RunFolder, config: RunConfig, selection: _Selection, device: torch.device, progress: Progress) -> _Side:
+    """Images of the averaged generator from the latents of `fastbegan sample`."""
     generator = run.load_generator(device)
+    count, seed = selection.count, selection.seed
     z = sheets.sheet_latents(config.model.latent, seed, count, device)
     drawn: list[np.ndarray] = []
     for part in z.split(64):
         drawn.append(sheets.generate(generator, part))
         progress("drawing images", sum(map(len, drawn)), count)
-    pixels, own = np.concatenate(drawn), config.model.size
-    scaled = f"drawn at {own} px"
-    if own != size:
-        pixels, scaled = scale(list(pixels), size), f"drawn at {own} px, then {_FILTER}"
+    pixels, scaled = np.concatenate(drawn), f"drawn at {config.model.size} px"
+    if selection.size != config.model.size:
+        pixels, scaled = scale(list(pixels), selection.size), f"{scaled}, then {_FILTER}"
     return _Side(pixels, f"{count:,} drawn by {run.path} (averaged generator, seed {seed})", scaled)
 
 
 def _load(
-    data: str, size: int, crop: str, jitter: int, count: int, seed: int, max_bad: float, progress: Progress,
-    *, from_end: bool = False,
-) -> _Side:  # fmt: skip
-    """`count` images of `data`, or all there are. With `jitter`, the middle of what training shifts."""
-    found = load_images(data, stored := size + 2 * jitter, crop, progress, max_bad=max_bad)
-    if (total := len(found.images)) < LEAST:
+    data: str,
+    selection: _Selection,
+    progress: Progress,
+    *,
+    jitter: int = 0,
+    max_bad: float = 1.0,
+    from_end: bool = False,
+) -> _Side:
+    """The chosen images of `data`, or all of them. With `jitter`, the middle of what training shifts."""
+    size, count, stored = selection.size, selection.count, selection.size + 2 * jitter
+    image_set = load_images(data, stored, selection.crop, progress, max_bad=max_bad)
+    if (total := len(image_set.images)) < LEAST:
         raise UserError(f"data {data!r} has only {total} images; accepted here: from {LEAST}")
-    pixels = found.images[chosen(total, count, seed, from_end=from_end)]
+    # `from_end` takes other images than the side that does not, where both sides are the same set
+    pixels = image_set.images[chosen(total, count, selection.seed, from_end=from_end)]
     pixels = pixels[:, jitter : jitter + size, jitter : jitter + size]
-    all_of = f"all {total:,} there are ({count:,} were asked for)" if total < count else f"{len(pixels):,}"
+    number = f"all {total:,} there are ({count:,} were asked for)" if total < count else f"{len(pixels):,}"
     if data.partition(":")[0] == "faces":
         scaled = f"drawn at {stored} px"
     elif Path(data).suffix == ".pack":
         scaled = f"as packed, at {stored} px ({_FILTER})"
     else:
-        scaled = f"{_FILTER}, crop {crop}, as for packs" + (f", at {stored} px" if jitter else "")
+        scaled = f"{_FILTER}, crop {selection.crop}, as for packs" + (f", at {stored} px" if jitter else "")
     scaled += ", the middle of it" if jitter else ""
-    return _Side(pixels, f"{all_of} of: {found.description}", scaled, found.crc32, total)
+    return _Side(pixels, f"{number} of: {image_set.description}", scaled, image_set.crc32, total)
 
 
-def _warnings(side: _Side, other: _Side) -> list[str]:
-    """In what the figures could mislead."""
-    found, counts = [], (len(side.pixels), len(other.pixels))
+def _warnings(side: _Side, data_set: _Side) -> list[str]:
+    """Reasons for which the figures may mislead."""
+    cautions, counts = [], (len(side.pixels), len(data_set.pixels))
     if min(counts) < ENOUGH:
-        found.append(
+        cautions.append(
             f"fewer than {ENOUGH:,} images on a side: the Frechet distance comes out too high, the inception score too "
             "low; compare only with figures of as many images"
         )
     if counts[0] != counts[1]:
-        found.append(
+        cautions.append(
             f"the sides have different counts, {counts[0]:,} and {counts[1]:,}; compare only with such figures"
         )
-    if side.crc32 is not None and (side.crc32, side.total) == (other.crc32, other.total):
+    if side.crc32 is not None and (side.crc32, side.total) == (data_set.crc32, data_set.total):
         shared = max(0, sum(counts) - side.total)
-        found.append(f"both sides are the same set and share {shared:,} images")
-    return found
+        cautions.append(f"both sides are the same set and share {shared:,} images")
+    return cautions
 
 
-def _show(figures: dict[str, Any], facts: dict[str, str], warned: list[str]) -> None:
+def _show(figures: dict[str, Any], facts: dict[str, str], cautions: list[str]) -> None:
     counts = f"{figures['count']:,} images against {figures['count_against']:,}"
     table = Table("figure", "value", "better is", title=counts)
     table.columns[1].justify = "right"
@@ -192,5 +208,5 @@ def _show(figures: dict[str, Any], facts: dict[str, str], warned: list[str]) -> 
         table.add_row(name, f"{figures[key]:.4g}{spread}", _BETTER[key])
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    for name, line in (*facts.items(), *(("warning", line) for line in warned)):
+    for name, line in (*facts.items(), *(("warning", line) for line in cautions)):
         console.print(f"{name:<11}{line}".encode("utf-8", "replace").decode(), markup=False)

@@ -1,4 +1,4 @@
-"""`fastbegan experiment`: the experiments of the paper's section 4, each one command that leaves a report."""
+"""`fastbegan experiment`: the experiments of the paper's section 4, each of which writes a report."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ..distributed.stop import StopRequest
 from ..errors import UserError
 from ..evaluation.extractors import open_extractor
 from ..experiments import ablation, continuity, convergence, diversity, scores, unbalanced
+from ..experiments.record import FILE, Settings
 from ..experiments.scales import SCALES
-from ..experiments.study import FILE, OF_ONE_RUN, Settings, Study
+from ..experiments.study import OF_ONE_RUN, Study
 from ..fields import require_seed
 from ..files import locked, make_folder, sha256, visible
 from ..runs.folder import RunFolder
@@ -25,23 +26,23 @@ from ..runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Experiment:
-    """Repeat an experiment of the paper (its section 4): trains what it needs, writes a report."""
+    """Repeat an experiment of the paper (its section 4): train the runs it needs and write a report."""
 
     name: Positional[Literal["diversity", "continuity", "convergence", "unbalanced", "scores", "ablation"]]
     """diversity (gamma), continuity (latents of real images), convergence (M against quality), unbalanced (a starved D
     or G), scores (of generated images), ablation (skips, vanishing residuals, updates, latents)."""
     scale: Literal["demo", "paper", "smoke"] = "demo"
-    """demo: minutes on two cores; paper: the paper's nets and lengths, for GPUs; smoke: only that it works."""
+    """demo: minutes on two cores; paper: the paper's nets and lengths, for GPUs; smoke: shows only that it works."""
     out: Path | None = None
-    """The folder. One that holds this experiment is continued. Default: experiments/NAME-SCALE."""
+    """The folder. One that holds this experiment is resumed. Default: experiments/NAME-SCALE."""
     data: str | None = None
-    """As --data of train. Default: portraits; paper scale needs one."""
+    """As --data of train. Default: portraits; paper scale has no default."""
     trained: Path | None = None
-    """A run to look at instead of training one (continuity, convergence, scores)."""
+    """A run folder to use instead of training a run (continuity, convergence, scores)."""
     seed: int = 0
-    """Everything random follows from it."""
+    """All random numbers follow from it."""
     seeds: int | None = None
-    """How many seeds, from `seed` on, diversity takes. Default: the scale's."""
+    """Number of seeds, from `seed` on, for diversity. Default: the scale's."""
     extractor: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
     """As for evaluate."""
     inception: Path | None = None
@@ -49,7 +50,7 @@ class Experiment:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     any_code: bool = False
-    """Go on with what another version of the code, or another kind of device, has made; the report then says so."""
+    """Resume a folder that another version of the code, or another kind of device, has begun; the report says so."""
 
     def run(self) -> int:
         return experiment(self)
@@ -62,10 +63,10 @@ EXPERIMENTS = {
 
 
 def experiment(options: Experiment) -> int:
-    """Do one of EXPERIMENTS in a folder: report.md, results.json, pictures, and the runs it trained.
+    """Run one of EXPERIMENTS; it leaves report.md, results.json, pictures, and its training runs in a folder.
 
-    Started again with the same settings, it goes on where it was; with `any_code` also if another version of the code,
-    or another kind of device, was at work there, which the report then says. Raises UserError for bad input.
+    Started again with the same settings, it resumes. Returns the exit code. Raises UserError for bad options, and for
+    a folder of another experiment.
     """
     name, scale, seed, trained = options.name, options.scale, options.seed, options.trained
     data, seeds = options.data, options.seeds
@@ -84,7 +85,7 @@ def experiment(options: Experiment) -> int:
         raise UserError("extractor and inception were given for continuity, which compares no features; leave them out")
     weights = None
     if trained is not None:
-        RunFolder(trained).load_generator()  # before anything is made for it
+        RunFolder(trained).load_generator()  # fails now where the run has no generator
         weights = sha256(RunFolder(trained).generator_file)
     else:
         data = data or SCALES[scale].data
@@ -96,30 +97,36 @@ def experiment(options: Experiment) -> int:
     folder = options.out or Path("experiments") / f"{name}-{scale}"
     if folder.is_file() or (visible(folder) and not (folder / FILE).exists()):
         raise UserError(f"{folder} is a file, or not empty and no experiment; give another --out")
-    place = pick_device(options.device)[0]
-    net = (
-        None if name == "continuity" else open_extractor(options.extractor, options.inception, place)
-    )  # before hours of training
+    device, _ = pick_device(options.device)
+    scored = name != "continuity"
+    # opened before hours of training, since it may fail
+    extractor = open_extractor(options.extractor, options.inception, device) if scored else None
     if name == "diversity" and seeds is None:
         seeds = SCALES[scale].seeds
     settings = Settings(
-        name=name, scale=scale, data=data, trained=None if trained is None else str(trained.resolve()), weights=weights,
-        seed=seed, seeds=seeds, extractor=None if name == "continuity" else options.extractor,
-    )  # fmt: skip
+        name=name,
+        scale=scale,
+        data=data,
+        trained=None if trained is None else str(trained.resolve()),
+        weights=weights,
+        seed=seed,
+        seeds=seeds,
+        extractor=options.extractor if scored else None,
+    )
     make_folder(folder)
-    # a SIGTERM is a KeyboardInterrupt in here, and so ends the runs too
+    # StopRequest turns SIGTERM into KeyboardInterrupt, so the training runs end too
     with Display() as display, StopRequest(), locked(folder / "study", lambda: display.say(_waiting(folder))) as lock:
-        study = Study(settings, folder, place, net, display, lock, any_code=options.any_code)
+        study = Study(settings, folder, device, extractor, display, lock, any_code=options.any_code)
         study.command = _command(options)
         try:
             EXPERIMENTS[name](study)
         finally:
-            study.save()
+            study.record.save()
     return 0
 
 
 def _command(options: Experiment) -> str:
-    """What repeats this experiment, for its report."""
+    """The command line that repeats this experiment, for its report."""
     words = ["fastbegan", "experiment", options.name, "--scale", options.scale]
     for name in ("out", "data", "trained", "seeds", "inception"):
         if (value := getattr(options, name)) is not None:

@@ -1,4 +1,4 @@
-"""`fastbegan export`: a run's nets for a world without fastbegan, made from the ordinary modules of `plain`."""
+"""`fastbegan export`: a run's nets for use without fastbegan, made from the plain modules of `plain`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ _STEMS: dict[Nets, tuple[str, ...]] = {
     "both": ("generator", "discriminator"),
 }
 _BATCHES = (1, 5)
-_LIMITS: dict[Format, float] = {"onnx": 1e-4, "pt2": 1e-6, "plain": 1e-6}  # other kernels sum in another order
+_LIMITS: dict[Format, float] = {
+    "onnx": 1e-4,
+    "pt2": 1e-6,
+    "plain": 1e-6,
+}  # the order of sums differs
 
 _HEADER = f'''\
 """The networks of a BEGAN (arXiv 1703.10717) of nothing but torch; written by `fastbegan export` {__version__}.
@@ -63,9 +67,9 @@ _LOADER = '''
 def load(net: str = "generator", folder: str | Path = Path(__file__).parent) -> Generator | Discriminator:
     """The net "generator" or "discriminator" of this folder: float32, on the CPU, in eval mode."""
     config = ModelConfig(**json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
-    made = {"generator": Generator, "discriminator": Discriminator}[net](config)
-    made.load_state_dict(_weights(Path(folder) / f"{net}.safetensors"))
-    return made.eval()
+    module = {"generator": Generator, "discriminator": Discriminator}[net](config)
+    module.load_state_dict(_weights(Path(folder) / f"{net}.safetensors"))
+    return module.eval()
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
@@ -74,39 +78,40 @@ def _weights(path: Path) -> dict[str, Tensor]:
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header.pop("__metadata__", None)
-    found = {}
+    tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         values = torch.frombuffer(data, dtype=torch.float32, count=(end - begin) // 4, offset=start + begin)
-        found[name] = values.reshape(entry["shape"])
-    return found
+        tensors[name] = values.reshape(entry["shape"])
+    return tensors
 '''
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's nets, the averaged generator and the auto-encoder D, for use without fastbegan."""
+    """Write the nets of a run, the averaged generator and the auto-encoder D, for use without fastbegan."""
 
     run_folder: Positional[Path]
     """The folder that `fastbegan train` made."""
     format: Literal["onnx", "pt2", "plain"]
-    """onnx; pt2: PyTorch's own, for torch.export.load; plain: model.py and safetensors, which need torch only."""
+    """onnx; pt2: PyTorch's own, for torch.export.load; plain: model.py and safetensors, which need only torch."""
     out: Path | None = None
-    """Where the files go. Default: export/ in the run folder."""
+    """Folder for the files. Default: export/ in the run folder."""
     net: Literal["generator", "autoencoder", "both"] = "both"
-    """Which of the nets."""
+    """The nets to write."""
     check: Literal["on", "off"] = "on"
-    """on: read what was written, run it, and refuse it where it differs from PyTorch's modules."""
+    """on: run the files before they are written, and refuse them where they differ from PyTorch's modules."""
 
     def run(self) -> int:
         return export(self)
 
 
 def export(options: Export) -> int:
-    """Write the averaged generator and the auto-encoder D of a run, float32, any batch size; prints what it wrote.
+    """Write the averaged generator and the auto-encoder D of a run, in float32, for any batch size.
 
-    With `check` on, what was written is read again, run on batches of 1 and 5, and refused where its outputs differ
-    from the modules' by more than 1e-4 (ONNX, run by onnxruntime) or 1e-6. Raises UserError for that and for bad input.
+    With `check`, the files are first read as their users read them and run on batches of 1 and 5. Their outputs may
+    differ from the modules' by 1e-4 (ONNX, run by onnxruntime) or 1e-6. Prints the files and returns the exit code.
+    Raises UserError for larger differences and for bad options.
     """
     for name, value, accepted in (("format", options.format, _LIMITS), ("net", options.net, _STEMS)):
         if value not in accepted:
@@ -140,13 +145,13 @@ def _require_packages(*names: str, instead: str = "") -> None:
 
 
 def _require_no_other(path: Path, config: ModelConfig) -> None:
-    """Raises UserError where `path` is not what would be written: a run's own config.json, another net's."""
+    """Raise UserError where `path` holds anything else than this export would write, such as a run's config.json."""
     if path.exists() and read_json(path) != json.loads(json.dumps(dataclasses.asdict(config))):
         raise UserError(f"{path} exists and belongs to something else; give another --out")
 
 
 def _load(run: RunFolder, stem: str) -> nn.Module:
-    """A net of `run` as ordinary modules: float32, on the CPU, in eval mode. Raises UserError where it does not fit."""
+    """Load a net of `run` as plain modules: float32, on the CPU, in eval mode. Raises UserError."""
     config = run.read_config().model
     if stem == "generator":
         path, net = run.generator_file, plain.Generator(config)
@@ -162,7 +167,7 @@ def _load(run: RunFolder, stem: str) -> nn.Module:
 
 
 def _example(config: ModelConfig, stem: str, batch: int) -> Tensor:
-    """Latents or images, uniform in [-1, 1], that depend on `batch` only."""
+    """An input of the net: latents or images, uniform in [-1, 1), the same for every call with this `batch`."""
     shape = (config.latent,) if stem == "generator" else (3, config.size, config.size)
     return torch.rand(batch, *shape, generator=torch.Generator().manual_seed(batch)) * 2 - 1
 
@@ -174,11 +179,16 @@ def _pt2(net: nn.Module, example: Tensor) -> bytes:
 
 
 def _onnx(net: nn.Module, example: Tensor) -> bytes:
-    names = ("z", "images") if isinstance(net, plain.Generator) else ("images", "reconstruction")
+    source, result = ("z", "images") if isinstance(net, plain.Generator) else ("images", "reconstruction")
     program = torch.onnx.export(
-        net, (example,), dynamo=True, verbose=False, dynamic_shapes=_any_batch(),
-        input_names=[names[0]], output_names=[names[1]],
-    )  # fmt: skip
+        net,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=_any_batch(),
+        input_names=[source],
+        output_names=[result],
+    )
     assert program is not None
     return program.model_proto.SerializeToString()
 
@@ -196,20 +206,20 @@ def _plain_files(nets: dict[str, nn.Module], config: ModelConfig) -> dict[str, b
 
 
 def _source() -> str:
-    """model.py: the source of `plain`, with as much of `ModelConfig` as it uses, and `load`."""
+    """The text of model.py: the source of `plain`, the part of `ModelConfig` that it uses, and `load`."""
     fields = [f"    {field.name}: {field.type}\n" for field in dataclasses.fields(ModelConfig)]
     channels = ModelConfig.level_channels.fget
     assert channels is not None
     _, _, source = inspect.getsource(plain).partition("from __future__ import annotations\n")
-    imports, found, nets = source.partition("from .config import ModelConfig\n")
-    assert found and "from ." not in imports + nets
+    imports, line, nets = source.partition("from .config import ModelConfig\n")
+    assert line and "from ." not in imports + nets
     return "".join(
         (_HEADER, imports.rstrip("\n"), "\n", _CONFIG, *fields, "\n", inspect.getsource(channels), nets, _LOADER)
     )
 
 
 def _check(files: dict[str, bytes], nets: dict[str, nn.Module], config: ModelConfig, format: Format) -> list[str]:
-    """Read `files` as their users will and compare; says what was found. Raises UserError for too much."""
+    """Read `files` as their users do, run them and compare; returns a line per net. Raises UserError."""
     findings = []
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         for name, data in files.items():
@@ -229,6 +239,7 @@ def _check(files: dict[str, bytes], nets: dict[str, nn.Module], config: ModelCon
 
 
 Reader = Callable[[Path, str], tuple[Callable[[Tensor], Tensor], str]]
+"""Folder and stem to the net as a function, and the name of what runs it."""
 
 
 def _read_onnx(folder: Path, stem: str) -> tuple[Callable[[Tensor], Tensor], str]:

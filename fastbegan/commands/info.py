@@ -1,4 +1,4 @@
-"""`fastbegan info`: what a run is and how far it came, and the table of presets."""
+"""`fastbegan info`: settings and progress of a run, or the table of presets."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from ..config import PRESETS
+from ..display import print_facts
 from ..nets.models import Discriminator, Generator, count_parameters
 from ..runs.checkpoint import damage, list_checkpoints
 from ..runs.folder import RunFolder
@@ -19,7 +20,7 @@ from ..training.cost import step_cost
 
 @dataclass(frozen=True)
 class Info:
-    """What a run is and how far it came; without a folder, the presets."""
+    """Show settings and progress of a run; without a folder, the presets."""
 
     run_folder: Positional[Path | None] = None
     """The folder that `fastbegan train` made."""
@@ -31,21 +32,13 @@ class Info:
 
 
 def preset_table() -> list[tuple[str, ...]]:
-    """Rows of the table of presets, the header first."""
+    """Rows of the table of presets, header first; costs are those of a step, memory is modelled for float32."""
     rows = [("preset", "image", "n", "D + G", "GFLOPs/step", "memory", "images seen")]
     for name, preset in PRESETS.items():
         cost = step_cost(preset.model, preset.train)
-        rows.append(
-            (
-                name,
-                f"{preset.model.size} px",
-                f"{preset.model.filters}",
-                f"{cost.parameters:,}",
-                f"{cost.flops / 1e9:,.1f}",
-                f"{cost.memory / 2**20:,.0f} MiB",
-                f"{preset.train.images or 0:,}",
-            )
-        )
+        shape = (f"{preset.model.size} px", f"{preset.model.filters}", f"{cost.parameters:,}")
+        costs = (f"{cost.flops / 1e9:,.1f}", f"{cost.memory / 2**20:,.0f} MiB")
+        rows.append((name, *shape, *costs, f"{preset.train.images or 0:,}"))
     return rows
 
 
@@ -57,7 +50,7 @@ def preset_markdown() -> str:
 
 
 def show_presets(*, markdown: bool) -> int:
-    """Print the table of presets."""
+    """Print the table of presets; returns the exit code."""
     if markdown:
         print(preset_markdown(), end="")
         return 0
@@ -70,7 +63,7 @@ def show_presets(*, markdown: bool) -> int:
 
 
 def show_run(path: Path) -> int:
-    """Print what the run in `path` is and how far it came. Raises UserError where there is none."""
+    """Print settings and progress of the run in `path`; returns the exit code. Raises UserError where there is none."""
     folder = RunFolder(path)
     config = folder.read_config()
     rows = folder.read_metrics()
@@ -81,22 +74,15 @@ def show_run(path: Path) -> int:
         ("preset", f"{config.preset}: {config.model.size} px, n = {config.model.filters}"),
         ("parameters", f"{parameters:,} (D + G)"),
         ("data", f"{config.train.data}, batch {config.train.batch_size}"),
-        (
-            "objective",
-            f"gamma {config.train.gamma:g}, {config.train.updates} updates, {config.train.latents} z",
-        ),
+        ("objective", f"gamma {config.train.gamma:g}, {config.train.updates} updates, {config.train.latents} z"),
     ]
     if rows:
         last = rows[-1]
+        speed = f"{last['images_per_second']:,.0f} images/s"
+        losses = f"L(x) {last['loss_real']:.4f}, L(G(z)) {last['loss_fake']:.4f}, gap {last['gap']:.4f}"
         lines += [
-            (
-                "progress",
-                f"step {last['step']:,}, {last['images']:,} images, {last['images_per_second']:,.0f} images/s",
-            ),
-            (
-                "losses",
-                f"L(x) {last['loss_real']:.4f}, L(G(z)) {last['loss_fake']:.4f}, gap {last['gap']:.4f}",
-            ),
+            ("progress", f"step {last['step']:,}, {last['images']:,} images, {speed}"),
+            ("losses", losses),
             ("balance", f"k {last['k']:.4f}, M {last['convergence']:.4f}, lr {last['lr']:g}"),
         ]
         if spread := [row["diversity"] for row in rows if "diversity" in row]:
@@ -105,6 +91,5 @@ def show_run(path: Path) -> int:
         lines.append(("checkpoint", f"{checkpoint.name}: {damage(checkpoint) or 'whole'}"))
     if folder.nonfinite_file.exists():
         lines.append(("stopped", f"numbers were not finite: {folder.nonfinite_file}"))
-    for name, value in lines:
-        print(f"{name:<12}{value}")
+    print_facts(lines)
     return 0

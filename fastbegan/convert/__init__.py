@@ -1,4 +1,4 @@
-"""`accelerate(model)` puts the fast layers under a model that does not know them; `restore` takes them out."""
+"""`accelerate(model)` puts the fast layers under a model that was written without them; `restore` takes them out."""
 
 from .shell import Report, accelerate, restore
 

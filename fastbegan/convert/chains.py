@@ -1,4 +1,8 @@
-"""[Upsample] -> Conv2d -> [activation] in a followed forward, put on the fast layers."""
+"""Finds [Upsample] -> Conv2d -> [activation] in a followed forward and puts it on the fast layers.
+
+`find` first makes a chain of every convolution with its neighbours, then joins chains that follow each other. `put`
+replaces the nodes of each chain by one call of `run`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from .writes import Writes
 _INTERPOLATE = "input size scale_factor mode align_corners recompute_scale_factor antialias".split()
 _CONV = "input weight bias stride padding dilation groups".split()
 _PAD = "input pad mode value".split()
-# names of what an activation is given, and which of them is alpha, with its default
+# by function: name, parameters, and the default of alpha (None where there is no alpha)
 _ACTIVATIONS: dict[Any, tuple[str, str, float | None]] = {
     F.elu: ("elu", "input alpha inplace", 1.0),
     F.elu_: ("elu", "input alpha", 1.0),
@@ -34,48 +38,55 @@ _ACTIVATIONS: dict[Any, tuple[str, str, float | None]] = {
     "relu": ("relu", "input", None),
     "relu_": ("relu", "input", None),
 }
+# by module: name, and the attribute that is alpha
 _ACTIVATION_MODULES: dict[type, tuple[str, str | None]] = {
-    nn.ELU: ("elu", "alpha"), nn.ReLU: ("relu", None), nn.LeakyReLU: ("leaky_relu", "negative_slope"),
+    nn.ELU: ("elu", "alpha"),
+    nn.ReLU: ("relu", None),
+    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
     nn.SiLU: ("silu", None),
-}  # fmt: skip
-# by stride and by padding: what the convolution adds by itself, or what was added to it before
+}
+# by stride and padding: two numbers where the convolution pads by itself, four where a layer before it does
 _KINDS = {
-    ((1, 1), (1, 1)): "same", ((1, 1), (1, 1, 1, 1)): "same", ((2, 2), (1, 1)): "down", ((2, 2), (1, 1, 1, 1)): "down",
+    ((1, 1), (1, 1)): "same",
+    ((1, 1), (1, 1, 1, 1)): "same",
+    ((2, 2), (1, 1)): "down",
+    ((2, 2), (1, 1, 1, 1)): "down",
     ((2, 2), (0, 1, 0, 1)): "down_end",
-}  # fmt: skip
+}
 _KINDS_1X1 = {((1, 1), (0, 0)): "same", ((2, 2), (0, 0)): "down"}
 _CONFIG = "stride padding dilation groups padding_mode transposed kernel_size".split()
 
 
 class _NotTakenError(Exception):
-    """Why a convolution is left alone."""
+    """The reason why a convolution is left."""
 
 
 @dataclass
 class Chain:
-    """Layers that become one call; `nodes` are what it replaces, the last one's value is the result."""
+    """Layers that become one call. It replaces `nodes`; its value is that of the last one."""
 
     x: fx.Node
     nodes: list[fx.Node]
     weights: list[Any]
-    """Nodes, or the paths of convolutions whose weight it is."""
+    """Each a node, or the path of the convolution that owns the weight."""
     biases: list[Any]
     kinds: list[str]
     paddings: list[int]
-    """What a convolution pads by itself, or for "down_end" what is padded before it."""
+    """Rows and columns of zeros, added by the convolution, or for "down_end" by the layer before it."""
     activations: list[str]
     alpha: float | None
-    """None where no activation takes one."""
+    """None where no activation has one."""
     places: list[str]
     modules: list[nn.Module] = field(default_factory=list)
-    """Those whose own forward is not called any more."""
+    """Modules that the chain computes, so that their forward is no longer called."""
     words: list[str] = field(default_factory=list)
-    alone: str | None = None
-    """Why it is left where no chain before it takes it along."""
+    """By place, the description in the report."""
+    not_by_itself: str | None = None
+    """Why this chain is used only as the continuation of an earlier one; None if it may stand by itself."""
 
 
 def find(followed: Followed) -> tuple[list[Chain], dict[str, str]]:
-    """The chains in the order of the forward, neighbours joined, and by place why a convolution is left alone."""
+    """The chains in the order of the forward, neighbours joined, and by place why a convolution is left."""
     modules = dict(followed.root.named_modules(remove_duplicate=False))
     writes = Writes(followed.graph, modules)
     chains: list[Chain] = []
@@ -88,10 +99,10 @@ def find(followed: Followed) -> tuple[list[Chain], dict[str, str]]:
             chains.append(_chain(node, place, modules, writes))
         except _NotTakenError as error:
             left[place] = str(error)
-    found = _joined(chains, writes)
-    taken = {place for chain in found for place in chain.places}
-    left |= {place: chain.alone for chain in chains for place in chain.places if chain.alone}
-    return found, {place: why for place, why in left.items() if place not in taken}
+    joined = _joined(chains, writes)
+    taken = {place for chain in joined for place in chain.places}
+    left |= {place: chain.not_by_itself for chain in chains for place in chain.places if chain.not_by_itself}
+    return joined, {place: why for place, why in left.items() if place not in taken}
 
 
 def _is_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -101,7 +112,7 @@ def _is_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _place(node: fx.Node) -> str:
-    """Where a function is called: the path of the module that does."""
+    """The path of the module that calls the function."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return paths[-1] if paths and paths[-1] else node.name
@@ -140,90 +151,109 @@ def _convolution(node: fx.Node, place: str, modules: dict[str, nn.Module]) -> _C
             raise _NotTakenError("it has hooks")
         if conv.padding_mode != "zeros":
             raise _NotTakenError(f"its padding mode is {conv.padding_mode}")
-        given: dict[str, Any] = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
-        given |= {"input": _arguments(node, ["input"])["input"], "weight": place}
-        given["bias"] = place if _has_bias(conv) else None
-        window, used = (conv.kernel_size[0], conv.kernel_size[1]), [cast(nn.Module, conv)]
+        values: dict[str, Any] = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
+        values |= {"input": _arguments(node, ["input"])["input"], "weight": place}
+        values["bias"] = place if _has_bias(conv) else None
+        window, owners = (conv.kernel_size[0], conv.kernel_size[1]), [cast(nn.Module, conv)]
         words = f"{conv.in_channels} -> {conv.out_channels}"
     else:
-        given = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1} | _arguments(node, _CONV)
-        window, words, used = None, "weights made by the forward", []
-    if _pair(given["dilation"]) != (1, 1) or given["groups"] != 1:
+        values = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1} | _arguments(node, _CONV)
+        window, words, owners = None, "weights made by the forward", []
+    if _pair(values["dilation"]) != (1, 1) or values["groups"] != 1:
         raise _NotTakenError("it is dilated or in groups")
     if window is not None and window not in ((3, 3), (1, 1)):
         raise _NotTakenError(f"its kernel is {window[0]}x{window[1]}")
-    padding = given["padding"]
+    padding = values["padding"]
     if padding == "same":
         padding = (1, 1) if window == (3, 3) else (0, 0) if window == (1, 1) else padding
     padding = (0, 0) if padding == "valid" else _pair(padding)
-    if not isinstance(given["input"], fx.Node):
+    if not isinstance(values["input"], fx.Node):
         raise _NotTakenError("its input is not a tensor of the forward")
     return _Convolution(
-        given["input"], given["weight"], given["bias"], window, _pair(given["stride"]), padding, words, used
+        x=values["input"],
+        weight=values["weight"],
+        bias=values["bias"],
+        window=window,
+        stride=_pair(values["stride"]),
+        padding=padding,
+        words=words,
+        modules=owners,
     )
 
 
 def _has_bias(conv: nn.Module) -> bool:
-    """Without computing one that is parametrized."""
+    """Looks at names only: reading a parametrized bias computes it."""
     return conv._parameters.get("bias") is not None or nn.utils.parametrize.is_parametrized(conv, "bias")
 
 
 def _chain(node: fx.Node, place: str, modules: dict[str, nn.Module], writes: Writes) -> Chain:
     conv = _convolution(node, place, modules)
-    x, nodes, used = conv.x, [node], list(conv.modules)
-    around: Any = conv.padding
-    padded = _zero_padding(x, modules) if around == (0, 0) and conv.window != (1, 1) else None
+    x, nodes, owners = conv.x, [node], list(conv.modules)
+    is_1x1 = conv.window == (1, 1)
+    padding: Any = conv.padding
+    padded = _zero_padding(x, modules) if padding == (0, 0) and not is_1x1 else None
     if padded:
-        around, nodes = padded.numbers, [x, node]
-        x, used = padded.x, used + padded.owners
-    kind = (_KINDS_1X1 if conv.window == (1, 1) else _KINDS).get((conv.stride, around))
+        padding, nodes = padded.numbers, [x, node]
+        x, owners = padded.x, owners + padded.owners
+    kind = (_KINDS_1X1 if is_1x1 else _KINDS).get((conv.stride, padding))
     if kind is None:
-        raise _NotTakenError(f"stride {conv.stride}, padding {around} is none of ours")
-    words = [f"{'1x1' if conv.window == (1, 1) else '3x3'} convolution {conv.words}"]
+        raise _NotTakenError(f"no fast layer has stride {conv.stride} and padding {padding}")
+    words = [f"{'1x1' if is_1x1 else '3x3'} convolution {conv.words}"]
     words[0] += "" if kind == "same" else ", stride 2"
-    why_not = None
-    if kind == "same" and conv.window != (1, 1):
+    left = None
+    if kind == "same" and not is_1x1:
         doubled = _doubling(x, modules)
-        if isinstance(doubled, _Before) and writes.later(doubled.x, x):
-            why_not = "what is upsampled before it is written to later"  # and no copy of it would be there
-        elif isinstance(doubled, _Before):
+        # the backward would read the changed input; without a chain, autograd keeps the upsampled copy
+        if isinstance(doubled, _Absorbed) and writes.later(doubled.x, x):
+            left = "the upsampling's input is changed in place later"
+        elif isinstance(doubled, _Absorbed):
             kind, nodes, words = "up", [x, *nodes], ["nearest x2", *words]
-            x, used = doubled.x, used + doubled.owners
+            x, owners = doubled.x, owners + doubled.owners
         else:
-            why_not = doubled
+            left = doubled
     activation, alpha = "none", None
-    user = next(iter(node.users)) if _alone(node) else None
+    user = next(iter(node.users)) if _used_once(node) else None
     after = None if user is None else _activation(user, node, modules)
-    # what is changed where it is must not be what the gradient is told from
+    # the backward reads the activation's output, so nothing may change it in place
     if user is not None and after is not None and not writes.later(user, user):
-        activation, alpha, owners = after
-        nodes, used = [*nodes, user], used + owners
+        activation, alpha, modules_after = after
+        nodes, owners = [*nodes, user], owners + modules_after
         words.append(activation)
     if activation == "none" and kind in ("same", "down"):
-        why_not = why_not or "nothing to join before or behind it"
+        left = left or "it has neither an upsampling before nor an activation behind it"
     else:
-        why_not = None
+        left = None
     if padded and kind != "up" and writes.later(x, nodes[0]):
-        raise _NotTakenError("what is padded before it is written to later")
+        raise _NotTakenError("the padding's input is changed in place later")
     if writes.between(nodes):
-        raise _NotTakenError("something is written to between its parts")
+        raise _NotTakenError("a tensor is changed in place between its parts")
     return Chain(
-        x, nodes, [conv.weight], [conv.bias], [kind], [0 if conv.window == (1, 1) else 1], [activation], alpha, [place],
-        used, [", ".join(words)], why_not,
-    )  # fmt: skip
+        x,
+        nodes,
+        weights=[conv.weight],
+        biases=[conv.bias],
+        kinds=[kind],
+        paddings=[0 if is_1x1 else 1],
+        activations=[activation],
+        alpha=alpha,
+        places=[place],
+        modules=owners,
+        words=[", ".join(words)],
+        not_by_itself=left,
+    )
 
 
 @dataclass
-class _Before:
-    """What a chain takes in place of a padding or an upsampling: its input, and the modules that did it."""
+class _Absorbed:
+    """A padding (its four `numbers`) or an upsampling that a chain computes: its input and its modules."""
 
     x: fx.Node
     owners: list[nn.Module]
     numbers: tuple[int, ...] = ()
 
 
-def _alone(node: fx.Node) -> bool:
-    """Whether only the chain sees this value."""
+def _used_once(node: fx.Node) -> bool:
+    """Whether nothing but the chain reads this value."""
     return len(node.users) == 1
 
 
@@ -233,57 +263,57 @@ def _owner(node: fx.Node, modules: dict[str, nn.Module], kinds: tuple[type, ...]
     return modules[str(node.target)]
 
 
-def _zero_padding(node: fx.Node, modules: dict[str, nn.Module]) -> _Before | None:
+def _zero_padding(node: fx.Node, modules: dict[str, nn.Module]) -> _Absorbed | None:
     owners: list[nn.Module] = []
     if owner := _owner(node, modules, (nn.ZeroPad2d, nn.ConstantPad2d)):
-        given = {"pad": owner.padding, "value": getattr(owner, "value", 0.0), "mode": "constant"}
-        given["input"], owners = _arguments(node, ["input"])["input"], [owner]
+        values = {"pad": owner.padding, "value": getattr(owner, "value", 0.0), "mode": "constant"}
+        values["input"], owners = _arguments(node, ["input"])["input"], [owner]
     elif node.op == "call_function" and node.target is F.pad:
-        given = {"mode": "constant", "value": None} | _arguments(node, _PAD)
+        values = {"mode": "constant", "value": None} | _arguments(node, _PAD)
     else:
         return None
-    x, pad = given["input"], given["pad"]
-    zeros = given["mode"] == "constant" and given["value"] in (None, 0)
-    if not (zeros and _alone(node) and isinstance(x, fx.Node) and isinstance(pad, list | tuple)):
+    x, pad = values["input"], values["pad"]
+    zeros = values["mode"] == "constant" and values["value"] in (None, 0)
+    if not (zeros and _used_once(node) and isinstance(x, fx.Node) and isinstance(pad, list | tuple)):
         return None
-    numbers = tuple(one for one in pad if isinstance(one, int))
-    return _Before(x, owners, numbers) if len(numbers) == len(pad) == 4 else None
+    numbers = tuple(number for number in pad if isinstance(number, int))
+    return _Absorbed(x, owners, numbers) if len(numbers) == len(pad) == 4 else None
 
 
-def _doubling(node: fx.Node, modules: dict[str, nn.Module]) -> _Before | str | None:
-    """What is doubled by nearest neighbours; a word on what kind of resizing it is otherwise, None if it is none."""
+def _doubling(node: fx.Node, modules: dict[str, nn.Module]) -> _Absorbed | str | None:
+    """A nearest upsampling by 2; of another resizing, why it is not taken; None if `node` is no resizing."""
     if owner := _owner(node, modules, (nn.Upsample, nn.UpsamplingNearest2d)):
-        given = {"size": owner.size, "scale_factor": owner.scale_factor, "mode": owner.mode}
-        given["input"], owners = _arguments(node, ["input"])["input"], [owner]
+        values = {"size": owner.size, "scale_factor": owner.scale_factor, "mode": owner.mode}
+        values["input"], owners = _arguments(node, ["input"])["input"], [owner]
     elif node.op == "call_function" and node.target in (F.interpolate, F.upsample, F.upsample_nearest):
-        given = {"size": None, "scale_factor": None, "mode": "nearest"} | _arguments(node, _INTERPOLATE)
+        values = {"size": None, "scale_factor": None, "mode": "nearest"} | _arguments(node, _INTERPOLATE)
         owners = []
     else:
         return None
-    if given["mode"] not in ("nearest", "nearest-exact"):
-        return f"the upsampling before it is {given['mode']}"
-    factor = given["scale_factor"]
+    if values["mode"] not in ("nearest", "nearest-exact"):
+        return f"the upsampling before it is {values['mode']}"
+    factor = values["scale_factor"]
     factors = factor if isinstance(factor, list | tuple) else (factor, factor)
-    if given["size"] is not None or any(not isinstance(one, int | float) or one != 2 for one in factors):
+    if values["size"] is not None or any(not isinstance(number, int | float) or number != 2 for number in factors):
         return "the upsampling before it is not by a scale_factor of 2"
-    if not _alone(node):
-        return "what is upsampled before it is used elsewhere too"
-    return _Before(given["input"], owners) if isinstance(given["input"], fx.Node) else None
+    if not _used_once(node):
+        return "the upsampled tensor before it is used elsewhere too"
+    return _Absorbed(values["input"], owners) if isinstance(values["input"], fx.Node) else None
 
 
 def _activation(
     node: fx.Node, x: fx.Node, modules: dict[str, nn.Module]
-) -> tuple[str, float | None, list[nn.Module]] | None:  # fmt: skip
-    """Its name, its alpha (None where it takes none) and the modules that compute it."""
+) -> tuple[str, float | None, list[nn.Module]] | None:
+    """Name, alpha (None where it has none) and modules of the activation of `x` at `node`; None if it is none."""
     owners: list[nn.Module] = []
     if owner := _owner(node, modules, tuple(_ACTIVATION_MODULES)):
         (name, attribute), owners = _ACTIVATION_MODULES[type(owner)], [owner]
         alpha = None if attribute is None else getattr(owner, attribute)
     elif node.op in ("call_function", "call_method") and node.target in _ACTIVATIONS:
         name, names, alpha = _ACTIVATIONS[node.target]
-        given = _arguments(node, names.split())
-        alpha = given.get("alpha", given.get("negative_slope", alpha))
-        if not {*names.split()} >= {*given} or given.get("input") is not x:
+        values = _arguments(node, names.split())
+        alpha = values.get("alpha", values.get("negative_slope", alpha))
+        if not {*names.split()} >= {*values} or values.get("input") is not x:
             return None
     else:
         return None
@@ -293,38 +323,46 @@ def _activation(
 
 
 def _joined(chains: list[Chain], writes: Writes) -> list[Chain]:
-    """Chains whose value only the next one takes, of one alpha, as one; SiLU's layers run one by one anyway."""
-    found: list[Chain] = []
+    """Merge each chain into the one whose value only it reads; drop those that may not stand by themselves."""
+    joined: list[Chain] = []
     for chain in chains:
-        for number, before in enumerate(found):
-            alphas = [one.alpha for one in (before, chain) if one.alpha is not None]
-            same = len({*alphas}) < 2 and "silu" not in before.activations + chain.activations
-            biased = [None not in one.biases for one in (before, chain)]
-            none = [one.biases.count(None) == len(one.biases) for one in (before, chain)]
-            calm = not writes.between([*before.nodes, *chain.nodes])
-            if before.nodes[-1] is chain.x and _alone(chain.x) and same and calm and (all(biased) or all(none)):
+        for number, before in enumerate(joined):
+            if before.nodes[-1] is chain.x and _used_once(chain.x) and _may_join(before, chain, writes):
                 merged = {
                     name: getattr(before, name) + getattr(chain, name)
                     for name in "nodes weights biases kinds paddings activations places modules words".split()
                 }
-                found[number] = Chain(before.x, alpha=alphas[0] if alphas else None, **merged)
+                alpha = chain.alpha if before.alpha is None else before.alpha
+                joined[number] = Chain(before.x, alpha=alpha, **merged)
                 break
         else:
-            if not chain.alone:
-                found.append(chain)
-    return found
+            if not chain.not_by_itself:
+                joined.append(chain)
+    return joined
+
+
+def _may_join(before: Chain, after: Chain, writes: Writes) -> bool:
+    """Whether one stage can compute both: it has one alpha, and biases in all layers or in none."""
+    pair = (before, after)
+    one_alpha = len({chain.alpha for chain in pair if chain.alpha is not None}) < 2
+    silu = "silu" in before.activations + after.activations  # a stage would run its layers one by one
+    all_biased = all(None not in chain.biases for chain in pair)
+    none_biased = all(chain.biases.count(None) == len(chain.biases) for chain in pair)
+    unchanged = not writes.between([*before.nodes, *after.nodes])
+    return one_alpha and not silu and unchanged and (all_biased or none_biased)
 
 
 def put(followed: Followed, chains: list[Chain]) -> Callable[..., Any]:
     """The forward with `chains` as calls of `run`: a function of the module and its arguments."""
     graph = followed.graph
-    calls: dict[Any, fx.Node] = {}  # of the chains so far, by the node that they stand for
+    calls: dict[Any, fx.Node] = {}  # by the last node of a chain, which its call replaces
     for chain in chains:
         last = chain.nodes[-1]
         with graph.inserting_before(last):
-            weights = [_value(graph, calls.get(one, one), "weight") for one in chain.weights]
-            biases = [_value(graph, calls.get(one, one), "bias") for one in chain.biases]
-            given = (
+            # an input or a computed weight may be the value of an earlier chain
+            weights = [_value(graph, calls.get(source, source), "weight") for source in chain.weights]
+            biases = [_value(graph, calls.get(source, source), "bias") for source in chain.biases]
+            arguments = (
                 calls.get(chain.x, chain.x),
                 weights,
                 biases,
@@ -333,7 +371,7 @@ def put(followed: Followed, chains: list[Chain]) -> Callable[..., Any]:
                 chain.activations,
                 1.0 if chain.alpha is None else chain.alpha,
             )
-            call = graph.call_function(run, given)
+            call = graph.call_function(run, arguments)
         last.replace_all_uses_with(call)
         calls[last] = call
         for node in reversed(chain.nodes):
@@ -344,40 +382,45 @@ def put(followed: Followed, chains: list[Chain]) -> Callable[..., Any]:
     return space["forward"]
 
 
-def _value(graph: fx.Graph, one: Any, name: str) -> Any:
-    return graph.get_attr(f"{one}.{name}") if isinstance(one, str) else one
+def _value(graph: fx.Graph, source: Any, name: str) -> Any:
+    return graph.get_attr(f"{source}.{name}") if isinstance(source, str) else source
 
 
 def settings(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """What a chain rests on of a module whose forward is not called any more."""
+    """The attributes of a module in a chain that the chain's result depends on, with their values."""
     names = [*_CONFIG, "size", "scale_factor", "mode", "value", "alpha", "negative_slope"]
-    found = [(module, name, vars(module)[name]) for name in names if name in vars(module)]
+    values = [(module, name, vars(module)[name]) for name in names if name in vars(module)]
     if isinstance(module, nn.Conv2d) and not _has_bias(module):
-        found.append((module, "bias", None))
-    return found
+        values.append((module, "bias", None))
+    return values
 
 
 def run(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], kinds: Sequence[str],
-    paddings: Sequence[int], activations: Sequence[str], alpha: float,
-) -> Tensor:  # fmt: skip
-    """The layers of a chain; on what the fast layers do not take, in the operations that were there."""
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    kinds: Sequence[str],
+    paddings: Sequence[int],
+    activations: Sequence[str],
+    alpha: float,
+) -> Tensor:
+    """Compute a chain as one stage, or in torch's operations where the fast layers do not take the arguments."""
     layers = zip(weights, biases, kinds, paddings, activations, strict=True)
     if torch.jit.is_tracing() or not _fits(x, weights, biases, paddings):
         for weight, bias, kind, padding, activation in layers:
             x = plain_layer(x, weight, bias, kind=kind, padding=padding, activation=activation, alpha=alpha)
         return x
-    given = [bias for bias in biases if bias is not None]
-    return conv_stage(x, weights, given or None, kinds=kinds, activation=activations, alpha=alpha)
+    present = [bias for bias in biases if bias is not None]
+    return conv_stage(x, weights, present or None, kinds=kinds, activation=activations, alpha=alpha)
 
 
 def _fits(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], paddings: Sequence[int]) -> bool:
-    """Whether the fast layers take what they are given."""
+    """Whether the fast layers take these shapes, types and devices."""
     sizes = [(2 * padding + 1, 2 * padding + 1) for padding in paddings]
-    fits = all(tuple(weight.shape[2:]) == size for weight, size in zip(weights, sizes, strict=True))
-    real = x.is_floating_point() and all(weight.is_floating_point() for weight in weights)
-    known = x.device.type in ("cpu", "cuda")
-    cast = known and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    alike = cast or all(weight.dtype == x.dtype for weight in weights)
+    sizes_fit = all(tuple(weight.shape[2:]) == size for weight, size in zip(weights, sizes, strict=True))
+    floating = x.is_floating_point() and all(weight.is_floating_point() for weight in weights)
+    device_fits = x.device.type in ("cpu", "cuda")
+    autocast = device_fits and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    one_dtype = autocast or all(weight.dtype == x.dtype for weight in weights)
     biased = sum(bias is not None for bias in biases)
-    return x.dim() == 4 and fits and real and alike and known and biased in (0, len(weights))
+    return x.dim() == 4 and sizes_fit and floating and one_dtype and device_fits and biased in (0, len(weights))

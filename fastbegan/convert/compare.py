@@ -1,4 +1,4 @@
-"""Outputs and gradients of a module, and how far another way to get them is from the truth."""
+"""Compares two ways to compute a module's outputs and gradients by their errors against float64."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-_FACTOR, _FLOOR = 4.0, 1e-6  # of errors; four as for folded up-convolutions, see kernels/fastbegan_kernels/problems.py
-_UNKNOWN = 1e-4  # the relative difference that is allowed where the truth is not known
-_ANOTHER_DRAW = 1e-2  # a relative error that no rounding makes: float64 drew other random numbers
-_MOVE, _DRAWS, _ENOUGH = 1e-3, 3, 2  # how far inputs are moved, how often, and how many of these must pass
+_FACTOR, _FLOOR = 4.0, 1e-6  # allowed growth and absolute part of an error; four, as for folded up-convolutions
+_UNKNOWN = 1e-4  # allowed relative difference where there is no result in float64
+_ANOTHER_DRAW = 1e-2  # a relative error too large for rounding: the model drew other random numbers in float64
+_MOVE, _DRAWS, _ENOUGH = 1e-3, 3, 2  # relative size of the noise on inputs, number of draws, draws that must pass
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors by name: relative ones before and after of what is near, and words on what is further off than it was."""
+    """The result of a check, by the names of outputs and gradients."""
 
     near: dict[str, tuple[float, float]]
+    """Relative errors before and after of the values that pass."""
     too_far: dict[str, str]
+    """Descriptions of the values that fail."""
 
     def __str__(self) -> str:
         before, after = (max((errors[side] for errors in self.near.values()), default=0.0) for side in (0, 1))
         return f"checked: largest relative error {after:.1e}, without fast layers {before:.1e}"
 
     def require_near(self) -> None:
-        """Raises RuntimeError for the first that is too far."""
+        """Raises RuntimeError for the first value that fails."""
         for words in self.too_far.values():
             raise RuntimeError(f"the check failed: {words}; the model was restored")
 
 
 def values(model: nn.Module, example: Any) -> dict[str, Tensor]:
-    """By name, every floating-point output for `example` and its gradient to each parameter and input.
+    """All tensors in the output for `example`, and gradients at each parameter and input, by name.
 
-    The gradient is that of a fixed random sum of all outputs. Buffers and the random state are put back, and no `.grad`
-    is touched.
+    The gradients are those of one fixed random weighted sum of all outputs. Buffers and the random state are put back;
+    no `.grad` is changed.
     """
     inputs = example if isinstance(example, tuple) else (example,)
     devices = sorted(
@@ -56,41 +58,42 @@ def values(model: nn.Module, example: Any) -> dict[str, Tensor]:
                 buffer.copy_(buffers[name])
 
 
-def _values(model: nn.Module, given: Any) -> dict[str, Tensor]:
+def _values(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     # clones: a first layer may work in place
-    outputs = tree_leaves(model(*tree_map(lambda one: one.clone() if isinstance(one, Tensor) else one, given)))
+    outputs = tree_leaves(model(*tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)))
     outputs = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
-    found = {f"output {number}": one.detach() for number, one in enumerate(outputs)}
-    wanted = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    leaves = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    wanted |= {f"input {number}": one for number, one in enumerate(leaves)}
-    total = [_weighted(one) for one in outputs if one.requires_grad]
-    if total and wanted:
-        gradients = torch.autograd.grad(torch.stack(total).sum(), list(wanted.values()), allow_unused=True)
-        for name, gradient in zip(wanted, gradients, strict=True):
+    results = {f"output {number}": output.detach() for number, output in enumerate(outputs)}
+    sources = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    sources |= {f"input {number}": leaf for number, leaf in enumerate(leaves)}
+    terms = [_weighted(output) for output in outputs if output.requires_grad]
+    if terms and sources:
+        gradients = torch.autograd.grad(torch.stack(terms).sum(), list(sources.values()), allow_unused=True)
+        for name, gradient in zip(sources, gradients, strict=True):
             if gradient is not None:
-                found[f"gradient of {name}"] = gradient
-    return found
+                results[f"gradient of {name}"] = gradient
+    return results
 
 
 def truth(model: nn.Module, example: Any) -> dict[str, Tensor]:
-    """`values` of a copy in float64; nothing where there can be no copy."""
+    """`values` of a float64 copy; empty where the model cannot be copied or does not run in float64."""
     try:
         wide = copy.deepcopy(model).double()
-        return values(wide, tree_map(lambda one: one.double() if _is_real(one) else one, example))
+        return values(wide, tree_map(lambda leaf: leaf.double() if _is_real(leaf) else leaf, example))
     except Exception:  # hooks that make weights forbid a copy; forwards that cast to float32 do not mix with float64
         return {}
 
 
 def compare(before: dict[str, Tensor], after: dict[str, Tensor], exact: dict[str, Tensor]) -> Comparison:
-    """Errors against `exact`. Too far is what has more than four times the error it had.
+    """Compare errors against `exact`. A value fails if its error is more than four times as large as before.
 
-    Errors of gradients are seen beside the largest gradient of their layer: that of a bias before a norm is 0 but for
-    rounding. What `exact` does not have must be equal to a ten-thousandth. Raises RuntimeError for other names.
+    The error of a gradient is relative to the largest gradient of its layer, because that of a bias before a
+    normalisation is zero up to rounding. A value that is not in `exact` must be equal to 1e-4, relative. Raises
+    RuntimeError if `before` and `after` have different names.
     """
     if before.keys() != after.keys():
-        odd = sorted(before.keys() ^ after.keys())
-        raise RuntimeError(f"the check found {odd[0]} in one of both only; the model was restored")
+        unmatched = sorted(before.keys() ^ after.keys())
+        raise RuntimeError(f"the check found {unmatched[0]} in one of both only; the model was restored")
     truth = {
         name: exact.get(name, old).to(torch.float64 if old.is_floating_point() else old.dtype)
         for name, old in before.items()
@@ -101,7 +104,7 @@ def compare(before: dict[str, Tensor], after: dict[str, Tensor], exact: dict[str
     near, too_far = {}, {}
     for name, old in before.items():
         new, wide, scale = after[name], truth[name], scales[_layer(name)]
-        was, now = (_error(one, wide) for one in (old, new))
+        was, now = _error(old, wide), _error(new, wide)
         if was > _ANOTHER_DRAW * scale or name not in exact:
             was, now = _UNKNOWN * scale / _FACTOR, _error(new, old.to(wide.dtype))
         if now <= _FACTOR * was + _floor(old) * scale:
@@ -114,7 +117,7 @@ def compare(before: dict[str, Tensor], after: dict[str, Tensor], exact: dict[str
 
 
 def moved(example: Any, draw: int) -> Any:
-    """`example` with noise of a thousandth of each floating-point tensor's size, another one for each `draw`."""
+    """`example` with noise of a thousandth of each floating-point tensor's root mean square; `draw` is the seed."""
     generator = torch.Generator().manual_seed(draw)
 
     def move(value: Any) -> Any:
@@ -128,15 +131,15 @@ def moved(example: Any, draw: int) -> Any:
 
 
 def excuse(comparison: Comparison, compare_at: Callable[[int], Comparison]) -> Comparison:
-    """`comparison`, with gradients that are near at two of three moved inputs near, too, by what they are there.
+    """Let gradients in `comparison` pass that pass at two of three inputs nearby.
 
-    A value that lies on a kink (0 before a ReLU) goes either way by rounding, and gradients with it; outputs do not
-    jump there. `compare_at` takes the number of a draw; a draw that the model does not take counts for nothing.
+    Where a value lies on the kink of an activation (0 before a ReLU), rounding decides its side. There gradients jump,
+    and outputs do not. `compare_at` compares at the inputs of a draw. A draw at which the model raises does not count.
     """
     doubtful = [name for name in comparison.too_far if name.startswith("gradient of ")]
     draws: list[Comparison] = []
     for draw in range(_DRAWS) if doubtful else ():
-        with contextlib.suppress(Exception):  # say, images out of a range that the forward asks for
+        with contextlib.suppress(Exception):  # a forward may require a range, which noise can leave
             draws.append(compare_at(draw))
     near = dict(comparison.near)
     for name in doubtful:
@@ -147,7 +150,7 @@ def excuse(comparison: Comparison, compare_at: Callable[[int], Comparison]) -> C
 
 
 def _layer(name: str) -> str:
-    """What a value is measured by: the layer of a parameter's gradient, else the value itself."""
+    """The name of the scale of a value: the layer for a parameter's gradient, else the value itself."""
     if not name.startswith("gradient of ") or name.startswith("gradient of input "):
         return name
     return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
@@ -163,8 +166,8 @@ def _floor(value: Tensor) -> float:
     return max(_FLOOR, 4 * torch.finfo(value.dtype).eps) if value.dtype != torch.float64 else 1e-12
 
 
-def _error(one: Tensor, other: Tensor) -> float:
-    return float((one.to(other.dtype) - other).abs().max()) if one.numel() else 0.0
+def _error(value: Tensor, exact: Tensor) -> float:
+    return float((value.to(exact.dtype) - exact).abs().max()) if value.numel() else 0.0
 
 
 def _is_real(value: Any) -> bool:

@@ -1,8 +1,10 @@
-"""Follow a module's forward with torch.fx, and know when what was seen holds no longer.
+"""Follows a module's forward with torch.fx, and records on which attributes the result depends.
 
-torch.fx runs a forward once on stand-ins and writes down what it does. What is Python at that moment (a branch on
-`self.training`, a number read from an attribute, a default argument) is fixed in the result. All that modules were
-asked for is noted here, so that a call can be told that would go another way, and what cannot be noted is refused.
+torch.fx runs a forward once on proxies and records the operations in a graph. Python values at that moment (a branch on
+`self.training`, a number in an attribute, a default argument) become constants, and a later call may need others. So
+every attribute that the forward reads is recorded here (`Followed.reads`), for its value to be compared at each call.
+A forward is refused (CannotFollowError) if it reads a value that cannot be compared, writes attributes, keeps proxies,
+draws random numbers, or switches gradients or autocast.
 """
 
 from __future__ import annotations
@@ -32,40 +34,42 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class MISSING:
-    """In place of the value of an attribute that was asked for and is not there."""
+    """Marks an attribute that was read and did not exist."""
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OWN = frozenset(vars(nn.Module())) - {"training"}
+_MODULE_FIELDS = frozenset(vars(nn.Module())) - {"training"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
-_FIXED = (torch.dtype, torch.device, torch.layout, torch.memory_format, type, types.ModuleType)  # what cannot change
+_FIXED = (torch.dtype, torch.device, torch.layout, torch.memory_format, type, types.ModuleType)  # immutable
 _CALLED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
-_FOLLOWING = threading.RLock()  # torch.fx patches nn.Module itself
+_FOLLOWING = threading.RLock()  # one at a time: torch.fx patches nn.Module itself
 
 
 class CannotFollowError(Exception):
-    """Why a forward cannot be followed."""
+    """The reason why a forward cannot be followed."""
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether something is called before or after this module, forward or back, or in place of its own forward."""
+    """Whether the module has hooks, or a forward of its own in place of its class's."""
     return any(getattr(module, name) for name in _HOOKS) or "forward" in vars(module)
 
 
 @dataclass
 class Followed:
-    """What the forward of `root` does, and what that rests on."""
+    """The operations in the forward of `root`, and the attributes on which they depend."""
 
     root: nn.Module
     arguments: list[str]
+    """Names of the arguments without a default."""
     graph: fx.Graph
     inlined: list[nn.Module] = field(default_factory=list)
+    """Submodules whose operations are in the graph, in place of a call."""
     reads: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
-    """Attributes that were read, with their values, or MISSING."""
+    """Module, attribute, and the value that was read, or MISSING."""
 
 
 class _Proxy(fx.Proxy):
-    """A stand-in that does not let itself be asked whether it is a tensor: it would say no, and a tensor yes."""
+    """A proxy that refuses type checks by the forward: `isinstance(x, Tensor)` would be false, unlike in a call."""
 
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -76,7 +80,7 @@ class _Proxy(fx.Proxy):
 
 
 def _in_place(target: Callable[..., Any]) -> Callable[..., Any]:
-    """Without these methods `x += y` would be followed as `x = x + y`."""
+    """A method for `x += y`, which fx would otherwise record as `x = x + y`."""
     return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
 
 
@@ -102,14 +106,14 @@ class _Tracer(fx.Tracer):
         self._mode = _mode()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = type(m).__module__.split(".")[0] == "torch"
-        return m in self.opaque or (own and not isinstance(m, nn.Sequential))
+        from_torch = type(m).__module__.split(".")[0] == "torch"
+        return m in self.opaque or (from_torch and not isinstance(m, nn.Sequential))
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:  # a model of somebody else
+        if threading.get_ident() != self.thread:  # another model, which meets fx's patches in another thread
             return forward(*args, **kwargs)
         if m not in set(self.root.modules()):
-            if type(m) is nn.Sequential:  # a slice of one: its layers are there
+            if type(m) is nn.Sequential:  # a slice of a Sequential is a new module of old layers
                 return forward(*args, **kwargs)
             raise CannotFollowError(f"it makes a {type(m).__name__} inside")
         try:
@@ -126,9 +130,9 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        made = _Proxy(node, self)
-        self.proxies.append(weakref.ref(made))
-        return made
+        proxy = _Proxy(node, self)
+        self.proxies.append(weakref.ref(proxy))
+        return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _mode() != self._mode:
@@ -144,21 +148,20 @@ class _Tracer(fx.Tracer):
 
     def _known(self, tensor: Tensor) -> bool:
         known = [*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs]
-        return any(tensor is one for one in known)
+        return any(tensor is other for other in known)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Stand-ins for what has no default only."""
+        """Makes proxies only for arguments without a default."""
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in required(root_fn))]
 
 
 def required(forward: Any) -> list[str]:
-    """Names of the arguments without a default, but for self. Raises CannotFollowError where one has to be named."""
+    """Names of the arguments without a default, except self. Raises CannotFollowError if one is keyword-only."""
     _, *parameters = inspect.signature(forward).parameters.values()
     names = []
     for parameter in parameters:
-        if parameter.default is not parameter.empty or parameter.kind in (
-            parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD,
-        ):  # fmt: skip
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if variadic or parameter.default is not parameter.empty:
             continue
         if parameter.kind is parameter.KEYWORD_ONLY:
             raise CannotFollowError(f"its argument {parameter.name} has to be named")
@@ -167,11 +170,12 @@ def required(forward: Any) -> list[str]:
 
 
 def follow(root: nn.Module, opaque: dict[nn.Module, str]) -> Followed:
-    """What `root` does. Submodules in `opaque` are not entered; those that cannot be followed are added to it, and why.
+    """Follow the forward of `root`.
 
-    Raises CannotFollowError where it is `root` itself.
+    Submodules in `opaque` become one call each. Submodules that cannot be followed are added to it, with the reason.
+    Raises CannotFollowError if `root` itself cannot be followed.
     """
-    while True:
+    while True:  # each round follows, fails at `root`, or adds one submodule to `opaque`
         reads: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
         with _FOLLOWING, torch.inference_mode(False), torch.enable_grad(), _no_autocast():
             tracer = _Tracer(set(opaque))
@@ -183,7 +187,7 @@ def follow(root: nn.Module, opaque: dict[nn.Module, str]) -> Followed:
                     tracer.failed = None if module is root else module
                     _require_fixed(module, name, value)
                 return Followed(root, required(type(root).forward), graph, list(tracer.inlined), list(reads.values()))
-            except Exception as error:  # whatever a forward may raise when it runs on stand-ins
+            except Exception as error:  # a forward may raise anything when it runs on proxies
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 if isinstance(error, TraceError):
                     reason = "it branches on values or shapes"
@@ -192,17 +196,17 @@ def follow(root: nn.Module, opaque: dict[nn.Module, str]) -> Followed:
                 opaque[tracer.failed] = reason
 
 
-def unlike(now: Any, then: Any) -> bool:
-    """Whether an attribute is not what it was when it was read."""
-    if then is MISSING or now is MISSING:
-        return now is not then
-    if type(now) is not type(then):
+def unlike(now: Any, before: Any) -> bool:
+    """Whether an attribute differs from the value that was read."""
+    if before is MISSING or now is MISSING:
+        return now is not before
+    if type(now) is not type(before):
         return True
-    return now != then if isinstance(then, (*_PLAIN, list, tuple, dict)) else now is not then
+    return now != before if isinstance(before, (*_PLAIN, list, tuple, dict)) else now is not before
 
 
 def _require_fixed(module: nn.Module, name: str, value: Any) -> None:
-    """Raises CannotFollowError for what can change without being another, and for what the forward has changed."""
+    """Raises CannotFollowError for a mutable object, which can change unseen, and for one that the forward changed."""
     what = f"{type(module).__name__}.{name}"
     if value is MISSING:
         return
@@ -238,30 +242,33 @@ def _no_autocast() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _noted(reads: dict[tuple[int, str], tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Note what is read of modules but parameters, buffers and modules, which the followed forward reads anew."""
+    """Record the attributes of modules that are read inside.
+
+    Parameters, buffers and submodules are left out: the followed forward reads them again at each call.
+    """
     thread = threading.get_ident()
 
-    def noting(self: nn.Module, name: str) -> Any:
+    def recording(self: nn.Module, name: str) -> Any:
         try:
             value = object.__getattribute__(self, name)
         except AttributeError:
             if threading.get_ident() == thread and _of_a_user(sys._getframe(1)):
                 fields = object.__getattribute__(self, "__dict__")
-                inside = [fields.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules")]
-                value = next((one[name] for one in inside if name in one), MISSING)
+                registered = [fields.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules")]
+                value = next((members[name] for members in registered if name in members), MISSING)
                 if value is None or value is MISSING:
                     reads.setdefault((id(self), name), (self, name, value))
             raise
-        if threading.get_ident() == thread and name not in _OWN and not name.startswith("__"):
-            own = name in object.__getattribute__(self, "__dict__")
-            if own and not isinstance(value, Tensor | nn.Module) and (id(self), name) not in reads:
-                # as it is before the forward may change what is in it
-                kept = copy.deepcopy(value) if isinstance(value, list | dict) and _is_fixed(value) else value
-                reads[id(self), name] = self, name, kept
+        if threading.get_ident() == thread and name not in _MODULE_FIELDS and not name.startswith("__"):
+            on_instance = name in object.__getattribute__(self, "__dict__")
+            if on_instance and not isinstance(value, Tensor | nn.Module) and (id(self), name) not in reads:
+                # a copy, because the forward may change a list or dict after it has read it
+                snapshot = copy.deepcopy(value) if isinstance(value, list | dict) and _is_fixed(value) else value
+                reads[id(self), name] = self, name, snapshot
         return value
 
     before = vars(nn.Module).get("__getattribute__")
-    nn.Module.__getattribute__ = noting  # pyright: ignore[reportAttributeAccessIssue]
+    nn.Module.__getattribute__ = recording  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
@@ -273,7 +280,7 @@ def _noted(reads: dict[tuple[int, str], tuple[nn.Module, str, Any]]) -> Iterator
 
 @contextlib.contextmanager
 def _no_switches() -> Iterator[None]:
-    """What is set for a part of a forward, or asked of its surroundings, would get lost without a word."""
+    """Refuse forwards that set or read a mode (gradients, autocast, saved tensors): the graph does not record it."""
 
     def refusing(real: Callable[..., Any], reason: str) -> Callable[..., Any]:
         def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -283,13 +290,13 @@ def _no_switches() -> Iterator[None]:
 
         return refuse
 
-    def asked(real: Callable[..., Any]) -> Callable[..., Any]:
-        def ask(*args: Any) -> Any:
+    def refusing_users(real: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(*args: Any) -> Any:
             if threading.get_ident() == thread and _of_a_user(sys._getframe(1)):
                 raise CannotFollowError("it asks whether gradients or autocast are on")
             return real(*args)
 
-        return ask
+        return refuse
 
     thread = threading.get_ident()
     keeps = "it changes what the backward keeps (torch.utils.checkpoint, saved_tensors_hooks)"
@@ -301,7 +308,7 @@ def _no_switches() -> Iterator[None]:
         for switch in switches:
             stack.enter_context(mock.patch.object(switch, "__enter__", refusing(switch.__enter__, _SWITCHES)))
         for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"):
-            stack.enter_context(mock.patch.object(torch, name, asked(getattr(torch, name))))
+            stack.enter_context(mock.patch.object(torch, name, refusing_users(getattr(torch, name))))
         yield
 
 
@@ -309,7 +316,7 @@ _DRAWS = "it draws random numbers that depend on no tensor"
 
 
 class _NoDraws(TorchDispatchMode):
-    """A number that torch draws now would stay for good."""
+    """Refuses random numbers of torch: drawn while following, they would become constants."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -319,7 +326,7 @@ class _NoDraws(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _same_draws() -> Iterator[None]:
-    """The same for Python and NumPy, whose states are put back."""
+    """Refuse random numbers of torch, Python and NumPy, and put the states of the last two back."""
     before = random.getstate(), np.random.get_state()
     failed = True
     try:
@@ -336,7 +343,7 @@ def _same_draws() -> Iterator[None]:
 
 
 def _require_nothing_kept(tracer: _Tracer) -> None:
-    """Raises CannotFollowError where somebody keeps a stand-in: what is kept was meant to be a value of each call."""
+    """Raises CannotFollowError if a proxy is still referenced: the forward stores a value somewhere at each call."""
     if any(ref() is not None for ref in tracer.proxies):
         gc.collect()
     if any(ref() is not None for ref in tracer.proxies):
@@ -345,7 +352,7 @@ def _require_nothing_kept(tracer: _Tracer) -> None:
 
 @contextlib.contextmanager
 def _unchanged(root: nn.Module) -> Iterator[None]:
-    """Put back what a forward writes into its modules, and raise CannotFollowError if it does."""
+    """Put back all that a forward writes into its modules, and raise CannotFollowError if it writes anything."""
     before = {module: {name: _shallow(value) for name, value in vars(module).items()} for module in root.modules()}
     tensors = {
         (module, name): (value, value._version, value.detach().clone())
@@ -359,32 +366,33 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
         failed = False
     finally:
         written = []
-        for module, kept in before.items():
-            for name in {*vars(module), *kept}:
-                now, (value, items) = vars(module).get(name, before), kept.get(name, (before, None))
+        for module, attributes in before.items():
+            for name in {*vars(module), *attributes}:
+                # `before` itself stands for an attribute that does not exist
+                now, (value, items) = vars(module).get(name, before), attributes.get(name, (before, None))
                 if now is value and _shallow(value)[1] == items:
                     continue
                 written.append(f"{type(module).__name__}.{name}")
                 _put_back(module, name, value, items, before)
-        for (module, name), (value, version, kept) in tensors.items():
+        for (module, name), (value, version, clone) in tensors.items():
             if value._version != version:
                 written.append(f"{type(module).__name__}.{name}")
                 with torch.no_grad():
-                    value.copy_(kept)
+                    value.copy_(clone)
     if written and not failed:
         raise CannotFollowError(f"it writes {written[0]}")
 
 
 def _shallow(value: Any) -> tuple[Any, Any]:
-    """A value and, of what can change, what is in it."""
+    """A value and, if it is a container, its items: key, identity and item."""
     if isinstance(value, dict):
-        return value, [(name, id(one), one) for name, one in value.items()]
-    held = isinstance(value, list | set | collections.deque)
-    return value, [(number, id(one), one) for number, one in enumerate(value)] if held else None
+        return value, [(key, id(item), item) for key, item in value.items()]
+    container = isinstance(value, list | set | collections.deque)
+    return value, [(number, id(item), item) for number, item in enumerate(value)] if container else None
 
 
 def _fill(value: Any, items: Any) -> None:
-    """Put `items`, a dict or a list, into a container in place of what is in it."""
+    """Replace the contents of a container by `items`, a dict or a list."""
     value.clear()
     (value.update if isinstance(value, dict | set) else value.extend)(items)
 
@@ -395,6 +403,6 @@ def _put_back(module: nn.Module, name: str, value: Any, items: Any, absent: obje
         return
     vars(module)[name] = value
     if isinstance(value, dict):
-        _fill(value, {key: one for key, _, one in items})
+        _fill(value, {key: item for key, _, item in items})
     elif items is not None:
-        _fill(value, [one for _, _, one in items])
+        _fill(value, [item for _, _, item in items])

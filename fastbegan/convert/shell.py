@@ -231,7 +231,7 @@ def _reason(module: nn.Module) -> str:
         return "a lazy module that has not run yet: run the model once, then accelerate it"
     if isinstance(module, nn.Conv2d):
         return "no forward that could be followed calls it"
-    return f"a {type(module).__module__}.{type(module).__name__}, no convolution of ours"
+    return f"a {type(module).__module__}.{type(module).__name__}, and only nn.Conv2d is taken"
 
 
 class _Part(NamedTuple):

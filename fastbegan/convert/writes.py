@@ -1,4 +1,4 @@
-"""What a followed forward changes in place, and what may share memory with it."""
+"""Which tensors a followed forward changes in place, and which may share memory with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 
 _IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator)}
 _IN_PLACE |= {operator.setitem}
-# what gives new memory, whatever it is given; all else may be a view
+# results of these have memory of their own; results of all others may be views of their inputs
 _FRESH_MODULES = frozenset("conv linear batchnorm normalization instancenorm activation pooling upsampling".split())
 _FRESH: set[Any] = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, operator.neg, operator.pow,
@@ -23,36 +23,40 @@ _FRESH: set[Any] = {
 
 
 class Writes:
-    """Where in `graph` values are changed in place: by name, by `inplace=True`, by `out=`, or by a module unknown."""
+    """Where `graph` changes values in place.
+
+    In place are operations named `..._`, those with `inplace=True` or `out=`, `+=` and its kind, and, to be safe, every
+    module that is not torch's.
+    """
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         self.modules = modules
         self.place = {node: number for number, node in enumerate(graph.nodes)}
         self._shared: dict[fx.Node, set[fx.Node]] = {}
-        found = {node: self._targets(node) for node in graph.nodes}
-        self.found = {node: targets for node, targets in found.items() if targets}
+        targets = {node: self._targets(node) for node in graph.nodes}
+        self.targets = {node: changed for node, changed in targets.items() if changed}
 
     def later(self, value: fx.Node, after: fx.Node) -> bool:
-        """Whether memory of `value` is changed behind `after`."""
-        mine = self.shared(value)
+        """Whether the memory of `value` is changed after the node `after`."""
+        aliases = self.shared(value)
         return any(
-            self.place[node] > self.place[after] and not mine.isdisjoint(self.shared(target))
-            for node, targets in self.found.items()
+            self.place[node] > self.place[after] and not aliases.isdisjoint(self.shared(target))
+            for node, targets in self.targets.items()
             for target in targets
         )
 
     def between(self, nodes: list[fx.Node]) -> bool:
-        """Whether anything is changed from the first of `nodes` to the last, but by themselves."""
+        """Whether another node changes anything between the first and the last of `nodes`."""
         places = [self.place[node] for node in nodes]
-        return any(min(places) < self.place[node] < max(places) and node not in nodes for node in self.found)
+        return any(min(places) < self.place[node] < max(places) and node not in nodes for node in self.targets)
 
     def shared(self, value: fx.Node) -> set[fx.Node]:
-        """Nodes whose memory `value` may be, itself among them."""
+        """Nodes whose memory `value` may share, itself among them."""
         if value not in self._shared:
             self._shared[value] = {value}
-            # what has changed something gives that
+            # an operation in place returns the tensor that it changed
             sources = self._targets(value) or ([] if self._is_fresh(value) else value.all_input_nodes)
-            self._shared[value] |= {other for one in sources for other in self.shared(one)}
+            self._shared[value] |= {alias for source in sources for alias in self.shared(source)}
         return self._shared[value]
 
     def _is_fresh(self, node: fx.Node) -> bool:
@@ -66,7 +70,7 @@ class Writes:
 
     def _targets(self, node: fx.Node) -> list[fx.Node]:
         first = [node.args[0]] if node.args else [node.kwargs["input"]] if "input" in node.kwargs else []
-        first = [one for one in first if isinstance(one, fx.Node)]
+        first = [argument for argument in first if isinstance(argument, fx.Node)]
         if node.op == "call_module":
             module = self.modules[str(node.target)]
             if type(module).__module__.split(".")[0] != "torch":
@@ -79,10 +83,11 @@ class Writes:
             return [out]
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         by_name = name.endswith("_") and not name.endswith("__")
-        asked = node.kwargs.get("inplace") is True or (
-            _home(node) == F.__name__ and any(one is True for one in node.args)
+        # a flag by position may be `inplace`: any True counts
+        by_flag = node.kwargs.get("inplace") is True or (
+            _home(node) == F.__name__ and any(argument is True for argument in node.args)
         )
-        return first if by_name or asked or node.target in _IN_PLACE else []
+        return first if by_name or by_flag or node.target in _IN_PLACE else []
 
 
 def _home(node: fx.Node) -> str:

@@ -1,1 +1,1 @@
-"""From files to batches: sources (procedural faces, folders) -> packed uint8 sets -> batches in a fixed order."""
+"""Images for training: sources (portraits, folders, archives) -> packs of uint8 pixels -> batches in a fixed order."""

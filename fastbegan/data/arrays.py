@@ -1,4 +1,4 @@
-"""torchvision's small data sets, from files that are there already."""
+"""torchvision's small data sets, read from local files."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ NAMES = {"cifar10": "CIFAR10", "fashion-mnist": "FashionMNIST"}
 
 
 def load(name: str, root: Path) -> tuple[str, np.ndarray]:
-    """Description and pictures, uint8 [count, height, width, 3], of the training part below `root`.
+    """Read the training part of data set `name` (a key of NAMES) below the folder `root`; nothing is downloaded.
 
-    Nothing is downloaded. torchvision checks CIFAR-10's files against its own checksums before it unpickles them.
-    Raises UserError where torchvision or the files are missing.
+    Returns:
+        A description, and the pictures: uint8 [count, height, width, 3]. Grey ones get three equal channels.
+
+    Raises:
+        UserError: torchvision or the files are missing, or the files are damaged.
     """
     try:
         from torchvision import datasets
     except ImportError:
         raise UserError(f"data {name} needs torchvision: pip install torchvision") from None
-    try:
+    try:  # torchvision checks CIFAR-10 against its own checksums before it unpickles anything
         pictures = getattr(datasets, NAMES[name])(str(root), train=True, download=False).data
-    except Exception as error:  # whatever reading garbage comes to
+    except Exception as error:  # damaged files make torchvision raise nearly anything
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"data {name}:{root}: torchvision finds no {NAMES[name]} there ({why})") from None
     pictures = np.asarray(pictures, dtype=np.uint8)
@@ -35,7 +38,19 @@ def load(name: str, root: Path) -> tuple[str, np.ndarray]:
 
 
 def scaled(pictures: np.ndarray, size: int, crop: str) -> np.ndarray:
-    """Cropped and scaled as files are. Raises UserError for a crop that does not fit."""
+    """Crop and scale pictures as files are.
+
+    Args:
+        pictures: uint8 [N, height, width, 3].
+        size: Height and width of the result.
+        crop: `center`, `none`, `celeba`, or a number of pixels.
+
+    Returns:
+        uint8 [N, size, size, 3].
+
+    Raises:
+        UserError: The crop does not fit the pictures.
+    """
     height, width = pictures.shape[1:3]
     try:
         box = crop_box((width, height), crop)

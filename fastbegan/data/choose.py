@@ -1,6 +1,8 @@
-"""Which loader a run reads its images with, and why."""
+"""The choice of a run's loader: resident, packed, torch or dali."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -13,57 +15,77 @@ from .loader import Batching, Loader, PackedLoader, ResidentLoader
 from .prepare import ImageSet, NoRoomError, Progress, load_catalogue, load_images, require_enough
 from .source import Files, find_source
 
-_SHARE = 0.4  # of the device's free memory that images may fill
+_SHARE = 0.4  # of the device's free memory; resident images may fill it
 _FROM_FILES = {"torch": TorchLoader, "dali": dali_loader.DaliLoader}
 
 
 def open_loader(
     train: TrainConfig, size: int, device: torch.device, progress: Progress, *, rank: int = 0, world: int = 1
 ) -> tuple[Loader, str, dict[str, object]]:
-    """The loader of a run, a line about its images and itself, and what tells these images from others.
+    """Open the loader of a run; images are packed first unless `train.loader` reads files.
 
-    That is their number, the checksum of the pixels where they are packed, and the digest of files where they are that.
-    `train.batch_size` is what all ranks read together. Raises UserError for bad data, and for a loader that cannot be
-    had here.
+    Args:
+        train: Settings of the run. `train.batch_size` counts the images that all ranks read per step.
+        size: Height and width of the nets' images, in pixels.
+        device: The device on which the step reads its batches.
+        progress: Called while images are checked or packed.
+        rank: Number of this process, 0 to `world` - 1.
+        world: Number of ranks.
+
+    Returns:
+        The loader; a line about the images and the reason for this loader; and the identity of the images, for
+        `same_images`: their count, the CRC-32 of the packed pixels, the digest of the files. A fact not known is None.
+
+    Raises:
+        UserError: The data are bad, or this machine cannot run the loader.
     """
     if train.batch_size % world:
         raise UserError(f"batch_size is {train.batch_size}; accepted on {world} ranks: multiples of {world}")
     batching = Batching(train.batch_size // world, size, train.seed, train.flip, train.jitter, rank, world, device)
-    asked, why = train.loader, "asked for"
-    if asked not in _FROM_FILES:
+    kind, reason = train.loader, "asked for"
+    if kind not in _FROM_FILES:
         try:
             images = load_images(
-                train.data, batching.stored, train.crop, progress, minimum=train.batch_size, max_bad=train.max_bad,
+                train.data,
+                batching.stored,
+                train.crop,
+                progress,
+                minimum=train.batch_size,
+                max_bad=train.max_bad,
                 workers=train.workers,
-            )  # fmt: skip
+            )
         except NoRoomError as error:
-            if asked != "auto" or not isinstance(find_source(train.data), Files):
+            if kind != "auto" or not isinstance(find_source(train.data), Files):
                 raise
-            asked, why = "dali" if dali_loader.INSTALLED else "torch", f"no room to pack them: {error}"
+            kind, reason = "dali" if dali_loader.INSTALLED else "torch", f"no room to pack them: {error}"
         else:
-            loader, line = _from_pack(images, batching, asked)
-            known = {"count": loader.count, "crc32": images.crc32, "files": images.contents}
-            return loader, f"{images.description}; {line}", known
+            loader, line = _from_pack(images, batching, kind)
+            identity = {"count": loader.count, "crc32": images.crc32, "files": images.contents}
+            return loader, f"{images.description}; {line}", identity
     catalogue = load_catalogue(train.data, train.crop, progress, max_bad=train.max_bad, workers=train.workers)
     require_enough(len(catalogue.requests), train.batch_size, train.data)
-    loader = _FROM_FILES[asked](catalogue, batching, train.crop, workers=train.workers, prefetch=train.prefetch)
-    known = {"count": loader.count, "crc32": None, "files": catalogue.contents}
-    return loader, f"{catalogue.description}; loader {asked}: {why}", known
+    loader = _FROM_FILES[kind](catalogue, batching, train.crop, workers=train.workers, prefetch=train.prefetch)
+    identity = {"count": loader.count, "crc32": None, "files": catalogue.contents}
+    return loader, f"{catalogue.description}; loader {kind}: {reason}", identity
 
 
-def same_images(one: dict[str, object], other: dict[str, object]) -> bool:
-    """Whether what `open_loader` knows of two sets of images is no contradiction: loaders know different things."""
-    return all(None in (value, other[name]) or value == other[name] for name, value in one.items())
+def same_images(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
+    """Whether two identities from `open_loader` agree in every fact that both know (a fact not known is None).
+
+    Loaders know different facts: one that reads files has no checksum of packed pixels.
+    """
+    return all(None in (value, second.get(name)) or value == second[name] for name, value in first.items())
 
 
-def _from_pack(images: ImageSet, batching: Batching, asked: str) -> tuple[Loader, str]:
+def _from_pack(images: ImageSet, batching: Batching, kind: str) -> tuple[Loader, str]:
+    """The resident or packed loader of `images`, and why this one."""
     needed = images.images.nbytes
-    if asked == "resident" or (asked == "auto" and batching.device.type == "cuda"):
+    if kind == "resident" or (kind == "auto" and batching.device.type == "cuda"):
         free = available_memory(batching.device)
         room = f"{needed / 1e9:.2f} GB of {free / 1e9:.1f} GB free"
         if needed <= _SHARE * free:
             return ResidentLoader(images.images, batching), f"loader resident: {room}"
-        if asked == "resident":
+        if kind == "resident":
             raise UserError(f"loader resident would take {room}; accepted: up to {_SHARE:.0%} of it; take packed")
         return PackedLoader(images.images, batching), f"loader packed: resident they would take {room}"
-    return PackedLoader(images.images, batching), f"loader packed: {'no GPU' if asked == 'auto' else 'asked for'}"
+    return PackedLoader(images.images, batching), f"loader packed: {'no GPU' if kind == 'auto' else 'asked for'}"

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,38 +24,46 @@ from .prepare import Catalogue
 
 INSTALLED = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 _READERS = 4  # threads that read files
-_MOST_FAILURES = 5  # batches in a row
+_MOST_FAILURES = 5  # failed batches in a row that end the run
 
 
-class _Encoded(NamedTuple):
-    """What the pipeline gets of a batch: files as they are on disk, and what to cut from each."""
-
-    files: list[np.ndarray]
-    starts: list[np.ndarray]
-    shapes: list[np.ndarray]
+_Box = tuple[int, int, int, int]
+"""Left, top, right and bottom of what a crop keeps."""
 
 
 class DaliLoader(StagedLoader):
-    """DALI decodes only what the crop keeps, scales with antialias and hands out uint8 NHWC.
+    """Batches that DALI decodes: only the crop of each file, scaled with antialias, uint8 NHWC.
 
-    The order is ours, file by file, so all ranks and loaders agree on it and a run continues by its position alone.
-    Files whose colours or rotation DALI would treat otherwise (16 bits, alpha, palettes, CMYK, EXIF) are converted
-    here before. Raises UserError where the package is missing.
+    `order.Order` gives DALI its files one by one, so all loaders and ranks read the same order, and a run resumes from
+    its position. Pillow first converts the files whose colours or rotation DALI would treat otherwise: 16 bits, alpha,
+    palettes, CMYK, EXIF.
     """
 
     def __init__(
         self, catalogue: Catalogue, batching: Batching, crop: str, *, workers: int | None = None, prefetch: int = 2
     ) -> None:
+        """Start no pipeline yet.
+
+        Args:
+            catalogue: The good files of the source.
+            batching: Size, order and device of the batches.
+            crop: `center`, `none`, `celeba`, or a number of pixels.
+            workers: Threads of the pipeline that decode; None means 2.
+            prefetch: Batches that are decoded ahead.
+
+        Raises:
+            UserError: The package of DALI is missing.
+        """
         super().__init__(len(catalogue.requests), batching)
         if not INSTALLED:
             raise UserError(
                 "loader dali needs NVIDIA DALI: pip install 'fastbegan[dali]' (CUDA 12: fastbegan[dali-cu12])"
             )
-        self.pictures, self._seen, self._crop = Pictures(catalogue, batching.stored, crop), catalogue.seen, crop
+        self.pictures, self._shapes, self._crop = Pictures(catalogue, batching.stored, crop), catalogue.seen, crop
         self._workers, self._prefetch = 2 if workers is None else max(1, workers), prefetch
         self._readers = ThreadPoolExecutor(_READERS)
         self._pipeline: Any = None
-        self._coming: deque[list[Future[tuple[np.ndarray, tuple[int, int, int, int]]]]] = deque()
+        self._coming: deque[list[Future[tuple[np.ndarray, _Box]]]] = deque()
         self._next = self._failures = 0
 
     def pixels(self, ids: Tensor) -> Tensor:
@@ -68,7 +76,7 @@ class DaliLoader(StagedLoader):
         self._next = position + self.batching.step
         try:
             (images,) = pipeline.run()
-        except RuntimeError as error:  # most likely a file was damaged since it was checked; the others go on
+        except RuntimeError as error:  # most likely one file was damaged since it was checked: Pillow skips it
             self._failures += 1
             if self._failures >= _MOST_FAILURES:
                 raise
@@ -86,7 +94,7 @@ class DaliLoader(StagedLoader):
         self._coming.clear()
 
     def finish(self, images: Any, fn: Any, types: Any) -> Any:
-        """What the pipeline does last: nothing, since our own kernel normalises."""
+        """Last stage of the pipeline, for subclasses; images stay uint8, since `normalize_images` scales them."""
         return images
 
     def _start(self, position: int) -> Any:
@@ -96,17 +104,15 @@ class DaliLoader(StagedLoader):
         self.close()
         batching, batches = self.batching, self._encoded(position)
         gpu = batching.device.type == "cuda"
+        options = {"batch_size": batching.batch_size, "num_threads": self._workers}
+        options |= {"device_id": batching.device.index if gpu else None, "prefetch_queue_depth": self._prefetch}
+        decoding = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB, "jpeg_fancy_upsampling": True}
+        pixels = {"axis_names": "WH", "normalized_anchor": False, "normalized_shape": False}
 
-        @dali.pipeline_def(
-            batch_size=batching.batch_size, num_threads=self._workers, device_id=batching.device.index if gpu else None,
-            prefetch_queue_depth=self._prefetch,
-        )  # fmt: skip
+        @dali.pipeline_def(**options)
         def build() -> Any:
             encoded, start, shape = fn.external_source(source=batches, num_outputs=3, batch=True)
-            images = fn.decoders.image_slice(
-                encoded, start, shape, device="mixed" if gpu else "cpu", output_type=types.RGB, axis_names="WH",
-                normalized_anchor=False, normalized_shape=False, jpeg_fancy_upsampling=True,
-            )  # fmt: skip
+            images = fn.decoders.image_slice(encoded, start, shape, **decoding, **pixels)
             side = [batching.stored, batching.stored]
             images = fn.resize(images, size=side, interp_type=types.INTERP_LINEAR, antialias=True)
             return self.finish(images, fn, types)
@@ -115,27 +121,27 @@ class DaliLoader(StagedLoader):
         pipeline.build()
         return pipeline
 
-    def _encoded(self, position: int) -> Iterator[_Encoded]:
-        """Batches from `position` on, whose files are read ahead."""
+    def _encoded(self, position: int) -> Iterator[tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]]:
+        """The pipeline's input from `position` on, read ahead: encoded files, starts and shapes of their crops."""
         ahead = self._prefetch + 2
         while True:
             while len(self._coming) < ahead:
                 ids = self._place(position)[0].tolist()
                 self._coming.append([self._readers.submit(self._file, number) for number in ids])
                 position += self.batching.step
-            files = [one.result() for one in self._coming.popleft()]
+            files = [file.result() for file in self._coming.popleft()]
             boxes = np.array([box for _, box in files], dtype=np.float32)
             starts, shapes = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-            yield _Encoded([data for data, _ in files], list(starts), list(shapes))
+            yield [data for data, _ in files], list(starts), list(shapes)
 
-    def _file(self, number: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-        """A file's bytes and what to cut from it; instead of one that is not good any more, the next one that is."""
-        for other in range(self.count):
-            found = (number + other) % self.count
-            path, offset, length = self.pictures.requests[found]
+    def _file(self, number: int) -> tuple[np.ndarray, _Box]:
+        """Encoded bytes and crop box of file `number`; a file that went bad gives way to the next good one."""
+        for shift in range(self.count):
+            place = (number + shift) % self.count
+            path, offset, length = self.pictures.requests[place]
             try:
                 data = read_bytes(path, offset, length)
-                width, height, converted = self._seen[found].tolist()
+                width, height, converted = self._shapes[place].tolist()
                 if converted:
                     buffer = io.BytesIO()
                     Image.fromarray(decode(data, "none").pixels).save(buffer, "BMP")

@@ -1,4 +1,4 @@
-"""One picture file to RGB pixels, or the reason why not. Imports no torch: worker processes start with it."""
+"""One picture file to RGB pixels, or the reason for refusing it. No torch here: worker processes import this."""
 
 from __future__ import annotations
 
@@ -17,48 +17,57 @@ try:
 except ImportError:  # no wheel for this platform: PIL decodes JPEG too, more slowly
     simplejpeg = None
 
-VERSION = 2  # counts up when the same file gives other pixels
-MAX_PIXELS = 64_000_000  # a header that declares more is refused before anything is decoded
-MAX_BYTES = 256 << 20  # of a file; what is larger is no picture that we can hold
+VERSION = 2  # to be raised whenever the same file gives other pixels
+MAX_PIXELS = 64_000_000  # a header that declares more is refused before decoding
+MAX_BYTES = 256 << 20  # of a file
 _CELEBA = (178, 218)  # the aligned and cropped images of CelebA ...
 _CELEBA_FACE = (25, 50, 153, 178)  # ... and the square of 128 pixels around the face
 _ORIENTATION = 0x0112
-_EXIF_WITHIN = 1 << 17  # bytes from the start, where segments are that may speak of ...
-_ORIENTED = (b"Exif\0", b"Orientation")  # ... the orientation: as EXIF or as XMP
+_EXIF_WITHIN = 1 << 17  # bytes: the segments that may hold an orientation lie in here
+_ORIENTED = (b"Exif\0", b"Orientation")  # marks of an orientation, in EXIF or XMP
 _ALPHA = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
 _PLAIN = frozenset(("L", "RGB"))
 
 
 class RejectedImageError(Exception):
-    """This file does not become an image; the message says why."""
+    """The file cannot be decoded; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded file: height and width as seen, whether colours or rotation were converted, and what the crop keeps.
-
-    `pixels` is uint8 [rows, columns, 3].
-    """
+    """A decoded file."""
 
     height: int
     width: int
+    """Before the crop, after the rotation."""
     converted: bool
+    """Whether colours or rotation were converted."""
     pixels: np.ndarray
+    """The crop: uint8 [rows, columns, 3]."""
 
 
 def read_bytes(path: Path | str, offset: int = 0, length: int | None = None) -> bytes:
-    """A regular file, or `length` bytes of it from `offset`. Raises RejectedImageError; never waits as on a FIFO."""
+    """Read a file, or a range of its bytes.
+
+    Args:
+        path: The file.
+        offset: First byte.
+        length: Number of bytes; None reads to the end.
+
+    Raises:
+        RejectedImageError: The file cannot be read, is too large, or is not regular (a FIFO would block).
+    """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise RejectedImageError("not a regular file")
-            wanted = max(0, status.st_size - offset) if length is None else length
-            if wanted > MAX_BYTES:
-                raise RejectedImageError(f"{wanted / 2**20:,.0f} MiB; accepted: up to {MAX_BYTES >> 20} MiB")
+            count = max(0, status.st_size - offset) if length is None else length
+            if count > MAX_BYTES:
+                raise RejectedImageError(f"{count / 2**20:,.0f} MiB; accepted: up to {MAX_BYTES >> 20} MiB")
             os.lseek(handle, offset, os.SEEK_SET)
-            return os.read(handle, wanted)
+            return os.read(handle, count)
         finally:
             os.close(handle)
     except OSError as error:
@@ -66,9 +75,10 @@ def read_bytes(path: Path | str, offset: int = 0, length: int | None = None) -> 
 
 
 def decode(data: bytes, crop: str) -> Picture:
-    """Decode and crop one file's bytes. Raises RejectedImageError.
+    """Decode one encoded picture and crop it (`center`, `none`, `celeba`, or a number of pixels).
 
-    One colour rule for all files: EXIF rotation applied, 16-bit scaled, transparency over white, all to RGB.
+    All files follow one colour rule: rotate by EXIF, scale 16 bits to 8, lay transparency over white, convert to RGB.
+    Raises RejectedImageError.
     """
     try:
         pixels, converted = _upright(data)
@@ -85,6 +95,8 @@ def decode(data: bytes, crop: str) -> Picture:
 
 
 def _upright(data: bytes) -> tuple[np.ndarray, bool]:
+    """RGB pixels of a whole picture, and whether colours or rotation were converted."""
+    # simplejpeg is the fast path; what it would treat otherwise than the colour rule goes through Pillow
     head = data[:_EXIF_WITHIN]
     if simplejpeg is not None and simplejpeg.is_jpeg(data) and not any(mark in head for mark in _ORIENTED):
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
@@ -108,7 +120,10 @@ def _require_size(width: int, height: int) -> None:
 
 
 def crop_box(size: tuple[int, int], crop: str) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of what `crop` cuts from a picture of (width, height)."""
+    """Left, top, right and bottom of what `crop` keeps of a picture of (width, height).
+
+    Raises RejectedImageError where `celeba` meets another size than CelebA's.
+    """
     width, height = size
     if crop == "none":
         return 0, 0, width, height
@@ -124,7 +139,7 @@ def crop_box(size: tuple[int, int], crop: str) -> tuple[int, int, int, int]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
-        # PIL's own conversion clips 16-bit grey to white; 32-bit modes do not say what their white is
+        # Pillow would clip 16-bit grey to white; 32-bit modes do not define their white, so the values decide
         scale = 257.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1.0
         image = Image.fromarray(np.clip(values / scale, 0, 255).round().astype(np.uint8))
     if image.mode in _ALPHA or "transparency" in image.info:

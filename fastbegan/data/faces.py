@@ -1,11 +1,12 @@
-"""Procedural portraits: the default data set. No download, any size, image i depends on (seed, i) only.
+"""Procedural portraits, the default data set: no download, any size; image i depends on (seed, i) only.
 
-A portrait is a stack of shapes. Each shape is a signed distance field (negative inside, in units of half the image),
-turned into coverage over one pixel, so that edges are smooth at every size. x grows to the right, y downwards, both
-from -1 to 1.
+A portrait is a stack of shapes. Each shape is a signed distance field, negative inside, in units of half the image. The
+field becomes a coverage per pixel, so edges are smooth at every size. x grows to the right, y downwards, from -1 to 1.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch import Tensor
 from .. import counter
 
 DEFAULT_COUNT = 16_384
-VERSION = 1  # counts up when the same numbers give other portraits
-_CHUNK = 128  # images drawn at once: bounds memory, and keeps the temporaries in the cache
+VERSION = 1  # to be raised whenever the same numbers give other portraits
+_CHUNK = 128  # images drawn at once: bounds memory and keeps temporaries in the cache
 
 _SKIN = ("ffe3cb", "f6cfae", "eab98d", "d49e73", "b57c50", "8a5a3b", "643f2b", "f9d9c0")
 _HAIR = ("1f1713", "3d271b", "654026", "94602f", "c99a52", "e8cf92", "8e3318", "b9b7b3", "575a66", "b3502f")
@@ -27,13 +28,25 @@ _WHITE, _DARK = (0.97, 0.97, 0.97), (0.22, 0.07, 0.07)
 
 
 def faces(index: Tensor, size: int, seed: int = 0) -> Tensor:
-    """Portraits number `index` [N] int64 of `seed`: uint8 [N, size, size, 3] on the device of `index`."""
+    """Draw portraits.
+
+    Args:
+        index: Numbers of the portraits: int64 [N].
+        size: Height and width, in pixels.
+        seed: Chooses another set of portraits.
+
+    Returns:
+        uint8 [N, size, size, 3], on the device of `index`.
+    """
     chunks = [_portraits(part, size, seed) for part in index.split(_CHUNK)]
     return torch.cat(chunks) if chunks else index.new_zeros((0, size, size, 3), dtype=torch.uint8)
 
 
 class _Traits:
-    """The random numbers of N portraits, drawn one after another; each is [N, 1, 1] so that it meets pixels."""
+    """The random numbers of N portraits, one draw after another; shape [N, 1, 1] broadcasts over pixels.
+
+    The order of draws is part of what a portrait is: a new trait is drawn last, and VERSION is raised.
+    """
 
     PER_IMAGE = 80  # counters reserved for each image
 
@@ -49,12 +62,12 @@ class _Traits:
         return (next(self._draws) < probability).float()
 
     def colour(self, palette: tuple[str, ...]) -> Tensor:
-        """One colour of the palette [N, 1, 1, 3], a little lighter or darker than listed."""
+        """A colour of the palette per portrait, [N, 1, 1, 3], up to 6 % lighter or darker than listed."""
         draw = next(self._draws)
         table = torch.tensor([[int(c[i : i + 2], 16) / 255 for i in (0, 2, 4)] for c in palette], device=draw.device)
         scaled = draw.flatten() * len(palette)
         chosen = scaled.long().clamp(max=len(palette) - 1)
-        jitter = 0.94 + 0.12 * (scaled - chosen)  # the fraction that is left is uniform again
+        jitter = 0.94 + 0.12 * (scaled - chosen)  # the remainder is uniform in [0, 1) again
         return (table[chosen] * jitter[:, None]).clamp(0, 1)[:, None, None]
 
 
@@ -68,14 +81,39 @@ class _Canvas:
         self.image = torch.zeros(count, size, size, 3, device=device)
 
     def cover(self, distance: Tensor) -> Tensor:
-        """Share of each pixel inside the shape, 0 to 1."""
+        """The share of each pixel that lies inside the shape, 0 to 1."""
         return (0.5 - distance / self.pixel).clamp(0, 1)
 
     def paint(self, mask: Tensor, colour: Tensor | tuple[float, float, float]) -> None:
-        """Lay `colour` over the image where `mask` [N, H, W] is 1."""
+        """Blend `colour` into the image by `mask` [N, H, W], 0 to 1."""
         if isinstance(colour, tuple):
             colour = torch.tensor(colour, device=self.image.device)
         self.image.lerp_(colour.expand_as(self.image), mask.expand(self.image.shape[:3])[..., None])
+
+
+@dataclass(frozen=True)
+class _Head:
+    """N heads: coordinates of the pixels in each head's own frame, its outline and colours."""
+
+    x: Tensor
+    y: Tensor
+    turn: Tensor
+    """How far the features (eyes, nose, mouth) shift against the skull."""
+    wide: Tensor
+    tall: Tensor
+    jaw: Tensor
+    skin: Tensor
+    hair: Tensor
+
+    @property
+    def fx(self) -> Tensor:
+        """x for the features."""
+        return self.x - self.turn
+
+    def skull(self, dy: float, scale: float, power: Tensor | float) -> Tensor:
+        """Distance to the outline of the skull, narrower towards the jaw."""
+        x = self.x / (1 - self.jaw * (self.y / self.tall).clamp(-0.2, 1))
+        return _oval(x, self.y + dy, self.wide * scale, self.tall * scale, power)
 
 
 def _oval(x: Tensor, y: Tensor, rx: Tensor | float, ry: Tensor | float, power: Tensor | float = 2.0) -> Tensor:
@@ -91,6 +129,7 @@ def _bar(x: Tensor, y: Tensor, half_length: Tensor, radius: Tensor | float) -> T
 
 
 def _both(a: Tensor, b: Tensor) -> Tensor:
+    """The intersection of two shapes."""
     return torch.maximum(a, b)
 
 
@@ -104,26 +143,18 @@ def _portraits(index: Tensor, size: int, seed: int) -> Tensor:
     slope = ((canvas.x * t.between(-1.2, 1.2) + canvas.y) * 0.5 + 0.5).clamp(0, 1)
     canvas.image.copy_(torch.lerp(wall.expand_as(canvas.image), shade * 0.8, slope[..., None]))
 
-    # where the head is and how it is turned; the features (fx) turn more than the skull does
-    centre_x, centre_y, zoom, tilt = (
-        t.between(-0.07, 0.07),
-        t.between(-0.02, 0.1),
-        t.between(0.9, 1.1),
-        t.between(-0.1, 0.1),
-    )
+    # position and pose of the head
+    centre_x, centre_y = t.between(-0.07, 0.07), t.between(-0.02, 0.1)
+    zoom, tilt = t.between(0.9, 1.1), t.between(-0.1, 0.1)
     turn = t.between(-0.13, 0.13)
     u, v = (canvas.x - centre_x) / zoom, (canvas.y - centre_y) / zoom
     x, y = u * tilt.cos() + v * tilt.sin(), v * tilt.cos() - u * tilt.sin()
-    fx = x - turn
-    wide, tall, jaw, square = (
-        t.between(0.41, 0.53),
-        t.between(0.55, 0.67),
-        t.between(-0.08, 0.2),
-        t.between(2.0, 2.5),
-    )
+    wide, tall = t.between(0.41, 0.53), t.between(0.55, 0.67)
+    jaw, square = t.between(-0.08, 0.2), t.between(2.0, 2.5)
     skin, hair, shirt = t.colour(_SKIN), t.colour(_HAIR), t.colour(_CLOTHES)
+    head = _Head(x, y, turn, wide, tall, jaw, skin, hair)
 
-    # one hair style each: long, bald, round (curls), bun, else short
+    # one hair style per portrait: long, bald, round (curls), bun, else short
     style, length = t.between(), t.between()
     is_long, is_bald = (style < 0.36).float(), ((style >= 0.36) & (style < 0.44)).float()
     is_round, is_bun = ((style >= 0.44) & (style < 0.56)).float(), ((style >= 0.56) & (style < 0.66)).float()
@@ -148,33 +179,30 @@ def _portraits(index: Tensor, size: int, seed: int) -> Tensor:
     # ears, then the head under one soft light
     for side in (-1, 1):
         paint(cover(_oval(x - side * wide * 0.98 + turn * 0.3, y - 0.05, 0.08, 0.125)), skin * 0.88)
-    head = _oval(x / (1 - jaw * (y / tall).clamp(-0.2, 1)), y, wide, tall, square)
-    on_head = cover(head)
+    outline = head.skull(0.0, 1.0, square)
+    on_head = cover(outline)
     glow = 1.03 + 0.12 * (t.between(-0.9, 0.9) * x / wide - 0.4 * y / tall) - 0.15 * ((x / wide) ** 2 + (y / tall) ** 2)
     paint(on_head, (skin * glow.clamp(0.6, 1.15)[..., None]).clamp(0, 1))
     blush = t.chance(0.6) * t.between(0.1, 0.35)
     for side in (-1, 1):
-        spot = torch.exp(-((fx - side * wide * 0.55) ** 2 + (y - 0.2) ** 2) / 0.02)
+        spot = torch.exp(-((head.fx - side * wide * 0.55) ** 2 + (y - 0.2) ** 2) / 0.02)
         paint(spot * blush * on_head, skin * torch.tensor([1.0, 0.62, 0.58], device=skin.device))
 
-    eye_y, spread = _eyes(t, canvas, fx, y, hair)
-    _nose_and_mouth(t, canvas, fx, y, turn, skin, hair, head, may_have_beard=1 - is_long)
-    _front_hair(t, canvas, x, y, wide, tall, jaw, length, hair, (1 - is_bald))
-    _glasses(t, canvas, fx, y, eye_y, spread)
+    eye_y, spread = _eyes(t, canvas, head)
+    _nose_and_mouth(t, canvas, head, outline, may_have_beard=1 - is_long)
+    _front_hair(t, canvas, head, length, has_hair=1 - is_bald)
+    _glasses(t, canvas, head, eye_y, spread)
 
     exposure = t.between(0.9, 1.06)[..., None]
     return canvas.image.mul_(exposure).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
 
-def _eyes(t: _Traits, canvas: _Canvas, fx: Tensor, y: Tensor, hair: Tensor) -> tuple[Tensor, Tensor]:
-    """Eyes and brows; returns the height of the eyes and their distance from the middle."""
+def _eyes(t: _Traits, canvas: _Canvas, head: _Head) -> tuple[Tensor, Tensor]:
+    """Draw eyes and brows; returns the height of the eyes and their distance from the middle."""
     cover, paint = canvas.cover, canvas.paint
-    spread, eye_y, rx, ry = (
-        t.between(0.17, 0.23),
-        t.between(-0.06, 0.04),
-        t.between(0.075, 0.11),
-        t.between(0.045, 0.085),
-    )
+    fx, y, hair = head.fx, head.y, head.hair
+    spread, eye_y = t.between(0.17, 0.23), t.between(-0.06, 0.04)
+    rx, ry = t.between(0.075, 0.11), t.between(0.045, 0.085)
     iris, look_x, look_y = t.colour(_IRIS), t.between(-0.3, 0.3), t.between(-0.2, 0.2)
     brow_y, brow_tilt, brow_r = t.between(0.13, 0.19), t.between(-0.3, 0.3), t.between(0.016, 0.034)
     for side in (-1, 1):
@@ -193,11 +221,9 @@ def _eyes(t: _Traits, canvas: _Canvas, fx: Tensor, y: Tensor, hair: Tensor) -> t
     return eye_y, spread
 
 
-def _nose_and_mouth(
-    t: _Traits, canvas: _Canvas, fx: Tensor, y: Tensor, turn: Tensor, skin: Tensor, hair: Tensor, head: Tensor,
-    may_have_beard: Tensor,
-) -> None:  # fmt: skip
+def _nose_and_mouth(t: _Traits, canvas: _Canvas, head: _Head, outline: Tensor, *, may_have_beard: Tensor) -> None:
     cover, paint = canvas.cover, canvas.paint
+    fx, y, turn, skin, hair = head.fx, head.y, head.turn, head.skin, head.hair
     nose_y, nose_w = t.between(0.16, 0.24), t.between(0.035, 0.07)
     paint(cover(_oval(fx - turn * 0.4, y - nose_y, nose_w, 0.032)) * 0.55, skin * 0.74)
     ridge = torch.exp(-((fx - turn * 0.4) ** 2 / 0.0016 + (y - nose_y * 0.55) ** 2 / 0.02))
@@ -206,7 +232,7 @@ def _nose_and_mouth(
     mouth_y, half, smile = t.between(0.34, 0.42), t.between(0.1, 0.19), t.between(-0.9, 2.4)
     opening = t.between(-0.12, 0.1).clamp(min=0)
     beard, moustache = t.chance(0.16) * may_have_beard, t.chance(0.18) * may_have_beard
-    cheeks = _both(head, 0.22 - y - 0.9 * fx**2)
+    cheeks = _both(outline, 0.22 - y - 0.9 * fx**2)
     hole = _oval(fx, y - mouth_y, half * 1.15, 0.075)
     paint(cover(_both(cheeks, -hole)) * beard * 0.92, hair * 0.8)
     paint(cover(_bar(fx, y - mouth_y + 0.085 + 0.8 * fx**2, half * 0.7, 0.028)) * moustache, hair * 0.7)
@@ -218,20 +244,19 @@ def _nose_and_mouth(
     paint(cover(teeth) * (opening > 0.03), _WHITE)
 
 
-def _front_hair(
-    t: _Traits, canvas: _Canvas, x: Tensor, y: Tensor, wide: Tensor, tall: Tensor, jaw: Tensor, length: Tensor,
-    hair: Tensor, has_hair: Tensor,
-) -> None:  # fmt: skip
-    """The skull's outline above a curved hairline with a parting."""
+def _front_hair(t: _Traits, canvas: _Canvas, head: _Head, length: Tensor, *, has_hair: Tensor) -> None:
+    """Draw the hair between the skull's outline and a curved hairline with a parting."""
+    x, y = head.x, head.y
     parting, line, fringe = t.between(-0.35, 0.35), t.between(-0.42, -0.22), t.between(0, 0.9)
-    skull = _oval(x / (1 - jaw * (y / tall).clamp(-0.2, 1)), y + 0.05, wide * 1.1, tall * 1.1, 2.2)
-    from_parting = x - parting * wide
+    skull = head.skull(0.05, 1.1, 2.2)
+    from_parting = x - parting * head.wide
     hairline = y - line - fringe * from_parting**2 * torch.where(from_parting > 0, 1.0, 0.5)
     strands = 0.93 + 0.07 * torch.sin((x * 38 + 6 * torch.sin(y * 9 + parting * 9)) * (1 + length))
-    canvas.paint(canvas.cover(_both(skull, hairline)) * has_hair, hair * strands[..., None])
+    canvas.paint(canvas.cover(_both(skull, hairline)) * has_hair, head.hair * strands[..., None])
 
 
-def _glasses(t: _Traits, canvas: _Canvas, fx: Tensor, y: Tensor, eye_y: Tensor, spread: Tensor) -> None:
+def _glasses(t: _Traits, canvas: _Canvas, head: _Head, eye_y: Tensor, spread: Tensor) -> None:
+    fx, y = head.fx, head.y
     wears, radius, frame = t.chance(0.22), t.between(0.13, 0.16), t.colour(_FRAMES)
     for side in (-1, 1):
         rim = _oval(fx - side * spread, y - eye_y, radius, radius * 0.85, 2.6).abs() - 0.016

@@ -1,4 +1,4 @@
-"""Batches straight from picture files: our own decoding in torch's DataLoader."""
+"""Batches straight from picture files, decoded in the processes of torch's DataLoader."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ class NoneLeftError(UserError):
 
 
 class Pictures(Dataset[np.ndarray]):
-    """Image number -> uint8 [size, size, 3], decoded on the spot."""
+    """Maps an image number to uint8 [size, size, 3], decoded on access."""
 
     def __init__(self, catalogue: Catalogue, size: int, crop: str) -> None:
+        """`size` is the height and width of the result; `crop` is `center`, `none`, `celeba` or a number of pixels."""
         self.requests, self.size, self.crop = catalogue.requests, size, crop
 
     def __len__(self) -> int:
         return len(self.requests)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """A file that was damaged or removed since it was listed gives way to the next one, with a warning."""
-        for other in range(len(self)):
-            path, offset, length = self.requests[(number + other) % len(self)]
+        """Decode file `number`; one damaged or removed since it was listed gives way to the next, with a warning."""
+        for shift in range(len(self)):
+            path, offset, length = self.requests[(number + shift) % len(self)]
             try:
                 return scale([decode(read_bytes(path, offset, length), self.crop).pixels], self.size)[0]
             except RejectedImageError as error:
@@ -50,16 +51,16 @@ class Pictures(Dataset[np.ndarray]):
 
 
 def _outlast_signals(_: int) -> None:
-    """In a loader's process: a run that is asked to end finishes its step first, and needs its batch for that."""
+    """Ignore the run's stop signals in a loader process: the run finishes its step first and needs the batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # by its own loader or by the system: to torch any other end of it is an error that ends the run
+    # torch ends the run when a process exits with anything but 0
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 class _Batches:
-    """Numbers of the images of each batch of a rank, from a position on, without end."""
+    """Endless batches of image numbers of one rank, from a position on."""
 
     def __init__(self, count: int, batching: Batching, position: int) -> None:
         self.order, self.batching, self.position = Order(count, batching.seed), batching, position
@@ -71,16 +72,25 @@ class _Batches:
 
 
 def stacked(pictures: list[np.ndarray]) -> Tensor:
-    """A batch of pictures: uint8 [N, size, size, 3]."""
+    """Stack pictures into a batch: uint8 [N, size, size, 3]."""
     return torch.from_numpy(np.stack(pictures))
 
 
 class TorchLoader(StagedLoader):
-    """Decoding as for a pack, in the processes of torch's DataLoader: what works everywhere."""
+    """Batches that torch's DataLoader decodes, with the same pixels as a pack; works on every platform."""
 
     def __init__(
         self, catalogue: Catalogue, batching: Batching, crop: str, *, workers: int | None = None, prefetch: int = 2
     ) -> None:
+        """Start no process yet.
+
+        Args:
+            catalogue: The good files of the source.
+            batching: Size, order and device of the batches.
+            crop: `center`, `none`, `celeba`, or a number of pixels.
+            workers: Processes that decode; None means 2, 0 decodes in this process.
+            prefetch: Batches that each process decodes ahead.
+        """
         super().__init__(len(catalogue.requests), batching)
         self.pictures = Pictures(catalogue, batching.stored, crop)
         self._workers, self._prefetch = 2 if workers is None else workers, prefetch
@@ -106,13 +116,14 @@ class TorchLoader(StagedLoader):
         try:
             return next(self._batches)
         except NoneLeftError:
-            raise NoneLeftError(NONE_LEFT) from None  # without the other process's traceback
-        except RuntimeError as error:  # a process was ended from outside
+            raise NoneLeftError(NONE_LEFT) from None  # drop the traceback of the loader process
+        except RuntimeError as error:  # something outside ended a loader process
             warnings.warn(f"{str(error).splitlines()[0]}; this batch is read here, the next by new ones", stacklevel=2)
             self.close()
             return self.pixels(ids)
 
     def close(self) -> None:
         batches, self._batches = self._batches, None
-        if (end := getattr(batches, "_shutdown_workers", None)) is not None:  # who else holds it may hold it for long
-            end()
+        # at once: another reference to the iterator, say in a traceback, would keep its processes alive
+        if (shut_down := getattr(batches, "_shutdown_workers", None)) is not None:
+            shut_down()

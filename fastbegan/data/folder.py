@@ -1,4 +1,4 @@
-"""Folders of pictures: which files there are, each once."""
+"""The image files of a folder, each listed once."""
 
 from __future__ import annotations
 
@@ -14,35 +14,41 @@ SUFFIXES = frozenset((".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", 
 CROPS = ("center", "none", "celeba")
 
 
-class Found(NamedTuple):
-    """An image file: its path, bytes, and time of last change in nanoseconds."""
+class ImageFile(NamedTuple):
+    """An image file as the folder lists it."""
 
     path: str
+    """Relative to the folder."""
     size: int
+    """Bytes."""
     time: int
+    """Last change, in nanoseconds."""
 
 
 @dataclass
 class Listing:
-    """Result of `list_images`: paths relative to the folder, sorted."""
+    """The result of `list_images`; paths are relative to the folder."""
 
-    images: list[Found] = field(default_factory=list)
+    images: list[ImageFile] = field(default_factory=list)
+    """Sorted by path."""
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    """Image files that cannot be read: path and reason, sorted."""
     others: list[str] = field(default_factory=list)
+    """Files whose suffix is not that of an image."""
 
 
 def list_images(folder: Path) -> Listing:
-    """All image files under `folder`, nested ones included. Raises UserError if it is no readable folder.
+    """List all image files under `folder` and its subfolders; skip hidden files and folders.
 
-    Hidden files and folders are passed over. Links are followed; each folder and each file counts once however many
-    links lead to it, so loops end.
+    Links are followed. Each file and folder counts once, by device and inode, so loops of links end. Raises UserError
+    where `folder` is not a readable folder.
     """
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"data {str(folder)!r} {kind}; accepted: 'faces', 'faces:COUNT' or a folder of images")
     listing, root = Listing(), folder.stat()
-    seen = {(root.st_dev, root.st_ino)}
-    waiting = [""]  # strings, not paths: there may be a million
+    visited = {(root.st_dev, root.st_ino)}
+    waiting = [""]  # strings are cheaper than Path objects: there may be a million files
     while waiting:
         current = waiting.pop()
         try:
@@ -61,18 +67,18 @@ def list_images(folder: Path) -> Listing:
                 else:
                     listing.others.append(relative)
                 continue
-            if (identity := (status.st_dev, status.st_ino)) in seen:
+            if (identity := (status.st_dev, status.st_ino)) in visited:
                 continue
-            if status.st_ino:  # Windows tells none
-                seen.add(identity)
+            if status.st_ino:  # Windows reports 0
+                visited.add(identity)
             if stat.S_ISDIR(status.st_mode):
                 waiting.append(relative)
             elif not _is_image(entry.name):
                 listing.others.append(relative)
             elif not stat.S_ISREG(status.st_mode):
-                listing.rejected.append((relative, "not a regular file"))  # opening a FIFO would wait for ever
+                listing.rejected.append((relative, "not a regular file"))  # opening a FIFO would block
             else:
-                listing.images.append(Found(relative, status.st_size, status.st_mtime_ns))
+                listing.images.append(ImageFile(relative, status.st_size, status.st_mtime_ns))
     listing.images.sort()
     listing.rejected.sort()
     return listing

@@ -1,4 +1,4 @@
-"""Batches of images in an order that follows from (seed, position), whatever holds the images."""
+"""Batches of images in an order that follows from (seed, position), wherever the images are stored."""
 
 from __future__ import annotations
 
@@ -19,50 +19,51 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Batching:
-    """What is read and how: one for all loaders of a run.
-
-    `batch_size` is what this rank reads of the `world * batch_size` images of a step; images are stored with
-    2 * `jitter` pixels more than `size` in each direction, of which a random window is shown.
-    """
+    """The batches of a loader: size, order, augmentation, and the device that they go to."""
 
     batch_size: int
+    """Images that this rank reads per step; all ranks together read `world * batch_size`."""
     size: int
+    """Height and width of a batch, in pixels."""
     seed: int
     flip: bool = True
+    """Whether about half of the images are mirrored, others in each epoch."""
     jitter: int = 0
+    """Images are stored with 2 * `jitter` extra rows and columns; a batch shows a random window of each."""
     rank: int = 0
     world: int = 1
     device: torch.device = _CPU
 
     @property
     def stored(self) -> int:
-        """Side of an image as it is stored."""
+        """Height and width of an image as it is stored."""
         return self.size + 2 * self.jitter
 
     @property
     def step(self) -> int:
-        """Images that all ranks read at once."""
+        """Images that all ranks read per step."""
         return self.batch_size * self.world
 
 
 class Loader(ABC):
-    """Batches by position, the number of images that all ranks have read since the start of the run.
+    """Batches by position: the number of images that all ranks have read since the start of the run.
 
-    Before a step the host calls `prepare(position)`; the step itself, which may be a CUDA graph, takes
-    `current(position)` with the same position in a tensor on the device.
+    Before a step the host calls `prepare(position)`. The step, which may be a CUDA graph, then calls
+    `current(position)` with the same position as a tensor on the device.
     """
 
     def __init__(self, count: int, batching: Batching) -> None:
+        """`count` is the number of images."""
         self.count, self.batching = count, batching
         self.order = Order(count, batching.seed)
 
     def ids(self, position: int) -> Tensor:
-        """Numbers of the images of this rank's batch at `position`: int64 [batch_size], on the CPU."""
+        """Image numbers of this rank's batch at `position`: int64 [batch_size], on the CPU."""
         return self._place(position)[0]
 
     @abstractmethod
     def prepare(self, position: int) -> None:
-        """What the host has to do before `current` can give the batch at `position`."""
+        """Do the host's part, after which `current` can return the batch at `position`."""
 
     @abstractmethod
     def current(self, position: Tensor) -> Tensor:
@@ -70,22 +71,22 @@ class Loader(ABC):
 
     @abstractmethod
     def pixels(self, ids: Tensor) -> Tensor:
-        """These images as they are stored: uint8 [N, stored, stored, 3]."""
+        """Images with the numbers `ids` as they are stored: uint8 [N, stored, stored, 3]."""
 
     def batch(self, position: int) -> Tensor:
-        """`prepare` and `current`."""
+        """Call `prepare`, then return `current`."""
         self.prepare(position)
         return self.current(torch.tensor(position, device=self.batching.device))
 
-    def close(self) -> None:  # noqa: B027  # most have nothing to end
-        """End what works in the background."""
+    def close(self) -> None:  # noqa: B027  # most loaders have no background work
+        """End background threads and processes."""
 
     def _place(self, position: int) -> tuple[Tensor, Tensor]:
         first = position + self.batching.rank * self.batching.batch_size
         return self.order.place(torch.arange(first, first + self.batching.batch_size))
 
     def _window(self, ids: Tensor, epochs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Which of these are mirrored and where their windows lie, where that is asked for."""
+        """Whether each image is mirrored, and the corners of the windows; None where the run does not use it."""
         batching = self.batching
         flip = mirrored(batching.seed, ids, epochs) if batching.flip else None
         corner = corners(batching.seed, ids, epochs, 2 * batching.jitter) if batching.jitter else None
@@ -93,21 +94,21 @@ class Loader(ABC):
 
 
 class StagedLoader(Loader):
-    """A loader whose images come from the host, batch by batch, to where the step reads them.
+    """A loader that copies each batch from the host into staging buffers, which the step reads.
 
-    On a GPU a batch is copied on a stream of its own, from pinned memory, while the step before is at work.
+    On a GPU the copy runs from pinned memory on a separate stream, while the previous step computes.
     """
 
     def __init__(self, count: int, batching: Batching) -> None:
         super().__init__(count, batching)
-        self._staged: list[Tensor] = []  # where they are, they stay: a CUDA graph reads them there
-        # pinned memory, where it arrived on the device (DALI's own memory, maybe), and when that was read
+        self._staged: list[Tensor] = []  # at fixed addresses, which a CUDA graph has captured
+        # two batches in flight: pinned buffers, their copies on the device, and an event after those were read
         self._flights: list[tuple[list[Tensor], list[Tensor], torch.cuda.Event]] = []
         self._stream = torch.cuda.Stream(batching.device) if batching.device.type == "cuda" else None
 
     @abstractmethod
     def _read(self, position: int, ids: Tensor, out: Tensor) -> Tensor:
-        """The images of this batch as they are stored, uint8 [N, stored, stored, 3]: in `out`, or elsewhere."""
+        """Images `ids` as they are stored, uint8 [N, stored, stored, 3]; returns `out`, or another tensor."""
 
     def prepare(self, position: int) -> None:
         ids, epochs = self._place(position)
@@ -132,22 +133,22 @@ class StagedLoader(Loader):
     def _send(self, position: int, ids: Tensor, window: list[Tensor], stream: torch.cuda.Stream) -> None:
         if len(self._flights) == 2:
             pinned, arrived, landed = self._flights.pop(0)
-            landed.synchronize()  # two batches ago: what it came from may be used again
+            landed.synchronize()  # the copy of two batches ago has ended, so its pinned buffers are free
         else:
             pinned, landed = self._buffers(window, pin_memory=True), torch.cuda.Event()
         images = self._read(position, ids, pinned[0])
-        decoded_there = images.device.type == "cuda"
-        self._fill(pinned, pinned[0] if decoded_there else images, window)
+        on_gpu = images.device.type == "cuda"  # DALI with nvJPEG decodes there
+        self._fill(pinned, pinned[0] if on_gpu else images, window)
         with torch.cuda.stream(stream):
-            first = images.clone() if decoded_there else pinned[0]
+            first = images.clone() if on_gpu else pinned[0]
             arrived = [value.to(self.batching.device, non_blocking=True) for value in (first, *pinned[1:])]
-        if decoded_there:
-            stream.synchronize()  # for the copy alone: DALI takes its buffer back with the next batch
-        now = torch.cuda.current_stream(self.batching.device)
-        now.wait_stream(stream)
-        for target, value in zip(self._staged, arrived, strict=True):  # after the step before, which reads it
+        if on_gpu:
+            stream.synchronize()  # DALI reuses its buffer with the next batch, so the clone has to end first
+        step_stream = torch.cuda.current_stream(self.batching.device)
+        step_stream.wait_stream(stream)
+        for target, value in zip(self._staged, arrived, strict=True):  # queued after the previous step, which reads it
             target.copy_(value)
-        landed.record(now)
+        landed.record(step_stream)
         self._flights.append((pinned, arrived, landed))
 
     def current(self, position: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ class StagedLoader(Loader):
 
 
 class PackedLoader(StagedLoader):
-    """From a packed set, memory-mapped or not: uint8 [count, stored, stored, 3]."""
+    """Batches from a packed set, memory-mapped or not: uint8 [count, stored, stored, 3]."""
 
     def __init__(self, images: np.ndarray, batching: Batching) -> None:
         super().__init__(len(images), batching)
@@ -169,39 +170,39 @@ class PackedLoader(StagedLoader):
         return torch.from_numpy(self.images[ids.numpy()])
 
     def _read(self, position: int, ids: Tensor, out: Tensor) -> Tensor:
-        np.take(self.images, ids.numpy(), axis=0, out=out.numpy(), mode="clip")  # "raise" would copy it once more
+        np.take(self.images, ids.numpy(), axis=0, out=out.numpy(), mode="clip")  # "raise" would buffer a second copy
         return out
 
 
 class ResidentLoader(Loader):
-    """From the device's own memory, which holds all images: the host only sends each epoch's order, once."""
+    """Batches from the device's memory, which holds all images; the host only sends each epoch's order, once."""
 
     def __init__(self, images: np.ndarray, batching: Batching) -> None:
-        """As `PackedLoader`; a step reads at most as many images as there are, else ValueError."""
+        """`images` are those of `PackedLoader`. Raises ValueError where a step reads more images than there are."""
         super().__init__(len(images), batching)
         if batching.step > len(images):
             raise ValueError(f"a step reads {batching.step} images; accepted: up to the {len(images)} there are")
         self._resident = torch.tensor(images, device=batching.device)
         self._two_orders = torch.zeros(2, len(images), dtype=torch.int64, device=batching.device)
-        self._held: list[int | None] = [None, None]  # the epochs whose orders those are
+        self._epochs: list[int | None] = [None, None]  # whose orders are in `_two_orders`
         on_gpu = batching.device.type == "cuda"
         self._pinned = torch.empty_like(self._two_orders, device="cpu", pin_memory=on_gpu)
-        self._landed = [torch.cuda.Event() for _ in range(2)] if on_gpu else []  # when those were copied
+        self._landed = [torch.cuda.Event() for _ in range(2)] if on_gpu else []  # after the copy of each order
 
     def pixels(self, ids: Tensor) -> Tensor:
         return self._resident[ids.to(self._resident.device)].cpu()
 
     def prepare(self, position: int) -> None:
-        """Send the orders of the epochs that the step at `position` lies in."""
+        """Send the order of each epoch that the step at `position` reads: one, or two at an epoch's end."""
         for epoch in {position // self.count, (position + self.batching.step - 1) // self.count}:
-            if self._held[slot := epoch % 2] != epoch:
+            if self._epochs[slot := epoch % 2] != epoch:
                 if self._landed:
-                    self._landed[slot].synchronize()  # of two epochs ago
+                    self._landed[slot].synchronize()  # the copy of two epochs ago has left the pinned slot
                 self._pinned[slot].copy_(self.order.epoch(epoch))
                 self._two_orders[slot].copy_(self._pinned[slot], non_blocking=True)
                 if self._landed:
                     self._landed[slot].record(torch.cuda.current_stream(self.batching.device))
-                self._held[slot] = epoch
+                self._epochs[slot] = epoch
 
     def current(self, position: Tensor) -> Tensor:
         batching = self.batching

@@ -1,4 +1,4 @@
-"""Which image is read when, and how it is mirrored and cropped: functions of (seed, position), nothing to save."""
+"""Order, mirroring and cropping of images as functions of (seed, position): a run saves no state of them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from .. import counter
 
-# a counter for each image of each epoch; a set has fewer images than this
+# image numbers take the low bits of a counter, the epoch the high ones
 _EPOCH_BITS = 40
 
 
 class Order:
-    """Every image once an epoch, in another order each; batches run on across epochs.
+    """The order in which a run reads `count` images: each once per epoch, every epoch in another order.
 
-    Slot number n of a run is the same image whatever the batch size and the number of ranks.
+    Slot n of a run is the same image for any batch size and any number of ranks. Batches may cross epochs.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -22,7 +22,7 @@ class Order:
         self._epochs: dict[int, Tensor] = {}
 
     def place(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Image numbers and epochs of slots: int64 [N] each, on the CPU."""
+        """Image numbers and epochs of `slots` [N]: int64 [N] each, on the CPU."""
         epochs = slots // self.count
         ids = torch.empty_like(slots)
         for epoch in epochs.unique().tolist():
@@ -39,11 +39,18 @@ class Order:
 
 
 def mirrored(seed: int, ids: Tensor, epochs: Tensor) -> Tensor:
-    """Whether each image is mirrored in its epoch: bool [N], about half of them."""
+    """Choose the images that are mirrored: about half, others in each epoch.
+
+    `ids` and `epochs` are int64 [N], the images and the epochs of their slots. Returns bool [N].
+    """
     return (counter.bits(seed, counter.FLIP, (epochs << _EPOCH_BITS) + ids) & 1).bool()
 
 
 def corners(seed: int, ids: Tensor, epochs: Tensor, margin: int) -> Tensor:
-    """Top and left of each image's window in its epoch: int64 [N, 2], uniform in 0 to `margin`."""
+    """Choose the window of each image, another one in each epoch.
+
+    `ids` and `epochs` are int64 [N], the images and the epochs of their slots. Returns top and left, int64 [N, 2],
+    uniform in 0 to `margin`.
+    """
     place = ((epochs << _EPOCH_BITS) + ids)[:, None] * 2 + torch.arange(2, device=ids.device)
     return (counter.uniform(seed, counter.JITTER, place) * (margin + 1)).long()

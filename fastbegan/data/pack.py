@@ -1,4 +1,10 @@
-"""Packed image sets: one file of uint8 pixels [count, size, size, 3] behind a header, memory-mapped when read."""
+"""Packs: one file of uint8 pixels [count, size, size, 3] behind a header, memory-mapped when read.
+
+- NAME.pack: a magic line, the header as JSON, padding to OFFSET bytes, then the pixels. It appears when complete.
+- .NAME.pack.partial: the same while it is being written, with an empty header.
+- .NAME.pack.journal: JSON lines beside it, first what the pack is made from, then a `Line` per part. After a kill the
+  journal says how many entries are done, and its checksums confirm the pixels.
+"""
 
 from __future__ import annotations
 
@@ -16,42 +22,46 @@ import numpy as np
 from ..files import sync_folder
 
 _MAGIC = b"FASTBEGAN PACK 1\n"
-OFFSET = 4096  # the header's room; pixels start on a page
-_BLOCK = 1 << 24
+OFFSET = 4096  # bytes of the header, so that pixels start on a memory page
+_BLOCK = 1 << 24  # bytes that a checksum reads at once
 
 
 class DamagedPackError(Exception):
-    """The file is not a whole pack."""
+    """The file is not a complete pack."""
 
 
 @dataclass(frozen=True)
 class PackHeader:
-    """What a pack says of itself; `made_from` names source, crop and decoder by their hash."""
+    """The header of a pack."""
 
     count: int
     size: int
+    """Height and width of the images."""
     crc32: int
+    """Checksum of all pixels."""
     source: str
+    """Its description, for people."""
     made_from: str = ""
+    """Hash of source, crop and decoder."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some of a source's entries, `done` of them so far.
-
-    `pixels` is uint8 [n, size, size, 3] of the good ones, `files` names those (entry, width, height, converted) where
-    they are files, `broken` names the others with the reason.
-    """
+    """Decoded images of consecutive entries of a source."""
 
     done: int
+    """Entries of the source up to the end of this part."""
     pixels: np.ndarray
+    """The good images: uint8 [n, size, size, 3]."""
     files: list[tuple[int, int, int, bool]]
+    """Entry, width, height and whether it was converted, of each good image that is a file."""
     broken: list[tuple[str, str]]
+    """Name and reason of each entry that cannot be decoded."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A part as the journal keeps it: `count` images so far with the checksum `crc32` of their pixels."""
+    """A part as the journal records it; `count` images so far have the checksum `crc32`."""
 
     done: int
     count: int
@@ -69,28 +79,39 @@ def write_pack(
     made_from: str,
     before: Callable[[list[Line]], None] = lambda lines: None,
 ) -> None:
-    """Write a pack to `path`, which appears only when complete, and after `before` was called with its journal.
+    """Write a pack to `path`; resume what a killed process left of the same source.
 
-    `parts(start)` gives the source's parts from entry `start` on. What a killed process wrote of the same source is
-    kept beside `path` and taken up again. Only one process may do this at a time: see `files.locked`.
+    Only one process may write a pack at a time: see `files.locked`.
+
+    Args:
+        path: The file, which appears when it is complete.
+        parts: Called with an entry number, yields the source's parts from that entry on.
+        size: Height and width of the images.
+        source: Description of the source, for the header.
+        made_from: Hash of source, crop and decoder; leftovers with another hash are not resumed.
+        before: Called with the journal's lines before the file appears.
+
+    Raises:
+        ValueError: A part's pixels have another dtype or shape.
+        OSError: The system refuses to write.
     """
     partial, journal = leftovers(path)
-    lines = _taken_up(partial, journal, made_from, size)
+    lines = _confirmed(partial, journal, made_from, size)
     start, count, crc = (lines[-1].done, lines[-1].count, lines[-1].crc32) if lines else (0, 0, 0)
-    with partial.open("r+b" if lines else "w+b") as file, _journal(journal, made_from, lines) as note:
+    with partial.open("r+b" if lines else "w+b") as file, _journal(journal, made_from, lines) as record:
         file.truncate(OFFSET + count * size * size * 3)
         file.seek(0, os.SEEK_END)
         file.seek(max(OFFSET, file.tell()))
         for part in parts(start):
             if part.pixels.dtype != np.uint8 or part.pixels.shape[1:] != (size, size, 3):
-                given = f"{part.pixels.dtype} {part.pixels.shape}"
-                raise ValueError(f"pixels are {given}; accepted: uint8 [n, {size}, {size}, 3]")
+                kind = f"{part.pixels.dtype} {part.pixels.shape}"
+                raise ValueError(f"pixels are {kind}; accepted: uint8 [n, {size}, {size}, 3]")
             pixels = np.ascontiguousarray(part.pixels).data.cast("B") if part.pixels.size else b""
             file.write(pixels)
-            file.flush()  # before the journal says that it is there
+            file.flush()  # the journal must not name pixels that are not in the file
             crc, count = zlib.crc32(pixels, crc), count + len(part.pixels)
             lines.append(Line(part.done, count, crc, part.files, part.broken))
-            note(lines[-1])
+            record(lines[-1])
         header = PackHeader(count, size, crc, source, made_from)
         file.seek(0)
         file.write((_MAGIC + json.dumps(asdict(header)).encode()).ljust(OFFSET - 1) + b"\n")
@@ -103,26 +124,27 @@ def write_pack(
 
 
 def leftovers(path: Path) -> tuple[Path, Path]:
-    """Where the pixels and the journal of an unfinished pack at `path` are."""
+    """Paths of the pixels and of the journal of an unfinished pack at `path`."""
     return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.journal")
 
 
 @contextlib.contextmanager
 def _journal(path: Path, made_from: str, lines: list[Line]) -> Iterator[Callable[[Line], None]]:
+    """Start a journal with `lines`; yields the function that appends one."""
     with path.open("w", encoding="utf-8") as file:
 
-        def note(value: Any) -> None:
+        def write(value: Any) -> None:
             file.write(json.dumps(value) + "\n")
             file.flush()
 
-        note(made_from)
+        write(made_from)
         for line in lines:
-            note(vars(line))
-        yield lambda line: note(vars(line))
+            write(vars(line))
+        yield lambda line: write(vars(line))
 
 
 def read_journal(path: Path, made_from: str) -> list[Line]:
-    """Lines of a journal or catalogue of this source; none where it is another one's or not there."""
+    """Read the lines of a journal or catalogue; none where the file is missing or was made from something else."""
     try:
         first, *rest = path.read_text(encoding="utf-8").splitlines()
         if json.loads(first) != made_from:
@@ -132,16 +154,16 @@ def read_journal(path: Path, made_from: str) -> list[Line]:
     lines: list[Line] = []
     for text in rest:
         try:
-            found = Line(**json.loads(text))
-        except (ValueError, TypeError):  # cut off in the middle
+            line = Line(**json.loads(text))
+        except (ValueError, TypeError):  # a kill cut the last line off
             break
-        files = [(int(n), int(w), int(h), bool(c)) for n, w, h, c in found.files]
-        lines.append(Line(found.done, found.count, found.crc32, files, [(a, b) for a, b in found.broken]))
+        files = [(int(n), int(w), int(h), bool(c)) for n, w, h, c in line.files]
+        lines.append(Line(line.done, line.count, line.crc32, files, [(a, b) for a, b in line.broken]))
     return lines
 
 
-def _taken_up(partial: Path, journal: Path, made_from: str, size: int) -> list[Line]:
-    """What is there already of this pack, no more of it than the pixels' checksum confirms."""
+def _confirmed(partial: Path, journal: Path, made_from: str, size: int) -> list[Line]:
+    """Lines of an unfinished pack up to the last one whose checksum the pixels confirm."""
     lines = read_journal(journal, made_from)
     if not lines or not partial.exists():
         return []
@@ -157,15 +179,16 @@ def _taken_up(partial: Path, journal: Path, made_from: str, size: int) -> list[L
 
 
 def _crc(file: IO[bytes], length: int, crc: int) -> int:
+    """`crc` continued over the next `length` bytes; -1 where the file is shorter."""
     while length > 0 and (block := file.read(min(length, _BLOCK))):
         crc, length = zlib.crc32(block, crc), length - len(block)
     return crc if length == 0 else -1
 
 
 def read_pack(path: Path, *, check_below: int = 1 << 30) -> tuple[np.ndarray, PackHeader]:
-    """Memory-map a pack: read-only uint8 [count, size, size, 3] and its header. Raises DamagedPackError.
+    """Memory-map a pack: read-only uint8 [count, size, size, 3], and its header.
 
-    The checksum of packs of fewer bytes than `check_below` is verified.
+    Packs of fewer than `check_below` bytes have their checksum verified. Raises DamagedPackError.
     """
     with path.open("rb") as file:
         start = file.read(OFFSET)

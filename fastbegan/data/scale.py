@@ -1,4 +1,4 @@
-"""Pictures to one size, with antialias."""
+"""Pictures scaled to one size, with antialias."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch.nn.functional import interpolate
 
 
 def scale(pictures: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """uint8 pictures [rows, columns, 3] -> uint8 [N, size, size, 3]; PIL's bilinear filter to within one grey level."""
-    found = np.empty((len(pictures), size, size, 3), np.uint8)
+    """Scale uint8 pictures [rows, columns, 3] to uint8 [N, size, size, 3], as Pillow's bilinear to a grey level."""
+    scaled = np.empty((len(pictures), size, size, 3), np.uint8)
     shapes: dict[tuple[int, ...], list[int]] = {}
     for number, picture in enumerate(pictures):
         shapes.setdefault(picture.shape, []).append(number)
-    for shape, numbers in shapes.items():  # those of one shape at once
+    for shape, numbers in shapes.items():  # pictures of one shape form one batch
         if shape == (size, size, 3):
-            found[numbers] = [pictures[number] for number in numbers]
+            scaled[numbers] = [pictures[number] for number in numbers]
             continue
-        some = [pictures[number] for number in numbers]
-        alone = len(some) == 1 and some[0].flags.writeable  # torch takes nothing else as it is
-        batch = torch.from_numpy(some[0][None] if alone else np.stack(some)).permute(0, 3, 1, 2)
-        scaled = interpolate(batch, size=(size, size), mode="bilinear", antialias=True)
-        found[numbers] = scaled.permute(0, 2, 3, 1).numpy()
-    return found
+        group = [pictures[number] for number in numbers]
+        in_place = len(group) == 1 and group[0].flags.writeable  # torch warns about read-only arrays
+        batch = torch.from_numpy(group[0][None] if in_place else np.stack(group)).permute(0, 3, 1, 2)
+        images = interpolate(batch, size=(size, size), mode="bilinear", antialias=True)
+        scaled[numbers] = images.permute(0, 2, 3, 1).numpy()
+    return scaled

@@ -1,4 +1,4 @@
-"""What images can come from: procedural portraits, folders, tar and TFRecord files, torchvision's data sets, packs."""
+"""Sources of images: portraits, folders, tar and TFRecord files, torchvision's data sets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .folder import SUFFIXES, list_images
 from .pack import Part
 from .workers import Request, Scaled, decode_all
 
-_CHUNK = 512
+_CHUNK = 512  # images of a part
 ACCEPTED = (
     "'faces', 'faces:COUNT', a folder of images, a .tar (webdataset) or .tfrecord file or a folder of them, a .pack "
     "file, cifar10:ROOT or fashion-mnist:ROOT"
@@ -29,27 +29,34 @@ ACCEPTED = (
 
 
 class Source(Protocol):
-    """Images in a fixed order, counted from 0."""
+    """Entries in a fixed order, counted from 0; each is an image, or broken."""
 
     @property
     def description(self) -> str: ...
 
     @property
     def doing(self) -> str:
-        """What making a pack of it is called: "packing images"."""
+        """The work that progress names: "packing images" or "drawing portraits"."""
         ...
 
     @property
     def total(self) -> int:
-        """How many entries there are before any is decoded."""
+        """Number of entries, broken ones included."""
         ...
 
     def made_from(self, crop: str) -> str:
-        """A hash that changes when other pixels would come out."""
+        """A hash of everything that the pixels depend on, but for their size."""
         ...
 
     def parts(self, start: int, size: int, crop: str, workers: int | None) -> Iterator[Part]:
-        """From entry `start` on."""
+        """Decode entries, part by part.
+
+        Args:
+            start: First entry.
+            size: Height and width to which images are scaled.
+            crop: `center`, `none`, `celeba`, or a number of pixels.
+            workers: Processes that decode files; None means one per core.
+        """
         ...
 
 
@@ -81,7 +88,7 @@ class Portraits:
 
 @dataclass
 class Arrays:
-    """Small pictures that are in memory: uint8 [count, height, width, 3], scaled as files are."""
+    """Small pictures in memory, uint8 [count, height, width, 3], scaled as files are."""
 
     description: str
     pictures: np.ndarray
@@ -98,21 +105,21 @@ class Arrays:
 
     def parts(self, start: int, size: int, crop: str, workers: int | None) -> Iterator[Part]:
         for first in range(start, self.total, _CHUNK):
-            some = self.pictures[first : first + _CHUNK]
-            yield Part(first + len(some), arrays.scaled(some, size, crop), [], [])
+            chunk = self.pictures[first : first + _CHUNK]
+            yield Part(first + len(chunk), arrays.scaled(chunk, size, crop), [], [])
 
 
 @dataclass
 class Files:
-    """Encoded pictures: files, or stretches of larger files."""
+    """Encoded pictures: files, or ranges of bytes in archives."""
 
     description: str
     requests: list[Request]
     names: list[str]
     digest: str
-    """Of names, lengths and times."""
+    """Hash of paths, lengths and times of change."""
     contents: str
-    """Of names within the source and lengths: the same for a copy of it elsewhere."""
+    """Hash of names within the source and lengths only, so a copy elsewhere has the same."""
     rejected: list[tuple[str, str]] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     doing: str = "packing images"
@@ -127,20 +134,20 @@ class Files:
     def parts(self, start: int, size: int, crop: str, workers: int | None) -> Iterator[Part]:
         answers = decode_all(self.requests[start:], size, crop, workers=workers)
         done = start
-        while some := list(islice(answers, _CHUNK)):
-            good, seen, broken = [], [], []
-            for number, (_, answer) in enumerate(some, done):
+        while chunk := list(islice(answers, _CHUNK)):
+            good, files, broken = [], [], []
+            for number, (_, answer) in enumerate(chunk, done):
                 if isinstance(answer, Scaled):
                     good.append(answer.pixels)
-                    seen.append((number, answer.width, answer.height, answer.converted))
+                    files.append((number, answer.width, answer.height, answer.converted))
                 else:
                     broken.append((self.names[number], str(answer)))
-            done += len(some)
-            yield Part(done, np.stack(good) if good else np.empty((0, size, size, 3), np.uint8), seen, broken)
+            done += len(chunk)
+            yield Part(done, np.stack(good) if good else np.empty((0, size, size, 3), np.uint8), files, broken)
 
 
 def absolute(data: str) -> str:
-    """`data` with paths that hold from anywhere; a folder called faces is ./faces."""
+    """`data` with an absolute path. (`faces` means portraits; a folder of that name is `./faces`.)"""
     kind, _, rest = data.partition(":")
     if kind in arrays.NAMES:
         return f"{kind}:{Path(rest).resolve()}"
@@ -148,13 +155,13 @@ def absolute(data: str) -> str:
 
 
 def without_folders(data: str) -> str:
-    """`data` with the last part of its path only, to be shown to others."""
+    """`data` with only the last part of its path, for pages that are passed on."""
     kind, _, rest = data.partition(":")
     return f"{kind}:{Path(rest).name}" if kind in arrays.NAMES else Path(data).name or data
 
 
 def find_source(data: str) -> Source:
-    """The source that `data` names. Raises UserError where there is none."""
+    """Open the source that `data` names (see ACCEPTED). Raises UserError where there is none."""
     kind, _, rest = data.partition(":")
     if kind == "faces":
         return Portraits(_count(data))
@@ -190,11 +197,11 @@ def _folder(path: Path) -> Files:
         if lost := [str(path) for path in shards if not path.is_file()]:
             raise UserError(f"data {lost[0]} is no file that can be read; repair or remove it")
         return _joined(folder, [_archive(path) for path in shards])
-    names = [f"{folder}{os.sep}{one.path}" for one in listing.images]
-    rejected = [(str(folder / one), reason) for one, reason in listing.rejected]
+    names = [f"{folder}{os.sep}{file.path}" for file in listing.images]
+    rejected = [(str(folder / name), reason) for name, reason in listing.rejected]
     digest = _digest(str(folder), [*listing.images, *rejected])
-    contents = _digest("", [(one.path, one.size) for one in listing.images])
-    others = [str(folder / one) for one in listing.others]
+    contents = _digest("", [(file.path, file.size) for file in listing.images])
+    others = [str(folder / name) for name in listing.others]
     return Files(f"images of {folder}", [Request(name) for name in names], names, digest, contents, rejected, others)
 
 
@@ -207,7 +214,7 @@ def _archive(path: Path) -> Files:
 
 
 def _joined(folder: Path, shards: list[Files]) -> Files:
-    """Shards one after another, in the order of their names."""
+    """One source of several shards, in the order given."""
     digest = _digest(str(folder), [(shard.digest,) for shard in shards])
     return Files(
         f"images of {len(shards)} files in {folder}",
@@ -215,13 +222,13 @@ def _joined(folder: Path, shards: list[Files]) -> Files:
         [name for shard in shards for name in shard.names],
         digest,
         _digest("", [(shard.contents,) for shard in shards]),
-        [one for shard in shards for one in shard.rejected],
+        [entry for shard in shards for entry in shard.rejected],
         others=[name for shard in shards for name in shard.others],
     )
 
 
 def _tar(path: Path) -> Files:
-    """Pictures of a tar file in its order, as webdataset writes them; only headers are read here."""
+    """Pictures of a tar file in its order, as webdataset writes them; this reads the headers only."""
     requests, names, others = [], [], []
     try:
         with tarfile.open(path, "r:") as tar:
@@ -236,28 +243,28 @@ def _tar(path: Path) -> Files:
             end = tar.offset
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"data {path} cannot be read as an uncompressed tar file: {error}") from None
-    with path.open("rb") as file:  # tarfile takes a damaged header for the end
+    with path.open("rb") as file:  # tarfile takes a damaged header for the end of the archive
         file.seek(end)
         while block := file.read(1 << 20):
             if block.strip(b"\0"):
                 raise UserError(f"data {path} is damaged: what follows byte {end:,} is no entry of a tar file")
-    return Files(f"images of {path}", requests, names, *_stretches(path, requests), [], others)
+    return Files(f"images of {path}", requests, names, *_digests(path, requests), [], others)
 
 
 def _records(path: Path) -> Files:
-    """Pictures of the records of a TFRecord file, in its order."""
+    """Pictures of a TFRecord file, in the order of its records."""
     requests, names, rejected = [], [], []
-    for number, found in enumerate(tfrecord.pictures(path)):
-        if isinstance(found, str):
-            rejected.append((f"{path}:{number}", found))
+    for number, place in enumerate(tfrecord.pictures(path)):
+        if isinstance(place, str):
+            rejected.append((f"{path}:{number}", place))
         else:
-            requests.append(Request(str(path), *found))
+            requests.append(Request(str(path), *place))
             names.append(f"{path}:{number}")
-    return Files(f"images of {path}", requests, names, *_stretches(path, requests), rejected)
+    return Files(f"images of {path}", requests, names, *_digests(path, requests), rejected)
 
 
-def _stretches(path: Path, requests: list[Request]) -> tuple[str, str]:
-    """Digests of a file and of what lies where in it."""
+def _digests(path: Path, requests: list[Request]) -> tuple[str, str]:
+    """`digest` and `contents` of an archive: of the file and the places of its pictures, and of the places alone."""
     status = path.stat()
     rows = [(request.offset, request.length) for request in requests]
     return _digest(str(path), [(status.st_size, status.st_mtime_ns), *rows]), _digest("", rows)

@@ -1,4 +1,4 @@
-"""Where the encoded pictures are inside a TFRecord file of tf.train.Example messages."""
+"""Places of the encoded pictures in a TFRecord file of tf.train.Example messages, found without TensorFlow."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ..errors import UserError
 
-KEY = b"image/encoded"  # what TensorFlow's own data sets call it
-_FRAME = struct.Struct("<QI")  # length and its checksum before the data; four more bytes of checksum behind it
+KEY = b"image/encoded"  # the feature's name in TensorFlow's own data sets
+_FRAME = struct.Struct("<QI")  # length and its checksum; four bytes of checksum follow the data
 
 
 def pictures(path: Path) -> Iterator[tuple[int, int] | str]:
-    """Offset and length of each record's `image/encoded`, or what is wrong with the record.
+    """Yield offset and length of each record's `image/encoded`, or the reason why the record has none.
 
-    Raises UserError where records are not what the file holds.
+    Raises UserError where the file does not consist of whole records.
     """
     with path.open("rb") as file:
         if path.stat().st_size == 0:
@@ -39,7 +39,7 @@ def pictures(path: Path) -> Iterator[tuple[int, int] | str]:
 
 
 def _picture(data: mmap.mmap, start: int, stop: int) -> tuple[int, int]:
-    # Example.features = 1; Features.feature = 1, a map: key = 1, value = 2; Feature.bytes_list = 1; BytesList.value = 1
+    # field numbers: Example.features 1; Features.feature 1, a map (key 1, value 2); Feature.bytes_list 1; its value 1
     for features in _fields(data, start, stop, 1):
         for entry in _fields(data, *features, 1):
             key = next(_fields(data, *entry, 1), (0, 0))
@@ -51,8 +51,8 @@ def _picture(data: mmap.mmap, start: int, stop: int) -> tuple[int, int]:
     raise ValueError(f"there is no {KEY.decode()}")
 
 
-def _fields(data: mmap.mmap, start: int, stop: int, wanted: int) -> Iterator[tuple[int, int]]:
-    """Stretches of the length-delimited fields with this number in a protobuf message."""
+def _fields(data: mmap.mmap, start: int, stop: int, number: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of each length-delimited field with this number in a protobuf message."""
     while start < stop:
         tag, start = _varint(data, start)
         kind = tag & 7
@@ -64,7 +64,7 @@ def _fields(data: mmap.mmap, start: int, stop: int, wanted: int) -> Iterator[tup
             length, start = _varint(data, start)
             if start + length > stop:
                 raise ValueError("a field is longer than its message")
-            if tag >> 3 == wanted:
+            if tag >> 3 == number:
                 yield start, start + length
             start += length
         else:
@@ -72,6 +72,7 @@ def _fields(data: mmap.mmap, start: int, stop: int, wanted: int) -> Iterator[tup
 
 
 def _varint(data: mmap.mmap, start: int) -> tuple[int, int]:
+    """Value of the base-128 number at `start`, and the place behind it."""
     value = shift = 0
     while True:
         byte = data[start]

@@ -1,7 +1,9 @@
-"""A process that decodes files one after another: what damaged ones do to it, they do to nobody else.
+"""A process that decodes files one by one, so that a damaged file can crash only this process.
 
-Requests are lines of JSON, [path, offset, length or null]; an answer is a HEAD and as many bytes as it says. Pixels
-that fit into a slot of the memory that both processes share are left there, those of request n in slot n % SLOTS.
+Protocol between the parent (`workers._Worker`) and this process:
+- The parent writes requests to stdin, one line of JSON each: [path, offset, length or null]. Up to SLOTS are pending.
+- The process writes READY once, then an answer per request, in order: a HEAD, then pixels or the bytes of a reason.
+- Pixels of request n that fit into a slot go to slot n % SLOTS of the shared memory instead of the pipe.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ import numpy as np
 
 from .decode import RejectedImageError, decode, read_bytes
 
-MEMORY = 1_000_000_000  # bytes of address space
+MEMORY = 1_000_000_000  # bytes of address space that a process may have
 READY = b"ready\n"
-SLOTS = 8  # requests that may be on their way
+SLOTS = 8  # pending requests, so that the process need not wait for the next one
 SLOT = 4 << 20  # bytes
-# rows and columns of the pixels that follow, height and width of the picture, whether it was converted; or, where there
-# are no rows, how many bytes of a reason follow
+# rows and columns of the crop, height and width of the picture, whether it was converted; for a refused file: 0, the
+# length of the reason, and zeros
 HEAD = struct.Struct("<5I")
 
 
@@ -35,18 +37,18 @@ def _limit_memory() -> None:
 
 
 def shared(handle: int) -> np.ndarray:
-    """The shared memory of this file descriptor, uint8 [SLOTS, SLOT]; no slots for -1."""
+    """Map the shared memory of a file descriptor: uint8 [SLOTS, SLOT]; no slots for -1."""
     if handle < 0:
         return np.empty((0, 0), np.uint8)
     return np.frombuffer(mmap.mmap(handle, SLOTS * SLOT), np.uint8).reshape(SLOTS, SLOT)
 
 
 def main(crop: str, handle: str) -> None:
-    """Answer requests until there are no more; `handle` is that of the shared memory, -1 for none."""
+    """Answer requests until stdin ends; `handle` is the descriptor of the shared memory, -1 for none."""
     _limit_memory()
     slots = shared(int(handle))
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print must not mix with answers
     answers.write(READY)
     for number, line in enumerate(sys.stdin.buffer):
         path, offset, length = json.loads(line)

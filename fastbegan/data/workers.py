@@ -1,4 +1,4 @@
-"""Decoding in worker processes: strict, bounded in memory and time, results in order; a crash costs one file."""
+"""Decoding in worker processes, bounded in memory and time; results in order; a crash costs one file."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 
+from ..device import core_count
 from ..errors import UserError
 from .decode import Picture, RejectedImageError
 from .scale import scale
@@ -33,10 +34,10 @@ except ImportError:  # Windows
 
 _CHUNK = 32  # files that a worker gets at once
 _START = 60.0  # seconds until a process answers
-_SECONDS = 60.0  # the time of a file
+_SECONDS = 60.0  # after which a file counts as hung
 _LOOK = 0.5  # seconds between two looks at the clock
-_HELD = 8 << 20  # bytes of whole pictures that wait to be scaled
-_PIPE = 1 << 20  # bytes, the most that Linux gives everybody
+_UNSCALED = 8 << 20  # bytes of whole pictures that wait to be scaled together
+_PIPE = 1 << 20  # bytes of a pipe: the most that Linux allows without privileges
 
 
 class Request(NamedTuple):
@@ -51,7 +52,7 @@ Answer = Picture | RejectedImageError
 
 
 def _exactly(pipe: IO[bytes], length: int) -> np.ndarray:
-    """This many bytes, uint8; raises EOFError where the process has ended before."""
+    """Read exactly `length` bytes: uint8 [length]. Raises EOFError where the process ends before."""
     data = np.empty(length, np.uint8)
     view = memoryview(data.data)
     while view and (read := pipe.readinto(view)):  # pyright: ignore[reportAttributeAccessIssue]  # it is unbuffered
@@ -62,22 +63,22 @@ def _exactly(pipe: IO[bytes], length: int) -> np.ndarray:
 
 
 class _Worker:
-    """One process, started again after a crash."""
+    """One process of `worker.main`, started again after a crash."""
 
     def __init__(self, crop: str) -> None:
         start = f"import sys; sys.path[:1] = []; from {__package__} import worker; worker.main(*sys.argv[1:])"
-        self._memory = os.memfd_create("pictures") if hasattr(os, "memfd_create") else -1  # Linux has it
+        self._memory = os.memfd_create("pictures") if hasattr(os, "memfd_create") else -1  # Linux only
         if self._memory >= 0:
-            os.truncate(self._memory, SLOTS * SLOT)  # pages that nobody writes to take no memory
+            os.truncate(self._memory, SLOTS * SLOT)  # sparse: a page takes memory when it is written to
         self._slots = shared(self._memory)
         self._command = [sys.executable, "-c", start, crop, str(self._memory)]
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._deadline, self._late = math.inf, False
-        self._answered = 0
+        self._answered = 0  # by this process; gives the slot of the next answer
 
     def close(self) -> None:
-        """End for good, in the middle of an answer too."""
+        """End the process for good, even in the middle of an answer."""
         self._closed = True
         self._end()
         if self._memory >= 0:
@@ -92,35 +93,35 @@ class _Worker:
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # what was still to be sent
+            with contextlib.suppress(OSError):  # unsent requests raise BrokenPipeError
                 pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
         return process.returncode
 
     def answers(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        """One answer a request. What a process dies of is tried again: it may have been ended from outside."""
-        done, tried = 0, -1
+        """Yield one answer per request; a file whose process died is tried once more, then refused."""
+        done, tried = 0, -1  # `tried`: the file at which a process died, perhaps killed from outside
         while done < len(requests):
             try:
                 for answer in self._ask(self._started(), requests[done:]):
                     done += 1
                     yield answer
-            except (OSError, EOFError, ValueError):  # noqa: PERF203  # the first file without an answer is what it died of
+            except (OSError, EOFError, ValueError):  # noqa: PERF203  # the first file without an answer killed it
                 late, code = self._late, self._end()
                 if tried == done:
-                    why = f"took more than {_SECONDS:g} seconds" if late else f"its decoder crashed ({code})"
-                    yield RejectedImageError(why)
+                    reason = f"took more than {_SECONDS:g} seconds" if late else f"its decoder crashed ({code})"
+                    yield RejectedImageError(reason)
                     done += 1
                 else:
                     tried = done
 
     def _ask(self, process: subprocess.Popen[bytes], requests: Sequence[Request]) -> Iterator[Answer]:
         assert process.stdin is not None and process.stdout is not None
-        lines = [(json.dumps(one) + "\n").encode() for one in requests]
+        lines = [(json.dumps(request) + "\n").encode() for request in requests]
         process.stdin.write(b"".join(lines[:SLOTS]))
         for number in range(len(lines)):
             self._deadline = time.monotonic() + _SECONDS
             answer = self._read(process.stdout)
-            self._deadline = math.inf
+            self._deadline = math.inf  # the caller may take any time before it wants the next answer
             if later := lines[number + SLOTS : number + SLOTS + 1]:
                 process.stdin.write(later[0])
             yield answer
@@ -131,12 +132,13 @@ class _Worker:
         if not rows:
             return RejectedImageError(_exactly(pipe, columns).tobytes().decode())
         length = rows * columns * 3
-        kept = len(self._slots) and length <= SLOT
-        # copied before the next request, whose answer may come into that slot
-        pixels = self._slots[slot, :length].copy() if kept else _exactly(pipe, length)
+        in_slot = len(self._slots) and length <= SLOT
+        # copied before the next request is sent, whose answer may overwrite the slot
+        pixels = self._slots[slot, :length].copy() if in_slot else _exactly(pipe, length)
         return Picture(height, width, bool(converted), pixels.reshape(rows, columns, 3))
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill `process` when an answer is late; runs in a thread."""
         while process.returncode is None and process is self._process:
             if time.monotonic() > self._deadline:
                 self._late = True
@@ -145,21 +147,27 @@ class _Worker:
             time.sleep(_LOOK)
 
     def _started(self) -> subprocess.Popen[bytes]:
+        """The process, started now where there is none. Raises UserError where none starts on this machine."""
         if self._closed:
             raise RuntimeError("closed")
         if self._process is None:
-            paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)  # it finds what we found
-            single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # their stacks count as memory
+            paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)  # the same imports as here
+            single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # threads' stacks count as address space
             environment = {**os.environ, **single, "PYTHONPATH": paths}
             handles = () if self._memory < 0 else (self._memory,)
             self._answered = 0
             self._process = process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-                env=environment, pass_fds=handles,
-                start_new_session=True,  # Ctrl-C is for us: a worker that it ended would look like one that crashed
-            )  # fmt: skip
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                env=environment,
+                pass_fds=handles,
+                start_new_session=True,  # a worker that Ctrl-C ended would look like a crash
+            )
             assert process.stdout is not None
-            with contextlib.suppress(AttributeError, OSError):  # so that a picture is on its way while one is scaled
+            with contextlib.suppress(AttributeError, OSError):  # room for the next picture while one is scaled
                 fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)  # pyright: ignore
             self._late, self._deadline = False, time.monotonic() + _START
             threading.Thread(target=self._watch, args=(process,), daemon=True).start()
@@ -169,21 +177,17 @@ class _Worker:
                 ready = False
             if not ready and not self._closed:
                 self._end()
-                told = subprocess.run(
+                errors = subprocess.run(
                     self._command, input=b"", capture_output=True, env=environment, check=False, pass_fds=handles
                 ).stderr.decode(errors="replace")
-                why = told.strip().rpartition("\n")[2] or "they end at once"
-                raise UserError(f"decoder processes do not start here: {why}")
+                reason = errors.strip().rpartition("\n")[2] or "they end at once"
+                raise UserError(f"decoder processes do not start here: {reason}")
         return self._process
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A decoded file: height and width as seen, whether it was converted, and its pixels, uint8 [size, size, 3]."""
+    """A decoded and scaled file: `decode.Picture` with `pixels` uint8 [size, size, 3]."""
 
     height: int
     width: int
@@ -194,26 +198,33 @@ class Scaled:
 def decode_all(
     requests: Iterable[Request], size: int, crop: str, *, workers: int | None = None
 ) -> Generator[tuple[Request, Scaled | RejectedImageError]]:
-    """Every request with its answer, in order; `workers` processes, as many as there are cores where None.
+    """Decode all requests in worker processes; yields each with its answer, in order.
 
-    Raises UserError where processes cannot be started.
+    Args:
+        requests: Files, or ranges of bytes in files.
+        size: Height and width of the answers' pixels.
+        crop: `center`, `none`, `celeba`, or a number of pixels.
+        workers: Number of processes; None means one per core.
+
+    Raises:
+        UserError: Processes do not start on this machine.
     """
-    count = workers or _cores()
+    count = workers or core_count()
     waiting, iterator = deque[tuple[list[Request], Future[list[Scaled | RejectedImageError]]]](), iter(requests)
     free: deque[_Worker] = deque(_Worker(crop) for _ in range(count))
 
     def work(chunk: list[Request]) -> list[Scaled | RejectedImageError]:
-        worker = free.pop()  # there are as many threads
+        worker = free.pop()  # never empty: there are as many threads as workers
         try:
             return _scaled(worker.answers(chunk), size)
         finally:
             free.append(worker)
 
-    torch.get_num_threads()  # asked for before: else the pool's number would become everybody's
+    torch.get_num_threads()  # fixes this thread's number, which the pool's setting would change otherwise
     with contextlib.ExitStack() as stack:
-        # torch's own threads would be one set of them for each of these
+        # one torch thread each: torch starts a set of threads per thread that calls it
         pool = stack.enter_context(ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)))
-        for worker in list(free):  # before the pool waits for its threads
+        for worker in list(free):  # on exit workers close first, which ends the pool's threads
             stack.callback(worker.close)
         try:
             while True:
@@ -229,23 +240,23 @@ def decode_all(
 
 
 def _scaled(answers: Iterator[Answer], size: int) -> list[Scaled | RejectedImageError]:
-    """Scales some at once, but never holds more than a few megabytes of whole pictures, or one."""
-    found: list[Scaled | RejectedImageError] = []
+    """Scale pictures in groups; those that wait take at most _UNSCALED bytes and one picture more."""
+    scaled: list[Scaled | RejectedImageError] = []
     waiting: list[Answer] = []
 
     def flush() -> None:
-        pixels = iter(scale([one.pixels for one in waiting if isinstance(one, Picture)], size))
-        for one in waiting:
-            whole = isinstance(one, Picture)
-            found.append(Scaled(one.height, one.width, one.converted, next(pixels)) if whole else one)
+        pixels = iter(scale([answer.pixels for answer in waiting if isinstance(answer, Picture)], size))
+        for answer in waiting:
+            whole = isinstance(answer, Picture)
+            scaled.append(Scaled(answer.height, answer.width, answer.converted, next(pixels)) if whole else answer)
         waiting.clear()
 
-    held = 0
+    unscaled = 0
     for answer in answers:
         waiting.append(answer)
-        held += answer.pixels.nbytes if isinstance(answer, Picture) else 0
-        if held > _HELD:
+        unscaled += answer.pixels.nbytes if isinstance(answer, Picture) else 0
+        if unscaled > _UNSCALED:
             flush()
-            held = 0
+            unscaled = 0
     flush()
-    return found
+    return scaled

@@ -1,1 +1,1 @@
-"""Several ranks train one model: what they tell each other, who watches them, and how a run is asked to end."""
+"""Training on several ranks: their messages, the watch over them, and the signals that end a run."""

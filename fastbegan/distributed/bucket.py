@@ -9,39 +9,42 @@ from .ranks import Flight, Ranks
 
 
 class Bucket:
-    """Takes the gradients off a net's parameters once a part of a batch, and gives back the mean over all parts.
+    """Collects a net's gradients from each part of a batch, and returns their mean over all parts and ranks.
 
-    Sums over ranks travel while the device goes on with what does not need them. One flat tensor is one message and one
-    node of a CUDA graph. DistributedDataParallel waits for hooks on parameters, which are no leaves of these passes.
+    A step calls `reset`, then for each batch `begin`, `collect` once per part, and `finish`. The sum over ranks starts
+    in the last `collect` and runs while the device computes what does not need it. One flat tensor is one message, and
+    one node of a CUDA graph. DistributedDataParallel would not work here: its hooks on parameters never fire, because
+    the leaves of these passes are packed weights.
     """
 
     def __init__(self, net: nn.Module, ranks: Ranks, parts: int) -> None:
-        """`parts` is how often `collect` is called before `finish`; the net's parameters are dense, of one type."""
+        """`parts` is the number of calls of `collect` before `finish`. All parameters are dense and of one type."""
         self._parameters = list(net.parameters())
         self._ranks, self._parts, self._collected = ranks, parts, 0
         first = self._parameters[0]
         self._flat = torch.zeros(sum(p.numel() for p in self._parameters), dtype=first.dtype, device=first.device)
         pieces = self._flat.split([p.numel() for p in self._parameters])
-        # in the parameters' own layout, which fused Adam asks for
+        # fused Adam requires gradients in the layout of the parameters
         self._views = [piece.as_strided(p.shape, p.stride()) for piece, p in zip(pieces, self._parameters, strict=True)]
         self._flight: Flight | None = None
 
     def reset(self) -> None:
-        """A step begins: nothing of it is there yet."""
+        """Forget all gradients: a step begins."""
         self._flight, self._collected = None, 0
 
     def begin(self) -> None:
-        """A batch begins, or begins again: what ranks have summed up already stays."""
+        """Begin a batch, or repeat it. A sum over ranks that has started is kept."""
         if self._flight is None:
             self._collected = 0
 
     def collect(self) -> None:
-        """Take a part's gradients off the parameters; after the last part, begin the sum over ranks."""
+        """Move the gradients of one part from the parameters to the sum; after the last part, sum over ranks."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         for parameter in self._parameters:
             parameter.grad = None
-        if self._flight is not None:
+        if self._flight is not None:  # a repeated batch: the other ranks have these gradients already
             return
+        # the first part overwrites what the last step left, which spares setting it to zero
         (torch._foreach_add_ if self._collected else torch._foreach_copy_)(self._views, gradients)
         self._collected += 1
         if self._collected == self._parts:
@@ -49,7 +52,7 @@ class Bucket:
             self._flight = None if self._ranks.alone else self._ranks.begin_sum(self._flat)
 
     def finish(self) -> None:
-        """Give the parameters the mean."""
+        """Wait for the sum, and set each parameter's `grad` to its part of the mean."""
         if self._flight is not None:
             self._flight.land()
         self.reset()

@@ -1,7 +1,7 @@
-"""The processes that train one model together, a rank each: who they are and what they tell each other.
+"""The processes that train one model together, one rank each, and their messages.
 
-`torchrun` starts them and says by environment variables who is who. A process that it did not start is alone: then all
-of this does nothing. Every rank calls the same methods in the same order.
+`torchrun` starts the ranks and numbers them by environment variables. A process that was started otherwise is the only
+rank, and all methods return at once. Every rank must call the same methods in the same order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .watch import Watch
 _T = TypeVar("_T")
 RANKS_DIFFER = 5  # exit code
 _MEETING = datetime.timedelta(minutes=10)
-_FOREVER = datetime.timedelta(days=7)  # who waits too long for whom is for the watch to judge
+_FOREVER = datetime.timedelta(days=7)  # the watch decides when a rank has waited too long
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -39,15 +39,15 @@ class LostContactError(Exception):
 
 
 class RanksDifferError(Exception):
-    """What must be equal on all ranks is not."""
+    """Weights differ between ranks."""
 
 
 @contextlib.contextmanager
 def _contact() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # torch has no type of its own for what back ends raise
-        if is_out_of_memory(error) or is_cuda_error(error):  # of this rank's device, not of the others
+    except RuntimeError as error:  # torch has no separate type for the errors of communication
+        if is_out_of_memory(error) or is_cuda_error(error):  # a fault of this rank's device
             raise
         raise LostContactError(_first_line(error)) from None
 
@@ -57,59 +57,77 @@ def _first_line(error: Exception) -> str:
 
 
 def _roll_call(store: dist.Store, rank: int, world: int) -> str:
-    """A name that only these processes have, for what they write into `store`.
+    """Agree on a prefix for all keys in `store` that no earlier start of these ranks has used.
 
-    torchrun's store outlives ranks that it starts again, and keeps the addresses of those before. Each rank says hello
-    with a number of its own; rank 0 answers with all of them and the name, until all have found their own number in it.
+    torchrun's store outlives the ranks: after a restart it still holds the addresses of dead processes. So
+
+        1. each rank writes a random token, its "hello";
+        2. rank 0 writes the "roll": its own token, which becomes the prefix, and all hellos, again and again;
+        3. each other rank waits for a roll with its own token, and answers "here" under the prefix;
+        4. rank 0 returns when all have answered.
+
+    A hello left by a dead process makes a roll in which the new process does not find itself; the next roll has it.
     """
-    mine = os.urandom(8).hex()
-    store.set(f"fastbegan/hello {rank}", mine)
-    until = time.monotonic() + _MEETING.total_seconds()
-    while time.monotonic() < until:
+    token = os.urandom(8).hex()
+    store.set(f"fastbegan/hello {rank}", token)
+    deadline = time.monotonic() + _MEETING.total_seconds()
+    while time.monotonic() < deadline:
         if rank == 0:
-            hellos = [f"fastbegan/hello {one}" for one in range(world)]
+            hellos = [f"fastbegan/hello {other}" for other in range(world)]
             if store.check(hellos):
-                store.set("fastbegan/roll", json.dumps([mine, *(hello.decode() for hello in store.multi_get(hellos))]))
-                if store.check([f"fastbegan/{mine}/here {one}" for one in range(1, world)]):
-                    return mine
+                store.set("fastbegan/roll", json.dumps([token, *(hello.decode() for hello in store.multi_get(hellos))]))
+                if store.check([f"fastbegan/{token}/here {other}" for other in range(1, world)]):
+                    return token
         elif store.check(["fastbegan/roll"]):
-            name, *present = json.loads(store.get("fastbegan/roll"))
-            if len(present) == world and present[rank] == mine:
-                store.set(f"fastbegan/{name}/here {rank}", "")
-                return name
+            prefix, *tokens = json.loads(store.get("fastbegan/roll"))
+            if len(tokens) == world and tokens[rank] == token:
+                store.set(f"fastbegan/{prefix}/here {rank}", "")
+                return prefix
         time.sleep(0.05)
     raise RuntimeError(f"they did not come within {_MEETING.total_seconds():g} seconds")
 
 
 class Flight:
-    """Values on their way between ranks."""
+    """A sum over ranks that has begun."""
 
     def __init__(self, work: Any) -> None:
         self._work = work
 
     def land(self) -> None:
-        """They are there, for the work that is queued on the device from now on. Raises LostContactError."""
+        """Make work that is queued on the device from now on wait for the sum. Raises LostContactError."""
         with _contact():
             self._work.wait()
 
 
 class Ranks:
-    """All ranks as one of them sees them: it is `rank` of `world`, and the `local`-th on its machine.
+    """All ranks, as seen by one of them.
 
-    Methods that talk to the others raise LostContactError.
+    Methods that send or receive raise LostContactError.
+
+    Args:
+        rank: Number of this rank, from 0.
+        world: Number of ranks.
+        local: Number of this rank on its machine, from 0; also that of its GPU.
     """
 
     def __init__(self, rank: int = 0, world: int = 1, local: int = 0) -> None:
         self.rank, self.world, self.local = rank, world, local
-        self.launched = "RANK" in os.environ  # by torchrun, which passes signals on and starts again what fails
+        self.launched = "RANK" in os.environ  # by torchrun, which forwards signals and restarts failed ranks
         self.watch: Watch | None = None
         self._settled = False
 
     @classmethod
     def join(cls, timeout: float) -> Ranks:
-        """Meet the others, if torchrun started this process with others; raises UserError where that fails.
+        """Meet the other ranks, if torchrun started this process as one of several.
 
-        A rank that keeps the others waiting for `timeout` seconds ends the run: see `watch`.
+        Args:
+            timeout: Seconds for which a rank may keep the others waiting before the run ends (see `watch`).
+
+        Returns:
+            The ranks; a single one if torchrun did not start this process.
+
+        Raises:
+            UserError: Environment variables are missing, or the ranks did not meet within ten minutes.
         """
         if "RANK" not in os.environ:
             return cls()
@@ -118,7 +136,7 @@ class Ranks:
         rank, world, local = (int(os.environ[name]) for name in _VARIABLES[:3])
         if world == 1:
             return cls()
-        # torch would abort healthy ranks at once; `watch` ends them, and says why
+        # torch would abort healthy ranks without a cause; `watch` ends them with one
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -138,7 +156,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this one speaks and writes for all."""
+        """Whether this rank prints and writes files for all."""
         return self.rank == 0
 
     @property
@@ -146,20 +164,20 @@ class Ranks:
         return self.world == 1
 
     def leave(self) -> None:
-        """This rank needs the others no more; it may still `end` what is left of the run."""
+        """This rank needs the others no longer. It may still call `end`."""
         if self.watch is not None:
-            self.watch.close()  # groups end with the process: NCCL may wait for who is gone when it ends one
+            self.watch.close()  # without destroy_process_group, in which NCCL may wait for dead ranks
 
     def end(self, message: str, code: int) -> int:
-        """Before a rank ends a run that the others would go on with: all end with `message`; returns the exit code."""
+        """End the run on all ranks with one `message`. Returns the exit code, that of the first rank to call this."""
         if self.watch is None:
             return code
         code = self.watch.end(message, code)
-        self.watch.close()  # a thread that talks while Python ends would abort the process
+        self.watch.close()  # a thread that still uses the store while Python ends would abort the process
         return code
 
     def end_by(self, error: BaseException) -> int:
-        """End the run of all because of `error`, with its trace where nobody expects it; returns the exit code."""
+        """End the run on all ranks because of `error`; print the trace of an unexpected one. Returns the exit code."""
         if isinstance(error, LostContactError):
             assert self.watch is not None
             self.watch.wait_for_a_name(str(error))
@@ -173,24 +191,24 @@ class Ranks:
         return self.end(f"rank {self.rank} ended: {type(error).__name__} {error}".rstrip(), 1)
 
     def exit(self, code: int) -> NoReturn:
-        """End this process, without the end of Python: torch's threads, where some still run, would abort it there."""
+        """End this process without Python's own exit, in which torch's threads, if some still run, would abort it."""
         assert self.watch is not None
         self.watch.exit(code)
 
     def begin_step(self, number: int) -> None:
-        """A step begins, of which the others will need this rank's part."""
+        """Tell the watch that step `number` begins, for which the others need this rank."""
         if self.watch is not None:
             self.watch.begin(number)
 
     def settle(self) -> None:
-        """Steps take their usual time from now on."""
+        """Tell the watch that steps take their usual time from now on."""
         self._settled = True
         if self.watch is not None:
             self.watch.settle(True)
 
     @contextlib.contextmanager
     def patient(self, needed: bool = True) -> Iterator[None]:
-        """Inside, where `needed`, this rank may keep the others waiting as long as one that starts."""
+        """Allow this rank, inside and where `needed`, to keep the others waiting as long as a rank that starts."""
         if needed and self.watch is not None:
             self.watch.settle(False)
         yield
@@ -198,24 +216,24 @@ class Ranks:
             self.watch.settle(self._settled)
 
     def tick(self) -> None:
-        """This rank is about to wait for the others."""
+        """Tell the watch that this rank is about to wait for the others."""
         if self.watch is not None:
             self.watch.tick()
 
     def begin_sum(self, values: Tensor) -> Flight:
-        """Begin to sum `values` over all ranks, in place."""
+        """Begin to sum `values` over all ranks, in place; `land` waits for it."""
         self.tick()
         with _contact():
             return Flight(dist.all_reduce(values, async_op=True))
 
     def gather(self, value: _T) -> list[_T]:
-        """Every rank's value, in their order: something small that can be pickled."""
+        """The values of all ranks, in their order. `value` must be small and picklable."""
         if self.alone:
             return [value]
-        found: list[Any] = [None] * self.world
+        values: list[Any] = [None] * self.world
         with _contact():
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def agree(self, value: bool) -> bool:
         """Whether `value` is true on all ranks."""
@@ -223,7 +241,7 @@ class Ranks:
         return all(self.gather(value))
 
     def from_first(self, value: _T) -> _T:
-        """Rank 0's value: something small that can be pickled."""
+        """The value of rank 0, which must be small and picklable."""
         if self.alone:
             return value
         holder = [value]
@@ -232,7 +250,7 @@ class Ranks:
         return holder[0]
 
     def bytes_from_first(self, data: bytes) -> bytes:
-        """Rank 0's `data`, of any length."""
+        """The `data` of rank 0, of any length."""
         if self.alone:
             return data
         if not (length := self.from_first(len(data))):
@@ -244,20 +262,20 @@ class Ranks:
         return values.numpy().tobytes()
 
     def require_same(self, what: str, value: _T, same: Callable[[_T, _T], bool] = operator.eq) -> None:
-        """Raises UserError, on all ranks, where some have another value than rank 0."""
-        values = self.gather(value)
-        for rank, one in enumerate(values):
-            if not same(one, values[0]):
-                raise UserError(f"{what} of rank {rank} is {one!r}, of rank 0 {values[0]!r}; accepted: the same")
+        """Raises UserError, on all ranks, if one has another value than rank 0."""
+        first, *others = self.gather(value)
+        for rank, other in enumerate(others, 1):
+            if not same(other, first):
+                raise UserError(f"{what} of rank {rank} is {other!r}, of rank 0 {first!r}; accepted: the same")
 
     def require_equal(self, fingerprint: Callable[[], int], when: str, folder: Path) -> None:
-        """Raises RanksDifferError, on all ranks, where one has another fingerprint of its weights than rank 0."""
+        """Raises RanksDifferError, on all ranks, if one has another fingerprint of its weights than rank 0."""
         if self.alone:
             return
         self.tick()
-        found = self.gather(fingerprint())
-        if others := [str(rank) for rank, one in enumerate(found) if one != found[0]]:
+        fingerprints = self.gather(fingerprint())
+        if different := [str(rank) for rank, value in enumerate(fingerprints) if value != fingerprints[0]]:
             raise RanksDifferError(
-                f"{when}: the weights of rank {', '.join(others)} are no longer those of rank 0; nothing was saved of "
-                f"this, go on from the last checkpoint: fastbegan train --out {folder}"
+                f"{when}: the weights of rank {', '.join(different)} are no longer those of rank 0; nothing was saved "
+                f"of this, go on from the last checkpoint: fastbegan train --out {folder}"
             )

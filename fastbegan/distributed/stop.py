@@ -1,4 +1,4 @@
-"""Signals that ask a run to end."""
+"""Signals that end a run."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import time
 import types
 
 STOPPED_BY_USER = 130  # exit code
-_ECHO = 5.0  # seconds within which a scheduler, a terminal and torchrun each pass on the same wish to a rank
+_ECHO = 5.0  # seconds within which a scheduler, a terminal and torchrun may each forward the same request
 
 
 class StopRequest:
-    """SIGINT, SIGTERM and SIGUSR1 ask for an end at the next step boundary; a second one is a KeyboardInterrupt.
+    """Records the first SIGINT, SIGTERM or SIGUSR1 in `signal`; a second one raises KeyboardInterrupt.
 
-    While `patient` is False (nothing is there to be saved yet), so is the first.
-    All but SIGINT may come twice, from a scheduler and from what started this process: within five seconds they are
-    one. With `echoes` so are SIGINTs. With `ranks` only SIGINT ends at once: a SIGTERM may mean that another rank died,
-    and whose end it was has yet to be found.
+    The loop reads `signal` at step boundaries. While `patient` is False there is nothing to save yet, and the first
+    signal raises as well. A scheduler and a launcher may both forward one request, so signals other than SIGINT within
+    five seconds count as one.
+
+    Args:
+        echoes: Count SIGINTs within five seconds as one too.
+        ranks: There are several ranks. Only SIGINT raises then: a SIGTERM may follow the death of another rank, and
+            this one must live on until the watch has named it.
     """
 
     def __init__(self, *, echoes: bool = False, ranks: bool = False) -> None:
@@ -34,7 +38,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def ignore(self) -> None:
-        """From now on nobody can ask for anything: the process is about to end, and must do it in order."""
+        """Ignore all further signals: the process is about to end, and must do so in order."""
         for number in self._previous:
             signal.signal(number, signal.SIG_IGN)
 

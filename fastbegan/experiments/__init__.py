@@ -1,1 +1,1 @@
-"""The experiments of the paper's section 4, a file each, over one `study`."""
+"""The experiments of the paper's section 4, one file each, on a common `study`."""

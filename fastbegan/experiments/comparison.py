@@ -6,25 +6,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .pictures import beside
-from .study import Study, Trained
+from .study import Study
+from .training import Trained
 
 _TILES, _COLUMNS, _PANELS = 20, 4, 4
 _SHOWN = ("frechet_distance", "kernel_distance", "precision", "recall", "diversity", "ratio", "convergence", "k")
 
 
-def compare(study: Study, wanted: Mapping[str, Sequence[object]], titles: Mapping[str, str]) -> dict[str, Any]:
-    """Train `wanted` and add samples and a table to the report; the figures of each run, by its name.
+def compare(study: Study, options: Mapping[str, Sequence[object]], titles: Mapping[str, str]) -> dict[str, Any]:
+    """Train a run per name, and add samples and a table to the report.
 
-    A run may end because a number is not finite: then its figures say only that, `finite` False.
+    Args:
+        study: The experiment.
+        options: Options of `fastbegan train`, by the run's name.
+        titles: Titles in the report, by the run's name.
+
+    Returns:
+        The figures of each run, by its name. A run that a number which was not finite has ended has only `finite`,
+        False.
     """
-    runs = study.train(wanted, steps=study.scale.steps_of_many, may_fail=True)
+    runs = study.train(options, steps=study.scale.steps_of_many, may_fail=True)
 
     def figures(run: Trained) -> dict[str, Any]:
         if not run.finite:
             return {"finite": False}
         return {"finite": True} | study.score(study.draw(study.generator(run)), run) | run.last() | run.thirds()
 
-    found = {run.name: study.measure(run.name, lambda run=run: figures(run)) for run in runs}
+    results = {run.name: study.measure(run.name, lambda run=run: figures(run)) for run in runs}
     good = [run for run in runs if run.finite]
     for first in range(0, len(good), _PANELS):
         panels = [(titles[run.name], study.draw(study.generator(run), _TILES)) for run in good[first : first + _PANELS]]
@@ -35,7 +43,7 @@ def compare(study: Study, wanted: Mapping[str, Sequence[object]], titles: Mappin
     shown = study.names | {"convergence": "M", "ratio": "L(G(z)) / L(x)"}
     study.table(
         ("", *(shown.get(name, name) for name in _SHOWN)),
-        [(titles[run.name], *(found[run.name].get(name, "not finite") for name in _SHOWN)) for run in runs],
+        [(titles[run.name], *(results[run.name].get(name, "not finite") for name in _SHOWN)) for run in runs],
     )
     study.say(
         "Losses, M and k are means over the last tenth of the rows that were logged. Each line is one run with one "
@@ -43,14 +51,14 @@ def compare(study: Study, wanted: Mapping[str, Sequence[object]], titles: Mappin
         "of one setting)."
     )
     if good:
-        study.about_scores([found[run.name] for run in good])
-        study.say(f"Training images have diversity {found[good[0].name]['diversity_against']:.3f}.")
-        study.note_alike({titles[run.name]: found[run.name] for run in good})
-    return found
+        study.about_scores([results[run.name] for run in good])
+        study.say(f"Training images have diversity {results[good[0].name]['diversity_against']:.3f}.")
+        study.note_alike({titles[run.name]: results[run.name] for run in good})
+    return results
 
 
 def check_finite(study: Study, title: str, run: dict[str, Any]) -> None:
-    """Expect of a run that all its numbers were finite, and that M still fell in its last third."""
+    """Add the check that a run stays finite and that M still falls in its last third; `run` holds its figures."""
     finite = run["finite"]
     study.check(
         f"{title}: all numbers are finite, and M falls from the second third of the run to the last",
@@ -62,7 +70,7 @@ def check_finite(study: Study, title: str, run: dict[str, Any]) -> None:
 
 
 def check_balance(study: Study, title: str, run: dict[str, Any], gamma: float) -> None:
-    """Expect of a run that control kept L(G(z)) / L(x) within a tenth of gamma."""
+    """Add the check that control keeps L(G(z)) / L(x) of a run within a tenth of gamma; `run` holds its figures."""
     study.check(
         f"{title}: L(G(z)) / L(x) ends within a tenth of gamma, {gamma:g}",
         f"{run['ratio']:.3f}" if run["finite"] else "not finite",

@@ -1,4 +1,4 @@
-"""Is the generator continuous, and does it cover real images (paper §4.3)? Latents of real images, and ways between."""
+"""Is the generator continuous, and does it cover real images (paper §4.3)? Latents of images, and lines between."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ from .pictures import below, beside
 from .study import Study
 
 _RANDOM, _PAIRS, _FRAMES, _TILES, _MOVES = 256, 6, 10, 10, 31
-_JUMP = 5  # times the mean move of a way: what moves the picture more is no longer called smooth
-_AT_ONCE = 32  # images, for memory
-_RATE, _LAST_RATE = 0.1, 0.005  # Adam's, falling geometrically
+_JUMP = 5  # a move that changes the picture over so many times as much as the mean move counts as a jump
+_AT_ONCE = 32  # images of a batch, for memory
+_RATE, _LAST_RATE = 0.1, 0.005  # first and last learning rate, geometric in between
 
 
 def recover(generator: Generator, images: Tensor, start: Tensor, steps: int) -> Tensor:
-    """Latents [N, latent] in [-1, 1] whose images come close to `images` [N, 3, H, W], by Adam on |x - G(z)|.
+    """Search latents whose images come close to given ones, by Adam on |x - G(z)|.
 
-    Images are in [-1, 1]. Each z is put back into [-1, 1] after every step; of all that it was the nearest one counts.
+    Args:
+        generator: The net G.
+        images: float32 [N, 3, H, W] in [-1, 1].
+        start: First latents: float32 [N, latent].
+        steps: Steps of Adam; each clamps z to [-1, 1].
+
+    Returns:
+        float32 [N, latent]: per image, the z of all steps whose image was nearest.
     """
     z = start.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([z], lr=_RATE)
@@ -46,7 +53,7 @@ def recover(generator: Generator, images: Tensor, start: Tensor, steps: int) -> 
 
 
 def run(study: Study) -> None:
-    """Recover latents of images, trained on and not, and of mirror images; compare with random; draw ways between."""
+    """Recover latents of images, seen in training and not, and of mirror images; draw the lines between them."""
     trained = study.train_one("run")
     generator = study.generator(trained).requires_grad_(False)
     pixels = study.some_real(trained, study.scale.recovered)
@@ -56,41 +63,43 @@ def run(study: Study) -> None:
         )
     unseen = study.unseen(trained, len(pixels))
     count, latent = len(pixels), generator.config.latent
-    every = [pixels, pixels[:, :, ::-1], *([] if unseen is None else [unseen])]
-    images = torch.from_numpy(np.concatenate(every)).permute(0, 3, 1, 2).to(study.device).float().div(127.5).sub(1)
+    sets = [pixels, pixels[:, :, ::-1], *([] if unseen is None else [unseen])]
+    images = torch.from_numpy(np.concatenate(sets)).permute(0, 3, 1, 2).to(study.device).float().div(127.5).sub(1)
     pairs = min(_PAIRS, count // 2)
-    # other draws than those that it is compared with
+    # another seed than that of the random latents, with which the result is compared
     start = sheet_latents(latent, study.settings.seed + 1, len(images), study.device)
 
     def figures() -> dict[str, Any]:
         parts = zip(images.split(_AT_ONCE), start.split(_AT_ONCE), strict=True)
-        z = torch.cat([recover(generator, some, first, study.scale.descent) for some, first in parts])
+        z = torch.cat([recover(generator, part, first, study.scale.descent) for part, first in parts])
         candidates = sheet_latents(latent, study.settings.seed, _RANDOM, study.device)
         with torch.no_grad():
-            drawn, others = (
-                torch.cat([generator(some) for some in all_of.split(_AT_ONCE)]) for all_of in (z, candidates)
+            drawn, random = (
+                torch.cat([generator(part) for part in latents.split(_AT_ONCE)]) for latents in (z, candidates)
             )
-            errors, others = _errors(drawn, images), others.flatten(1)
-            distances = torch.cdist(images.flatten(1), others, p=1) / others.shape[1]
+            errors, random = _errors(drawn, images), random.flatten(1)
+            distances = torch.cdist(images.flatten(1), random, p=1) / random.shape[1]
         return {
-            "z": z.cpu().double().numpy().round(6).tolist(), "error": errors.tolist(),
+            "z": z.cpu().double().numpy().round(6).tolist(),
+            "error": errors.tolist(),
             "mean_image": _errors(images[:count].mean(0, keepdim=True), images).tolist(),
-            "random_best": distances.min(1).values.tolist(), "random_mean": distances.mean(1).tolist(),
+            "random_best": distances.min(1).values.tolist(),
+            "random_mean": distances.mean(1).tolist(),
             "largest_move": _largest_move(generator, z[: 2 * pairs : 2], z[1 : 2 * pairs : 2]),
             "largest_move_mirrored": _largest_move(generator, z[:pairs], z[count : count + pairs]),
-        }  # fmt: skip
+        }
 
-    found = study.measure("latents", figures)
-    z = torch.tensor(found["z"], dtype=torch.float32, device=study.device)
-    figure = {name: np.array(found[name]) for name in ("error", "random_best", "random_mean", "mean_image")}
+    results = study.measure("latents", figures)
+    z = torch.tensor(results["z"], dtype=torch.float32, device=study.device)
+    figure = {name: np.array(results[name]) for name in ("error", "random_best", "random_mean", "mean_image")}
     groups = {"training images": slice(count), "their mirror images": slice(count, 2 * count)}
     groups |= {} if unseen is None else {"images it was not trained on": slice(2 * count, None)}
 
     drawn = generate(generator, z)
     panels = [
         panel
-        for (name, part), shown in zip(groups.items(), every, strict=True)
-        for panel in ((f"{name}", shown[:_TILES]), ("G(z) of the z found for them", drawn[part][:_TILES]))
+        for (name, part), shown in zip(groups.items(), sets, strict=True)
+        for panel in ((name, shown[:_TILES]), ("G(z) of the z found for them", drawn[part][:_TILES]))
     ]
     study.say(
         f"z of {count} images each by {study.scale.descent:,} steps of Adam on |x - G(z)| from a random start, put "
@@ -121,16 +130,16 @@ def run(study: Study) -> None:
             "nearer_than_random": float((error < best).mean()),
             "nearer_than_mean_image": float((error < mean).mean()),
         }
-        one = numbers[name]
+        row = numbers[name]
         study.check(
             f"{name}: z found is nearer than the best of {_RANDOM} random ones for at least 90 %",
-            f"for {one['nearer_than_random']:.0%}, {one['factor']:.2f} times as near (median)",
-            one["nearer_than_random"] >= 0.9,
+            f"for {row['nearer_than_random']:.0%}, {row['factor']:.2f} times as near (median)",
+            row["nearer_than_random"] >= 0.9,
         )
         study.check(
             f"{name}: z found is nearer than the mean of the training images for at least 90 %",
-            f"for {one['nearer_than_mean_image']:.0%}",
-            one["nearer_than_mean_image"] >= 0.9,
+            f"for {row['nearer_than_mean_image']:.0%}",
+            row["nearer_than_mean_image"] >= 0.9,
         )
     titles = {
         "error": "z found",
@@ -149,7 +158,7 @@ def run(study: Study) -> None:
     numbers["at_the_walls"] = at_walls = float((z.abs() == 1).float().mean())
     study.note(f"{at_walls:.0%} of the numbers of the z found lie at -1 or 1, where the search is put back")
     for key, ways in (("largest_move", "two images"), ("largest_move_mirrored", "an image and its mirror image")):
-        numbers[key] = largest = float(np.max(found[key]))
+        numbers[key] = largest = float(np.max(results[key]))
         study.check(
             f"on the ways between {ways}, no move of z changes the picture over {_JUMP} times as much as the mean one",
             f"the largest of {_MOVES} moves {largest:.1f} times (a jump would be {_MOVES} times)",
@@ -165,19 +174,19 @@ def run(study: Study) -> None:
 
 
 def _errors(drawn: Tensor, images: Tensor) -> Tensor:
-    """Mean |x - G(z)| of each image: [N]."""
+    """Mean |x - G(z)| per image: [N]."""
     return (images - drawn).abs().flatten(1).mean(1)
 
 
 def _ways(generator: Generator, start: Tensor, end: Tensor, frames: int) -> np.ndarray:
-    """G along the lines between rows of latents: uint8 [N, frames, H, W, 3]."""
+    """Images along the lines between rows of latents: uint8 [N, frames, H, W, 3]."""
     weights = torch.linspace(0, 1, frames, device=start.device)[None, :, None]
     images = generate(generator, torch.lerp(start[:, None], end[:, None], weights).flatten(0, 1))
     return images.reshape(len(start), frames, *images.shape[1:])
 
 
 def _largest_move(generator: Generator, start: Tensor, end: Tensor) -> list[float]:
-    """Of equal moves of z along each line, the one that changes the picture most, in times of the mean one."""
+    """Per line, the largest change of the picture by one of equal moves of z, relative to the mean change."""
     ways = _ways(generator, start, end, _MOVES + 1).astype(np.float32)
     moves = np.abs(np.diff(ways, axis=1)).mean((2, 3, 4))
     return (moves.max(1) / np.maximum(moves.mean(1), 1e-9)).tolist()

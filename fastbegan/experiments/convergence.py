@@ -1,4 +1,4 @@
-"""Does M tell how good the images are (paper §4.4)? M over a run, beside a measure that training knows nothing of."""
+"""Does M measure the quality of images (paper §4.4)? M over a run, beside scores that training does not use."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from ..figures import new_figure, save_figure
 from ..nets.models import Generator
 from ..runs.checkpoint import list_checkpoints, read_checkpoint
 from ..runs.sheets import generate, grid, sheet_latents
-from .study import Study, Trained
+from .study import Study
+from .training import Trained
 
 _ROWS, _COLUMNS, _LEAST = 4, 9, 5
 
 
-def ranks_correlate(one: np.ndarray, two: np.ndarray) -> float:
-    """Spearman's rank correlation of two vectors without ties."""
-    first, second = (np.argsort(np.argsort(values)) for values in (one, two))
-    return float(np.corrcoef(first, second)[0, 1])
+def ranks_correlate(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's rank correlation of two vectors without ties, -1 to 1."""
+    first_ranks, second_ranks = (np.argsort(np.argsort(values)) for values in (first, second))
+    return float(np.corrcoef(first_ranks, second_ranks)[0, 1])
 
 
 def run(study: Study) -> None:
-    """Train one run, keep its checkpoints, and compare M around each with the quality of what G drew then."""
-    every = max(1, study.scale.steps // study.scale.checkpoints)
-    trained = study.train_one("run", ("--checkpoint-every", every, "--keep", study.scale.checkpoints + 1))
-    found = list_checkpoints(trained.folder.checkpoints)
-    if len(found) < _LEAST:
+    """Train one run and keep its checkpoints; compare M before each with the scores of its generator."""
+    interval = max(1, study.scale.steps // study.scale.checkpoints)
+    trained = study.train_one("run", ("--checkpoint-every", interval, "--keep", study.scale.checkpoints + 1))
+    checkpoints = list_checkpoints(trained.folder.checkpoints)
+    if len(checkpoints) < _LEAST:
         raise UserError(
-            f"{trained.folder.path} has {len(found)} checkpoints; accepted: from {_LEAST}; train with --keep 100"
+            f"{trained.folder.path} has {len(checkpoints)} checkpoints; accepted: from {_LEAST}; train with --keep 100"
         )
     rows = trained.folder.read_metrics()
-    steps = [int(checkpoint.name) for checkpoint in found]
+    steps = [int(checkpoint.name) for checkpoint in checkpoints]
     window = int(np.median(np.diff(steps)))
     table: list[dict[str, float]] = []
-    for step, checkpoint in zip(steps, found, strict=True):
+    for step, checkpoint in zip(steps, checkpoints, strict=True):
         near = [row for row in rows if step - window < row["step"] <= step]
         if not near:
             raise UserError(
@@ -49,23 +50,19 @@ def run(study: Study) -> None:
         mean = float(np.mean([row["convergence"] for row in near]))
         table.append({"step": step, "images": near[-1]["images"], "M": mean} | scores)
 
-    measure, quality = np.array([one["M"] for one in table]), np.array([one["kernel_distance"] for one in table])
-    distance = np.array([one["frechet_distance"] for one in table])
+    columns = ("M", "kernel_distance", "frechet_distance")
+    measure, quality, distance = (np.array([row[name] for row in table]) for name in columns)
     by_kernel, by_frechet = ranks_correlate(measure, quality), ranks_correlate(measure, distance)
     half = len(table) // 2
     within = ranks_correlate(measure[half:], quality[half:])
     left = -np.array(steps)
     by_time, by_time_within = ranks_correlate(left, quality), ranks_correlate(left[half:], quality[half:])
     changes = [ranks_correlate(np.diff(measure), np.diff(other)) for other in (quality, distance)]
-    _draw(study, trained, found, rows, table)
+    _draw(study, trained, checkpoints, rows, table)
     third = max(1, len(table) // 3)
-    study.table(
-        ("step", "M", *(study.names[name] for name in ("kernel_distance", "frechet_distance", "precision", "recall"))),
-        [
-            tuple(one[name] for name in ("step", "M", "kernel_distance", "frechet_distance", "precision", "recall"))
-            for one in table
-        ],
-    )
+    shown = ("kernel_distance", "frechet_distance", "precision", "recall")
+    head = ("step", "M", *(study.names[name] for name in shown))
+    study.table(head, [tuple(row[name] for name in ("step", "M", *shown)) for row in table])
     kernel, frechet = study.names["kernel_distance"], study.names["frechet_distance"]
     study.say(
         f"M is the mean over the {window:,} steps before a checkpoint. Rank correlation (Spearman) of M over "
@@ -108,7 +105,7 @@ def run(study: Study) -> None:
 
 
 def _at(study: Study, trained: Trained, checkpoint: Path) -> Generator:
-    """The averaged generator as it was then."""
+    """Load the averaged generator of a checkpoint."""
     modules = read_checkpoint(checkpoint, study.device)["modules"]
     generator = Generator(trained.folder.read_config().model).to(study.device)
     generator.load_state_dict(
@@ -121,27 +118,19 @@ def _draw(
     study: Study, trained: Trained, checkpoints: list[Path], rows: list[dict[str, Any]], table: list[dict[str, float]]
 ) -> None:
     figure, (upper, lower) = new_figure(rows=2, width=8, height=6.8, ratios=(1, 1.05))
-    images = [row["images"] for row in rows]
-    each = [row["convergence"] for row in rows]
-    upper.plot(images, each, color="#222222", alpha=0.25, linewidth=1, label="M of each row of metrics")
-    upper.plot(
-        [one["images"] for one in table],
-        [one["M"] for one in table],
-        color="#222222",
-        marker="o",
-        markersize=3,
-        label="M, mean before a checkpoint",
-    )
+    values = [row["convergence"] for row in rows]
+    label = "M of each row of metrics"
+    upper.plot([row["images"] for row in rows], values, color="#222222", alpha=0.25, linewidth=1, label=label)
+    images, means = [row["images"] for row in table], [row["M"] for row in table]
+    upper.plot(images, means, color="#222222", marker="o", markersize=3, label="M, mean before a checkpoint")
     upper.set_ylabel("M")
     upper.set_xlabel("images seen")
     upper.xaxis.set_major_formatter("{x:,.0f}")
     upper.set_ylim(bottom=0)
     other = upper.twinx()
-    other.plot(
-        [one["images"] for one in table], [one["kernel_distance"] for one in table], color="#d62728", marker="s",
-        markersize=3, label=study.names["kernel_distance"],
-    )  # fmt: skip
-    other.set_ylabel(study.names["kernel_distance"], color="#d62728")
+    kernel, label = [row["kernel_distance"] for row in table], study.names["kernel_distance"]
+    other.plot(images, kernel, color="#d62728", marker="s", markersize=3, label=label)
+    other.set_ylabel(label, color="#d62728")
     other.set_ylim(bottom=0)
     other.spines[["top"]].set_visible(False)
     lines = [*upper.get_lines(), *other.get_lines()]

@@ -1,4 +1,4 @@
-"""Gamma against diversity (paper §4.2): a low ratio gives images that are alike, a high one varied and rougher ones."""
+"""Gamma against diversity (paper §4.2): a low gamma gives similar images, a high one varied and rougher ones."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ import numpy as np
 from ..figures import new_figure, save_figure
 from .convergence import ranks_correlate
 from .pictures import beside
-from .study import Study, Trained
+from .study import Study
+from .training import Trained
 
 GAMMAS = (0.3, 0.5, 0.7)
 _TILES, _COLUMNS = 30, 5
 
 
 def run(study: Study) -> None:
-    """Train gamma 0.3, 0.5 and 0.7 with several seeds; compare how varied and how close to the data they draw."""
+    """Train with each of GAMMAS and several seeds; compare the images' diversity and distance from the data."""
     first = study.settings.seed
     seeds = range(first, first + (study.settings.seeds or 1))
-    wanted = {f"gamma-{gamma}-seed-{seed}": ("--gamma", gamma, "--seed", seed) for seed in seeds for gamma in GAMMAS}
-    runs = {trained.name: trained for trained in study.train(wanted, steps=study.scale.steps_of_many)}
+    options = {f"gamma-{gamma}-seed-{seed}": ("--gamma", gamma, "--seed", seed) for seed in seeds for gamma in GAMMAS}
+    runs = {trained.name: trained for trained in study.train(options, steps=study.scale.steps_of_many)}
 
     def figures(trained: Trained) -> dict[str, float]:
         last = trained.last()
         scores = study.score(study.draw(study.generator(trained)), trained)
         return scores | last | {"ratio": last["loss_fake"] / last["loss_real"]}
 
-    found = {name: study.measure(name, lambda t=trained: figures(t)) for name, trained in runs.items()}
-    of = {gamma: [found[f"gamma-{gamma}-seed-{seed}"] for seed in seeds] for gamma in GAMMAS}
+    results = {name: study.measure(name, lambda t=trained: figures(t)) for name, trained in runs.items()}
+    by_gamma = {gamma: [results[f"gamma-{gamma}-seed-{seed}"] for seed in seeds] for gamma in GAMMAS}
 
     panels = [
         (f"gamma {gamma}", study.draw(study.generator(runs[f"gamma-{gamma}-seed-{first}"]), _TILES)) for gamma in GAMMAS
@@ -37,10 +38,10 @@ def run(study: Study) -> None:
     )
     figure, (axes,) = new_figure(width=8, height=3.6)
     axes.axhline(
-        found[next(iter(found))]["diversity_against"], color="#999999", linestyle="--", label="training images"
+        results[next(iter(results))]["diversity_against"], color="#999999", linestyle="--", label="training images"
     )
     for index, _ in enumerate(seeds):
-        values = [of[gamma][index]["diversity"] for gamma in GAMMAS]
+        values = [by_gamma[gamma][index]["diversity"] for gamma in GAMMAS]
         label = "generated, a line each seed" if index == 0 else None
         axes.plot(GAMMAS, values, marker="o", color="#1f77b4", alpha=0.8, label=label)
     axes.set_xticks(GAMMAS)
@@ -55,32 +56,32 @@ def run(study: Study) -> None:
     study.table(
         ("gamma", "seed", *(shown.get(name, name) for name in columns)),
         [
-            (gamma, seed, *(one[name] for name in columns))
+            (gamma, seed, *(row[name] for name in columns))
             for gamma in GAMMAS
-            for seed, one in zip(seeds, of[gamma], strict=True)
+            for seed, row in zip(seeds, by_gamma[gamma], strict=True)
         ],
     )
     study.say("Losses, k and M are means over the last tenth of the rows that were logged.")
-    study.about_scores(list(found.values()))
-    pairs = [(low["diversity"], high["diversity"]) for low, high in zip(of[0.3], of[0.7], strict=True)]
+    study.about_scores(list(results.values()))
+    pairs = [(low["diversity"], high["diversity"]) for low, high in zip(by_gamma[0.3], by_gamma[0.7], strict=True)]
     study.check(
         "gamma 0.3 draws less varied images than gamma 0.7, with every seed",
         ", ".join(f"{low:.3f} and {high:.3f}" for low, high in pairs),
         all(low < high for low, high in pairs),
     )
-    means = {str(gamma): float(np.mean([one["diversity"] for one in of[gamma]])) for gamma in GAMMAS}
+    means = {str(gamma): float(np.mean([row["diversity"] for row in by_gamma[gamma]])) for gamma in GAMMAS}
     distance = study.names["frechet_distance"]
-    near = {gamma: float(np.mean([one["frechet_distance"] for one in of[gamma]])) for gamma in GAMMAS}
+    near = {gamma: float(np.mean([row["frechet_distance"] for row in by_gamma[gamma]])) for gamma in GAMMAS}
     study.note(
         f"mean {distance} is {', '.join(f'{near[gamma]:.0f} at gamma {gamma}' for gamma in GAMMAS)}: "
         + ("low gamma is closer to the data" if near[0.3] < near[0.7] else "low gamma is no closer to the data here")
     )
     study.note_alike(
-        {f"gamma {gamma}, seed {seed}": found[f"gamma-{gamma}-seed-{seed}"] for gamma in GAMMAS for seed in seeds}
+        {f"gamma {gamma}, seed {seed}": results[f"gamma-{gamma}-seed-{seed}"] for gamma in GAMMAS for seed in seeds}
     )
-    measures = [np.array([one[name] for one in found.values()]) for name in ("convergence", "frechet_distance")]
+    measures = [np.array([row[name] for row in results.values()]) for name in ("convergence", "frechet_distance")]
     study.note(
-        f"over all {len(found)} runs M correlates with {distance} by {ranks_correlate(*measures):.2f} (Spearman): "
+        f"over all {len(results)} runs M correlates with {distance} by {ranks_correlate(*measures):.2f} (Spearman): "
         "gamma is part of M, which compares runs of one gamma and of the same nets only"
     )
     study.finish(
@@ -88,5 +89,5 @@ def run(study: Study) -> None:
         "The paper's §4.2: gamma is the ratio E[L(G(z))] / E[L(x)] that k keeps up. It finds that a low one gives few "
         "and clean images, and a high one variety, and artefacts. Variety is what is checked here; how clean images "
         "are is left to the pictures.",
-        {"diversity": means, "runs": found},
+        {"diversity": means, "runs": results},
     )

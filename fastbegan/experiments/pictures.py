@@ -9,17 +9,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..runs.sheets import grid
 
-_GAP, _LABEL = 12, 22
-
+_GAP, _LABEL = 12, 22  # pixels between panels, and of a name's line
 
 Panels = Sequence[tuple[str, np.ndarray]]
-"""A name, and images uint8 [N, H, W, 3]."""
+"""A name and images, uint8 [N, H, W, 3], per panel."""
 
 
 def beside(panels: Panels, *columns: int) -> Image.Image:
-    """Each panel's images as a grid under its name, next to each other; `columns` of each panel, or one for all."""
-    each = columns if len(columns) > 1 else columns * len(panels)
-    pictures = [grid(images, wide) for (_, images), wide in zip(panels, each, strict=True)]
+    """Draw panels side by side, each a grid of images under its name; `columns` per panel, or one number for all."""
+    widths = columns if len(columns) > 1 else columns * len(panels)
+    pictures = [grid(images, wide) for (_, images), wide in zip(panels, widths, strict=True)]
     height = max(picture.shape[0] for picture in pictures)
     width = sum(picture.shape[1] for picture in pictures) + _GAP * (len(pictures) + 1)
     sheet = Image.new("RGB", (width, height + _LABEL + _GAP), "white")
@@ -33,7 +32,7 @@ def beside(panels: Panels, *columns: int) -> Image.Image:
 
 
 def below(panels: Panels, columns: int) -> Image.Image:
-    """Each panel's images as a grid under its name, one panel below the other."""
+    """Draw panels below each other, each a grid of images under its name."""
     sheets = [beside([panel], columns) for panel in panels]
     height, width = sum(sheet.height for sheet in sheets), max(sheet.width for sheet in sheets)
     whole, top = Image.new("RGB", (width, height), "white"), 0

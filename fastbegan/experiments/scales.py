@@ -1,4 +1,4 @@
-"""How large each experiment is, by name of the scale."""
+"""Lengths and counts of the experiments, by name of the scale."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """Lengths and counts of an experiment. `limits` is what its figures cannot show, for the report."""
+    """Lengths and counts of an experiment."""
 
     preset: str
     options: tuple[str, ...]
-    """Of `fastbegan train`, for every run."""
+    """Options of `fastbegan train`, for every run."""
     data: str | None
-    """Where none is given; None where one has to be."""
+    """The default of --data; None where it has to be given."""
     steps: int
-    """Of the one run of an experiment that trains one."""
+    """Steps of the run of an experiment that trains one."""
     steps_of_many: int
-    """Of each run of an experiment that trains several."""
+    """Steps of each run of an experiment that trains several."""
     seeds: int
-    """Of `diversity`."""
+    """Seeds per gamma in `diversity`."""
     samples: int
-    """Images a side in a comparison."""
+    """Images per side of a comparison."""
     scored: int
     """The same of `scores`."""
     checkpoints: int
-    """At which `convergence` looks; divides `steps`."""
+    """Number of checkpoints that `convergence` scores; divides `steps`."""
     recovered: int
-    """Real images whose latents `continuity` looks for."""
+    """Images whose latents `continuity` recovers."""
     descent: int
-    """Steps of that search."""
+    """Steps of each recovery."""
     starved: int
-    """N_h or N_z of `unbalanced`, where 64 is usual."""
+    """The small N_h or N_z of `unbalanced`; 64 is usual."""
     limits: str
+    """The limits of the figures, for the report."""
 
 
 SCALES: dict[str, Scale] = {
@@ -42,7 +43,7 @@ SCALES: dict[str, Scale] = {
         limits="Nothing: runs of a few steps show that the experiment works, and nothing else.",
     ),
     "demo": Scale(
-        # float32 also where a CPU has bf16: figures of two machines then compare
+        # float32, though some CPUs have bf16, so that figures of two machines compare
         preset="demo", data="faces",
         options=tuple("--precision float32 --log-every 10 --sample-every 250 --checkpoint-every 250".split()),
         steps=3600, steps_of_many=1000, seeds=3, samples=500, scored=500, checkpoints=15, recovered=64, descent=400,

@@ -1,4 +1,4 @@
-"""How good are the images, in figures others report too (paper §4.6)?"""
+"""Standard scores of generated images (paper §4.6)."""
 
 from __future__ import annotations
 
@@ -16,31 +16,27 @@ _SHOWN = ("inception_score", "frechet_distance", "kernel_distance", "precision",
 
 
 def run(study: Study) -> None:
-    """Score generated images against training images, beside other training images and one face over and over."""
+    """Score generated images against training images, beside other training images, one image repeated, and noise."""
     settings = study.settings
-    of_the_paper = settings.scale == "paper" and (settings.data or "").startswith("cifar10:")
-    trained = study.train_one("run", ("--preset", "paper-32") if of_the_paper else ())
+    on_cifar = settings.scale == "paper" and (settings.data or "").startswith("cifar10:")
+    trained = study.train_one("run", ("--preset", "paper-32") if on_cifar else ())
     count = study.scale.scored
     permuted = np.random.default_rng(study.settings.seed).permutation(study.real(trained).shape[0])
-    others = np.sort(permuted[count : 2 * count]) if len(permuted) >= 2 * count else None
+    unscored = np.sort(permuted[count : 2 * count]) if len(permuted) >= 2 * count else None
 
     def figures() -> dict[str, dict[str, object]]:
         drawn = study.draw(study.generator(trained), count)
         noise = np.random.default_rng(study.settings.seed).integers(0, 256, drawn.shape, np.uint8)
         sets = {"generated": drawn, "collapsed": np.repeat(drawn[:1], count, 0), "noise": noise}
-        sets |= {} if others is None else {"others": study.real(trained)[others]}
+        sets |= {} if unscored is None else {"others": study.real(trained)[unscored]}
         return {name: study.score(images, trained, count) for name, images in sets.items()}
 
-    found = study.measure("scores", figures)
+    results = study.measure("scores", figures)
     panels = [
         ("generated", study.draw(study.generator(trained), _TILES)),
         ("training images", study.some_real(trained, _TILES)),
     ]
-    study.picture(
-        "samples",
-        beside(panels, _COLUMNS),
-        "Some of what is scored, and of what against.",
-    )
+    study.picture("samples", beside(panels, _COLUMNS), "Some of the scored images, and some of the training images.")
     titles = {
         "others": "other training images",
         "generated": "generated",
@@ -50,18 +46,18 @@ def run(study: Study) -> None:
     study.table(
         ("", *(study.names.get(name, name) for name in _SHOWN)),
         [
-            (titles[name], _with_spread(found[name]), *(found[name][column] for column in _SHOWN[1:]))
+            (titles[name], _with_spread(results[name]), *(results[name][column] for column in _SHOWN[1:]))
             for name in titles
-            if name in found
+            if name in results
         ],
     )
     config = trained.folder.read_config()
-    study.about_scores([found["generated"]])
+    study.about_scores([results["generated"]])
     study.say(
         "Inception scores are means over ten parts of the images"
         + (
             ": here of so few each that they compare with nothing else."
-            if found["generated"]["count"] < 50_000
+            if results["generated"]["count"] < 50_000
             else "."
         )
     )
@@ -72,13 +68,13 @@ def run(study: Study) -> None:
             "These are no Inception scores and no FID: for those give `--extractor inception --inception FILE`, and "
             f"for the paper's figure ({_PAPER_SCORE} on CIFAR-10) `--data cifar10:ROOT --scale paper` too."
         )
-    generated, collapsed = found["generated"], found["collapsed"]
+    generated, collapsed = results["generated"], results["collapsed"]
     name = study.names["frechet_distance"]
-    if others_found := found.get("others"):
+    if real := results.get("others"):
         study.note(
             f"how far there is to go: {name} is {generated['frechet_distance']:.0f} for generated images and "
-            f"{others_found['frechet_distance']:.0f} for other training images; precision {generated['precision']:.3g} "
-            f"and {others_found['precision']:.3g}, recall {generated['recall']:.3g} and {others_found['recall']:.3g}"
+            f"{real['frechet_distance']:.0f} for other training images; precision {generated['precision']:.3g} "
+            f"and {real['precision']:.3g}, recall {generated['recall']:.3g} and {real['recall']:.3g}"
         )
     study.check(
         f"generated images have a lower {name} than one of them repeated",
@@ -89,7 +85,7 @@ def run(study: Study) -> None:
         "Scores",
         "The paper's §4.6 reports an Inception score on CIFAR-10. A score says something beside others of the same "
         "table only: same extractor, same number of images, same resizing.",
-        found,
+        results,
     )
 
 

@@ -1,18 +1,9 @@
-"""What all experiments share: a folder in which runs are trained, figures kept as they come, and a report written."""
+"""A study: one experiment at work, which trains runs, draws and scores images, and writes a report."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
-import shlex
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,76 +11,29 @@ from typing import Any
 import numpy as np
 import torch
 
-import fastbegan_kernels
-
 from ..data.faces import faces
 from ..data.prepare import load_images
+from ..device import core_count
 from ..display import Display, duration
-from ..errors import UserError
 from ..evaluation.extractors import Extractor
 from ..evaluation.scores import Yardstick, names
-from ..files import make_folder, read_json, write_json
+from ..files import write_json
 from ..measure.machine import facts
 from ..nets.models import Generator
 from ..runs.folder import RunFolder
 from ..runs.sheets import generate, sheet_latents
-from ..training.loop import NOT_FINITE
 from ..version import __version__
 from .page import Page
+from .record import Record, Settings
 from .scales import SCALES, Scale
+from .training import Trained, Trainer
 
-FILE = "study.json"  # what this is, and for how long it has been going on
 OF_ONE_RUN = ("continuity", "convergence", "scores")
-ALIKE = 0.1  # images with less than this share of the data's diversity are said to be
-_STOPPED = 75  # exit code of a run that a signal ended
-_POLL, _TELL = 0.2, 30.0  # seconds
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What was asked for; a folder is continued with the same only."""
-
-    name: str
-    scale: str
-    data: str | None
-    """None where `trained` is given, which knows its data."""
-    trained: str | None
-    weights: str | None
-    """SHA-256 of the generator of `trained`."""
-    seed: int
-    seeds: int | None
-    """Of `diversity`; None for the others."""
-    extractor: str | None
-    """None for `continuity`."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run of an experiment. `finite` is False for one that a number ended which was not finite."""
-
-    name: str
-    folder: RunFolder
-    finite: bool = True
-
-    def last(self) -> dict[str, float]:
-        """Means over the last tenth of the rows of metrics, `ratio` of the losses', and `k_max` over all rows."""
-        rows = self.folder.read_metrics()
-        few = rows[-max(1, len(rows) // 10) :]
-        last = {name: _mean(few, name) for name in ("loss_real", "loss_fake", "k", "convergence")}
-        return last | {"ratio": last["loss_fake"] / last["loss_real"], "k_max": max(row["k"] for row in rows)}
-
-    def thirds(self) -> dict[str, float]:
-        """Means of M over the second third of the rows and over the last."""
-        rows = self.folder.read_metrics()
-        third = max(1, len(rows) // 3)
-        return {
-            "second_third_M": _mean(rows[third : 2 * third] or rows, "convergence"),
-            "last_third_M": _mean(rows[-third:], "convergence"),
-        }
+ALIKE = 0.1  # share of the training images' diversity below which a note says that images are alike
 
 
 class Study(Page):
-    """One experiment at work. What it has finished is found again when it is started once more."""
+    """One experiment at work. Started again in the same folder, it finds what it has finished."""
 
     def __init__(
         self,
@@ -102,162 +46,60 @@ class Study(Page):
         *,
         any_code: bool = False,
     ) -> None:
-        """The runs hold `lock` too, so that none is left alone in the folder.
+        """Start or resume an experiment.
 
-        Raises UserError for another's folder; `any_code` goes on with what other code, or another device, has made.
+        Args:
+            settings: Its options.
+            folder: Where all of it goes.
+            device: The device that trains, draws and scores.
+            extractor: The net whose features are compared; None where the experiment compares none.
+            display: Where progress is shown.
+            lock: Descriptor of the folder's lock, for the training runs.
+            any_code: Also resume what other code, or another kind of device, has begun.
+
+        Raises:
+            UserError: The folder belongs to another experiment.
         """
         super().__init__(folder)
         self.settings, self.display, self.device = settings, display, device
         self.scale: Scale = SCALES[settings.scale]
         self.command = ""
-        self._extractor, self._lock = extractor, lock
+        self.record = Record(folder, settings, device.type, display, any_code=any_code)
+        self._trainer = Trainer(self.record, settings, device, lock)
+        self._extractor = extractor
         self._yardstick: Yardstick | None = None
-        self._shown: RunFolder | None = None
-        self._begun = time.monotonic()
-        self._file = folder / FILE
-        self._seconds = 0.0
-        makers = [{"fastbegan": __version__, "code": fingerprint(), "device": device.type}]
-        asked = {"settings": dataclasses.asdict(settings), "scale": dataclasses.asdict(self.scale), "made_by": makers}
-        self._asked: dict[str, Any] = json.loads(json.dumps(asked))
-        if self._file.exists():
-            stored = read_json(self._file)
-            if any_code:
-                earlier = stored.get("made_by") or []
-                self._asked["made_by"] = earlier if makers[0] in earlier else [*earlier, *makers]
-                stored["made_by"] = self._asked["made_by"]
-            for part, words, more in (
-                ("settings", "settings", ""),
-                ("scale", "lengths", ""),
-                ("made_by", "code or device", ", or go on with --any-code"),
-            ):
-                if stored.get(part) != self._asked[part]:
-                    raise UserError(
-                        f"{folder} holds an experiment with other {words}; remove it or give another --out{more}"
-                    )
-            self._seconds = float(stored.get("seconds", 0.0))
-        make_folder(folder / "measures")
-        make_folder(folder / "runs")
-        self.save()
-
-    def save(self) -> None:
-        """Write down for how long this has been going on."""
-        write_json(self._file, {**self._asked, "seconds": self.seconds})
-
-    @property
-    def seconds(self) -> float:
-        """Over all sittings."""
-        return self._seconds + time.monotonic() - self._begun
+        self._shown: RunFolder | None = None  # the run whose settings the report names
 
     def measure(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `compute` returns, from its file where it was computed before."""
-        path = self.folder / "measures" / f"{name}.json"
-        if not path.exists():
-            begun = time.monotonic()
-            write_json(path, compute())
-            self.save()
-            self.display.say(f"{name}: {duration(time.monotonic() - begun)}")
-        return read_json(path)
+        """Return the result of `compute`; see `Record.measure`."""
+        return self.record.measure(name, compute)
 
-    # training
-
-    def train(self, wanted: Mapping[str, Sequence[object]], *, steps: int, may_fail: bool = False) -> list[Trained]:
-        """Train a run for each name with these options, as many at once as there are cores (on a GPU one).
-
-        Raises UserError for a run that fails; one that ends because a number is not finite may, with `may_fail`.
-        """
-        jobs = 1 if self.device.type == "cuda" else min(_cores(), len(wanted))
-        waiting = {name: self._command(name, options, steps) for name, options in wanted.items()}
-        active: dict[str, subprocess.Popen[bytes]] = {}
-        codes: dict[str, int] = {}
-        for name in list(waiting):
-            if self._outcome(name).exists():
-                codes[name] = read_json(self._outcome(name))["code"]
-                del waiting[name]
-        told = time.monotonic()
-        try:
-            while waiting or active:
-                while waiting and len(active) < jobs:
-                    name = next(iter(waiting))
-                    active[name] = self._start(name, waiting.pop(name), jobs)
-                for name in [name for name, process in active.items() if process.poll() is not None]:
-                    codes[name] = self._ended(name, active.pop(name).returncode, steps, may_fail)
-                if time.monotonic() - told > _TELL:
-                    told = time.monotonic()
-                    self.save()
-                    self.display.say(f"{', '.join(self._progress(active, steps))}; {len(waiting)} more runs to come")
-                time.sleep(_POLL)
-        finally:
-            for process in active.values():
-                process.send_signal(signal.SIGTERM)  # it writes a checkpoint
-            for process in active.values():
-                process.wait()
-        runs = [Trained(name, self._run(name), codes[name] == 0) for name in wanted]
+    def train(self, options: Mapping[str, Sequence[object]], *, steps: int, may_fail: bool = False) -> list[Trained]:
+        """Train a run per name; see `Trainer.train`."""
+        runs = self._trainer.train(options, steps=steps, may_fail=may_fail)
         self._shown = runs[0].folder
         return runs
 
     def train_one(self, name: str, options: Sequence[object] = ()) -> Trained:
-        """The run that --trained names, or one that is trained now, for the scale's full length."""
-        if self.settings.trained is not None:
-            self._shown = RunFolder(Path(self.settings.trained))
-            return Trained(name, self._shown)
-        return self.train({name: options}, steps=self.scale.steps)[0]
-
-    def _run(self, name: str) -> RunFolder:
-        return RunFolder(self.folder / "runs" / name)
-
-    def _outcome(self, name: str) -> Path:
-        return self.folder / "measures" / f"run-{name}.json"
-
-    def _command(self, name: str, options: Sequence[object], steps: int) -> list[str]:
-        settings = self.settings
-        usual = {"--preset": self.scale.preset, "--seed": settings.seed}
-        chosen = [part for option, value in usual.items() if option not in options for part in (option, value)]
-        always = ("--data", settings.data, "--device", self.device, "--steps", steps, "--out", self._run(name).path)
-        every = [*chosen, *self.scale.options, *options, *always, "--requeue-code", _STOPPED]
-        return [sys.executable, "-m", "fastbegan", "train", *map(str, every)]
-
-    def _start(self, name: str, command: list[str], jobs: int) -> subprocess.Popen[bytes]:
-        self.display.say(f"training {name}: fastbegan {shlex.join(command[3:])}")
-        # not all cores for one run: those beyond half bring little, and cost much on a machine that is shared
-        threads = {"OMP_NUM_THREADS": str(max(1, _cores() // max(jobs, 2)))}
-        with (self.folder / "runs" / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | threads,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches it through this process, once
-                pass_fds=() if self._lock is None else (self._lock,),
-            )  # fmt: skip
-
-    def _ended(self, name: str, code: int, steps: int, may_fail: bool) -> int:
-        log = self.folder / "runs" / f"{name}.log"
-        if code == _STOPPED:
-            raise UserError(f"run {name} was told to stop before its {steps:,} steps; start this again to go on")
-        if code != 0 and not (may_fail and code == NOT_FINITE):
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-            raise UserError(f"run {name} ended with exit code {code} ({lines[-1].strip()}); all it said is in {log}")
-        rows = self._run(name).read_metrics()
-        rate = f", {rows[-1]['images_per_second']:g} images/s at its end" if rows else ""
-        write_json(self._outcome(name), {"code": code})
-        self.display.say(f"trained {name}" + (rate if code == 0 else ": a number was not finite"))
-        return code
-
-    def _progress(self, active: Mapping[str, object], steps: int) -> Iterator[str]:
-        for name in active:
-            rows = self._run(name).read_metrics()
-            yield f"{name} {rows[-1]['step'] if rows else 0:,} of {steps:,} steps"
-
-    # images and their scores
+        """Train one run, or take the one of --trained; see `Trainer.train_one`."""
+        run = self._trainer.train_one(name, options)
+        self._shown = run.folder
+        return run
 
     def draw(self, generator: Generator, count: int | None = None) -> np.ndarray:
-        """Images of the scale's number of latents, the same for every generator: uint8 [count, size, size, 3]."""
+        """Draw images from the same latents for every generator: uint8 [count, size, size, 3].
+
+        The default count is the scale's.
+        """
         count = self.scale.samples if count is None else count
         return generate(generator, sheet_latents(generator.config.latent, self.settings.seed, count, self.device))
 
     def generator(self, run: Trained) -> Generator:
-        """The averaged generator of a run."""
+        """Load the averaged generator of a run."""
         return run.folder.load_generator(self.device)
 
     def real(self, run: Trained) -> np.ndarray:
-        """What `run` was trained on: uint8 [count, size, size, 3], a memory map; the middle of what jitter shifts."""
+        """The training images of `run`, without the margin for jitter: uint8 [count, size, size, 3], a memory map."""
         config = run.folder.read_config()
         train, size = config.train, config.model.size
         stored = size + 2 * train.jitter
@@ -265,13 +107,13 @@ class Study(Page):
         return images[:, train.jitter : train.jitter + size, train.jitter : train.jitter + size]
 
     def some_real(self, run: Trained, count: int) -> np.ndarray:
-        """So many of them, chosen by the seed."""
+        """At most `count` training images of `run`, chosen by the seed: uint8 [n, size, size, 3]."""
         images = self.real(run)
         chosen = np.random.default_rng(self.settings.seed).permutation(len(images))[:count]
         return images[np.sort(chosen)]
 
     def unseen(self, run: Trained, count: int) -> np.ndarray | None:
-        """Portraits, uint8 [count, size, size, 3], that `run` was not trained on; None where it was on other data."""
+        """Portraits that `run` was not trained on: uint8 [count, size, size, 3]; None for other data."""
         config = run.folder.read_config()
         if config.train.data.partition(":")[0] != "faces":
             return None
@@ -279,7 +121,16 @@ class Study(Page):
         return faces(torch.arange(first, first + count), config.model.size).numpy()
 
     def score(self, images: np.ndarray, run: Trained, count: int | None = None) -> dict[str, Any]:
-        """Figures of `images`, as `evaluate.score`, against `count` that `run` was trained on; of one set a study."""
+        """Score images against training images.
+
+        Args:
+            images: uint8 [N, size, size, 3].
+            run: The run whose training images count; those of the first call serve the whole study.
+            count: Number of training images, by default the scale's.
+
+        Returns:
+            The figures of `evaluation.scores.score`.
+        """
         assert self._extractor is not None
         if self._yardstick is None:
             count = self.scale.samples if count is None else count
@@ -287,28 +138,28 @@ class Study(Page):
         return self._yardstick.score(images)
 
     def about_scores(self, figures: Sequence[Mapping[str, Any]]) -> None:
-        """Say what has to be known to read them."""
+        """Add to the report how `figures` were computed, and a note where precision or recall are 0 throughout."""
         assert self._extractor is not None
-        one = figures[0]
+        first = figures[0]
         self.say(
-            f"Figures are of {one['count']:,} images against {one['count_against']:,} training images, by features of "
-            f"{self._extractor.weights}; it scales what it sees itself: {self._extractor.resize}. Of few images "
+            f"Figures are of {first['count']:,} images against {first['count_against']:,} training images, by features "
+            f"of {self._extractor.weights}; it scales what it sees itself: {self._extractor.resize}. Of few images "
             "Frechet distances come out too high and inception scores too low; they compare with those of as many "
             "images only."
         )
-        if len(figures) > 1 and all(one["recall"] == 0 for one in figures):
+        if len(figures) > 1 and all(row["recall"] == 0 for row in figures):
             nobody = "no training image lies among the features of images drawn"
-            if all(one["precision"] == 0 for one in figures):
+            if all(row["precision"] == 0 for row in figures):
                 self.note(f"precision and recall are 0 throughout and tell nothing: {nobody}, and none the other way")
             else:
                 self.note(f"recall is 0 throughout and tells nothing: {nobody}")
 
     def note_alike(self, figures: Mapping[str, Mapping[str, Any]]) -> None:
-        """Note which of these, by title, are so alike that it may be a collapse."""
+        """Note the titles whose images are so alike that it may be mode collapse."""
         alike = [
-            f"{title} ({one['diversity']:.3f})"
-            for title, one in figures.items()
-            if one["diversity"] < ALIKE * one["diversity_against"]
+            f"{title} ({row['diversity']:.3f})"
+            for title, row in figures.items()
+            if row["diversity"] < ALIKE * row["diversity_against"]
         ]
         if alike:
             of_data = next(iter(figures.values()))["diversity_against"]
@@ -319,27 +170,32 @@ class Study(Page):
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """What the figures are called with this extractor."""
+        """Names of the figures with this extractor."""
         assert self.settings.extractor is not None
         return names(self.settings.extractor)
 
     def finish(self, title: str, summary: str, results: dict[str, Any]) -> None:
-        """Write report.md and results.json."""
-        machine = facts(self.device)
-        written = {
-            "command": self.command, "settings": dataclasses.asdict(self.settings), "seconds": round(self.seconds, 1),
-            "fastbegan": __version__, "machine": machine | {"cores": _cores()}, "checks": self.checks,
-            "findings": self.findings, "results": results,
-        }  # fmt: skip
-        write_json(self.folder / "results.json", written)
-        measured = f"{machine['device']}, {machine['date']}, torch {machine['torch']}, {duration(self.seconds)} in all"
+        """Write report.md and results.json, and print the verdict of each check.
+
+        Args:
+            title: Headline of the report.
+            summary: Paragraph below it: what the paper says.
+            results: All figures, for results.json.
+        """
+        machine, seconds = facts(self.device), self.record.seconds
+        content = {"command": self.command, "settings": dataclasses.asdict(self.settings), "seconds": round(seconds, 1)}
+        content |= {"fastbegan": __version__, "machine": machine | {"cores": core_count()}}
+        content |= {"checks": self.checks, "findings": self.findings, "results": results}
+        write_json(self.folder / "results.json", content)
+        measured = f"{machine['device']}, {machine['date']}, torch {machine['torch']}, {duration(seconds)} in all"
         self.write([f"# {title}", summary, f"```sh\n{self.command}\n```", f"Measured on {measured}."], self._limits())
-        for one in self.checks:
-            verdict = "holds" if one["holds"] else "DOES NOT HOLD"
-            self.display.say(f"{verdict}: {one['expected']}; found: {one['found']}")
+        for check in self.checks:
+            verdict = "holds" if check["holds"] else "DOES NOT HOLD"
+            self.display.say(f"{verdict}: {check['expected']}; found: {check['found']}")
         self.display.say(str(self.folder / "report.md"))
 
     def _limits(self) -> Iterator[str]:
+        """Sentences on what the figures do not show."""
         if self._shown is not None:
             config, rows = self._shown.read_config(), self._shown.read_metrics()
             model, train = config.model, config.train
@@ -354,25 +210,8 @@ class Study(Page):
             yield self.scale.limits
         if self.settings.seeds in (None, 1):
             yield "One run for each setting: how far runs of other seeds would differ is not known."
-        if len(self._asked["made_by"]) > 1:
+        if len(self.record.makers) > 1:
             yield (
                 "Several versions of the code, or kinds of device, have worked on this (study.json has them): figures "
                 "of one table need not come from the same."
             )
-
-
-def _mean(rows: list[dict[str, Any]], name: str) -> float:
-    return float(np.mean([row[name] for row in rows]))
-
-
-def fingerprint() -> str:
-    """Of all code that figures may depend on."""
-    digest = hashlib.sha256()
-    for package in (Path(fastbegan_kernels.__file__).parent, Path(__file__).parents[1]):
-        for path in sorted(package.rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:20]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

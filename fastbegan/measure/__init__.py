@@ -1,1 +1,1 @@
-"""Measuring: the step on this machine, what other machines would take, and tables of results."""
+"""Measurements: the step on this machine, estimates for other GPUs, and tables of results."""

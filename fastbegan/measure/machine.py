@@ -1,4 +1,4 @@
-"""The machine that something was measured on: what it is, and its own ceilings, measured in the same run."""
+"""Facts about the machine of a measurement, and its roofline, measured in the same run."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ import torch
 
 from fastbegan_kernels.cache import cudnn_version
 
-from ..device import nvidia_smi
+from ..device import cpu_info, nvidia_smi
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait for all work queued on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Name of the device, driver, versions, commit and date: what a figure is worth nothing without."""
-    found: dict[str, Any] = {"device": _name(device), "driver": None, "commit": _commit()}
+    """Name of the device, driver, versions, commit and date; a figure means nothing without them."""
+    entries: dict[str, Any] = {"device": _name(device), "driver": None, "commit": _commit()}
     if device.type == "cuda":
         card = nvidia_smi()
-        found |= {"driver": card[1] if card else None, "cuda": torch.version.cuda}
-        found |= {"cudnn": cudnn_version()}
-        found |= {"capability": "{}.{}".format(*torch.cuda.get_device_capability(device))}
+        entries |= {"driver": card[1] if card else None, "cuda": torch.version.cuda}
+        entries |= {"cudnn": cudnn_version()}
+        entries |= {"capability": "{}.{}".format(*torch.cuda.get_device_capability(device))}
     else:
-        found |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
-    found |= {"torch": torch.__version__, "triton": _version("triton"), "python": platform.python_version()}
-    return found | {"date": time.strftime("%Y-%m-%d")}
+        entries |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    entries |= {"torch": torch.__version__, "triton": _version("triton"), "python": platform.python_version()}
+    return entries | {"date": time.strftime("%Y-%m-%d")}
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """A file name for a device: figures of one compare with those of another of the same name only."""
+    """A file name for the device of `facts`; figures compare only between machines of one name."""
     parts = [machine["device"], *(str(machine[name]) for name in ("threads", "instructions") if name in machine)]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
@@ -50,11 +50,7 @@ def slug(machine: dict[str, Any]) -> str:
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    names = (line.partition(":")[2].strip() for line in cpu_info() if line.startswith("model name"))
     return "CPU " + next(names, platform.machine())
 
 
@@ -66,7 +62,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this is run from, with a plus where files were changed since; None outside of one."""
+    """Short hash of the checkout's HEAD, with a plus where tracked files were changed; None outside a checkout."""
     if not (_ROOT / ".git").exists():
         return None
     try:
@@ -82,12 +78,15 @@ def _git(*arguments: str) -> str:
 
 
 def roofline(device: torch.device, *, quick: bool = False) -> dict[str, Any]:
-    """`copy_bytes_per_s`, bytes read and written by a copy, and `flop_per_s` of matrix products by precision."""
+    """Measure the ceilings of a device; `quick` takes smaller arrays on a CPU.
+
+    Returns `copy_bytes_per_s`, bytes read and written by a copy, and `flop_per_s` of matrix products by precision.
+    """
     gpu = device.type == "cuda"
-    count = 1 << (28 if gpu else 23 if quick else 24)  # values: far more than a cache holds
+    count = 1 << (28 if gpu else 23 if quick else 24)  # values, far more than a cache holds
     values = torch.zeros(2, count, device=device)
     pair = values.unbind()
-    found: dict[str, Any] = {"copy_bytes_per_s": 8 * count / _seconds(partial(torch.Tensor.copy_, *pair), device)}
+    ceilings: dict[str, Any] = {"copy_bytes_per_s": 8 * count / _seconds(partial(torch.Tensor.copy_, *pair), device)}
     size, rates = 8192 if gpu else 768 if quick else 1536, {}
     modes = {"float32": torch.float32}
     if gpu:
@@ -101,11 +100,11 @@ def roofline(device: torch.device, *, quick: bool = False) -> dict[str, Any]:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         rates[mode] = 2 * size**3 / _seconds(lambda a=a, b=b: a @ b, device)
     torch.set_float32_matmul_precision(before)
-    return found | {"flop_per_s": rates}
+    return ceilings | {"flop_per_s": rates}
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The best of nine turns, as befits a ceiling, each long enough that its ends do not count."""
+    """Seconds per call: the best of nine turns of at least 5 ms, since a ceiling is a maximum."""
     for _ in range(3):
         work()
     synchronize(device)

@@ -1,4 +1,8 @@
-"""`fastbegan bench plan`: what training a preset would take on other GPUs. A model, not a measurement."""
+"""The estimate of `fastbegan bench plan`: time and energy of a preset on other GPUs. A model, not a measurement.
+
+A step takes the longer of arithmetic and memory traffic, plus the gathering of images, plus the communication that does
+not overlap with them. The constants below are data-sheet values and the model's assumptions.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +18,26 @@ from .results import Results
 
 @dataclass(frozen=True)
 class Gpu:
-    """A data-center card in its SXM form, by its data sheet: dense FLOP/s, bytes and bytes/s, watts."""
+    """A data-center card in its SXM form, by its data sheet."""
 
     name: str
     precision: str
+    """The fastest that the step supports on it."""
     peak: float
+    """Dense FLOP/s in that precision."""
     memory: float
+    """Bytes/s of its memory."""
     capacity: float
+    """Bytes of its memory."""
     nvlink: float
+    """Bytes/s that an all-reduce gets, one way: assumed to be 85 to 90 % of NVLink 1 to 5."""
     pcie: float
+    """The same over PCIe 3, 3, 4, 5 and 5 x16: assumed to be 75 %."""
     watts: float
     cards: int
-    """In a usual node."""
+    """Per node, usually."""
 
 
-# The precision is the fastest that the step supports there. Links: bytes a second that an all-reduce gets of a card's
-# NVLink 1 to 5 one way, assumed to be 85 to 90 % of it, and of PCIe 3, 3, 4, 5 and 5 x16, assumed to be 75 %.
 GPUS = {
     "p100": Gpu("P100", "float32", 10.6e12, 732e9, 16e9, 68e9, 12e9, 300, 4),
     "v100": Gpu("V100", "fp16", 125e12, 900e9, 32e9, 130e9, 12e9, 300, 8),
@@ -37,102 +45,164 @@ GPUS = {
     "h100": Gpu("H100", "bf16", 989e12, 3350e9, 80e9, 400e9, 48e9, 700, 8),
     "b200": Gpu("B200", "bf16", 2250e12, 8000e9, 180e9, 800e9, 48e9, 1000, 8),
 }
-# shares of the peak that a whole step reaches where nothing was measured: convolution nets in half precision keep
-# tensor cores far less busy than float32 units
+# shares of the peak that a whole step reaches, where none was measured; half precision reaches less, since tensor cores
+# wait for memory more than float32 units do
 ASSUMED = {"float32": 0.50, "fp16": 0.20, "bf16": 0.20}
-COPY_SHARE = 0.8  # of the memory's bandwidth, by a kernel that only moves data
-NETWORK_SHARE = 0.8  # of a node's link to the others that an all-reduce gets
+COPY_SHARE = 0.8  # of the memory's bandwidth, for a kernel that only moves data
+NETWORK_SHARE = 0.8  # of the network's bandwidth, for an all-reduce
 _LATENCY = 2e-5  # seconds from a rank to the next
-_LOSSES = 12  # bytes: L(x), L(G(z)) and whether to stop
-_LAUNCH = 1e-5  # seconds between two steps that are a CUDA graph each
-PASSES = 14  # how often the activations of a step cross the memory: written, read forward, read and written back
+_LOSSES = 12  # bytes: L(x), L(G(z)) and the request to stop
+_LAUNCH = 1e-5  # seconds between two CUDA graphs
+PASSES = 14  # times that the activations of a step cross the memory, forward and backward
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs of one kind and the links between them. Raises UserError for an unknown card and for impossible numbers."""
+
+    gpu: str
+    """A key of GPUS."""
+    gpus: int = 1
+    link: str = "nvlink"
+    """The link between the cards of a node: nvlink or pcie."""
+    network: float = 100.0
+    """Gb/s between the nodes, per node."""
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise UserError(f"gpu is {self.gpu!r}; accepted: {', '.join(GPUS)}")
+        if self.gpus < 1:
+            raise UserError(f"gpus is {self.gpus}; accepted: whole numbers from 1")
+        if self.network <= 0:
+            raise UserError(f"network is {self.network:g}; accepted: numbers above 0, in Gb/s")
+
+    def all_reduce(self, size: int) -> float:
+        """Seconds of an all-reduce of `size` bytes over all cards."""
+        card = GPUS[self.gpu]
+        bandwidth = card.nvlink if self.link == "nvlink" else card.pcie
+        if self.gpus > card.cards:  # a ring over several nodes crosses the network
+            bandwidth = min(bandwidth, NETWORK_SHARE * self.network * 1e9 / 8)
+        return all_reduce_seconds(size, self.gpus, bandwidth, _LATENCY)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A preset on some GPUs; seconds are of one step."""
+    """The estimate for a preset on some GPUs; all seconds are per step."""
 
     gpu: str
     gpus: int
     precision: str
     share: float
+    """Share of the card's peak that the arithmetic reaches."""
     measured: bool
-    """Whether the share of the peak was measured on such a card."""
+    """Whether that share was measured on such a card."""
     arithmetic: float
+    """Seconds of convolutions and matrix products."""
     memory: float
+    """Seconds in which the activations cross the memory."""
     gather: float
+    """Seconds to make a batch from resident images."""
     sent: int
-    """Bytes of gradients that the ranks sum up in a step."""
+    """Bytes of gradients that the ranks sum up."""
     network: float
-    """Seconds that this takes, and ..."""
+    """Seconds of the all-reduces, overlapped or not."""
     communication: float
-    """... those of them in which nothing else is done."""
+    """Seconds of them that do not overlap with computation."""
     step: float
+    """Seconds in all."""
     images_per_second: float
     efficiency: float
-    """Images a second of a card, by those of a card alone."""
+    """Images/s per card, relative to a card alone."""
     hours: float
     kwh: float
     limit: str
-    """What takes longest: compute, memory, images or network."""
+    """The largest part: compute, memory, images or network."""
     fits: bool
     """Whether a card holds its part of the batch."""
 
 
 def plan(
-    model: ModelConfig, train: TrainConfig, gpu: str, gpus: int, *, images: int, share: float | None = None,
-    measured: bool = False, link: str = "nvlink", network: float = 100.0,
-) -> Plan:  # fmt: skip
-    """Estimate `images` images on `gpus` cards, `train.batch_size` on each; `share` of the peak, else an assumed one.
+    model: ModelConfig,
+    train: TrainConfig,
+    cluster: Cluster,
+    *,
+    images: int,
+    share: float | None = None,
+    measured: bool = False,
+) -> Plan:
+    """Estimate a training run.
 
-    `link` joins the cards of a node, nvlink or pcie; `network` the nodes, in Gb/s of each. Raises UserError for an
-    unknown card and for numbers that cannot be.
+    Args:
+        model: The nets.
+        train: Settings; `train.batch_size` counts the images per card and step.
+        cluster: The cards and their links.
+        images: Images that the run sees.
+        share: Share of the peak that a step reaches, above 0 and up to 1; None takes the one of ASSUMED.
+        measured: Whether `share` was measured, for the plan.
+
+    Raises:
+        UserError: `share` is out of range.
     """
-    if gpu not in GPUS:
-        raise UserError(f"gpu is {gpu!r}; accepted: {', '.join(GPUS)}")
-    if gpus < 1:
-        raise UserError(f"gpus is {gpus}; accepted: whole numbers from 1")
-    if network <= 0:
-        raise UserError(f"network is {network:g}; accepted: numbers above 0, in Gb/s")
     if share is not None and not 0 < share <= 1:
         raise UserError(f"share is {share}; accepted: above 0 and up to 1")
-    card = GPUS[gpu]
+    card, gpus, batch = GPUS[cluster.gpu], cluster.gpus, train.batch_size
     share = ASSUMED[card.precision] if share is None else share
-    half = card.precision != "float32"
+    width = 4 if card.precision == "float32" else 2  # bytes of an activation
     cost = step_cost(model, train)
-    moved = PASSES * cost.kept * train.batch_size // (2 if half else 1)
-    gathered = train.batch_size * 3 * model.size**2 * (1 + (2 if half else 4))
+    moved = PASSES * cost.kept * batch * width // 4  # step_cost counts float32
+    gathered = batch * 3 * model.size**2 * (1 + width)  # uint8 read, activations written
     arithmetic = cost.flops / (share * card.peak)
     memory = moved / (COPY_SHARE * card.memory)
     gather = gathered / (COPY_SHARE * card.memory)
-    work = max(arithmetic, memory)  # kernels either multiply or move
-    slowest = card.nvlink if link == "nvlink" else card.pcie
-    if gpus > card.cards:  # a ring crosses each node's link to the others once
-        slowest = min(slowest, NETWORK_SHARE * network * 1e9 / 8)
-    of_g, of_d = (
-        all_reduce_seconds(4 * count, gpus, slowest, _LATENCY)
-        for count in (cost.generator, cost.parameters - cost.generator)
-    )
-    of_losses = all_reduce_seconds(_LOSSES, gpus, slowest, _LATENCY)
-    # G's gradients travel while D still works on x, D's and the losses when all else is done
-    communication = of_d + of_losses + max(0.0, of_g - work * cost.after_generator / cost.flops)
+    work = max(arithmetic, memory)  # the GPU computes while it loads
+    # gradients are float32
+    reduce_g = cluster.all_reduce(4 * cost.generator)
+    reduce_d = cluster.all_reduce(4 * (cost.parameters - cost.generator))
+    reduce_losses = cluster.all_reduce(_LOSSES)
+    # G's gradients are summed up while D still works on x; D's and the losses come when all else is done
+    communication = reduce_d + reduce_losses + max(0.0, reduce_g - work * cost.after_generator / cost.flops)
+    network = reduce_g + reduce_d + reduce_losses
     alone = work + gather + _LAUNCH
     step = alone + communication
-    parts = {"compute": arithmetic, "memory": memory, "images": gather, "network": of_g + of_d + of_losses}
-    limit = max(parts, key=lambda name: parts[name])
-    rate = gpus * train.batch_size / step
+    parts = {"compute": arithmetic, "memory": memory, "images": gather, "network": network}
+    rate = gpus * batch / step
     hours = images / rate / 3600
-    # activations are half as large in half precision, the rest of the model stays float32
-    needed = cost.memory - (cost.kept * train.batch_size // 2 if half else 0)
+    # half precision halves the activations, but weights and optimizer state stay float32
+    needed = cost.memory - (0 if width == 4 else cost.kept * batch // 2)
     return Plan(
-        card.name, gpus, card.precision, share, measured, arithmetic, memory, gather, 4 * cost.parameters,
-        parts["network"], communication, step, rate, alone / step, hours, hours * gpus * card.watts / 1e3, limit,
-        needed < 0.9 * card.capacity,
-    )  # fmt: skip
+        gpu=card.name,
+        gpus=gpus,
+        precision=card.precision,
+        share=share,
+        measured=measured,
+        arithmetic=arithmetic,
+        memory=memory,
+        gather=gather,
+        sent=4 * cost.parameters,
+        network=network,
+        communication=communication,
+        step=step,
+        images_per_second=rate,
+        efficiency=alone / step,
+        hours=hours,
+        kwh=hours * gpus * card.watts / 1e3,
+        limit=max(parts, key=lambda name: parts[name]),
+        fits=needed < 0.9 * card.capacity,
+    )
 
 
 def all_reduce_seconds(size: int, ranks: int, bandwidth: float, latency: float) -> float:
-    """An all-reduce of `size` bytes, each way at `bandwidth`: in a ring, or in a tree where that is faster."""
+    """Model an all-reduce as a ring, or as a tree where that is faster.
+
+    Args:
+        size: Bytes.
+        ranks: Number of ranks.
+        bandwidth: Bytes/s between two ranks, each way.
+        latency: Seconds from a rank to the next.
+
+    Returns:
+        Seconds.
+    """
     if ranks == 1:
         return 0.0
     ring = 2 * (ranks - 1) / ranks * size / bandwidth + 2 * (ranks - 1) * latency
@@ -141,7 +211,10 @@ def all_reduce_seconds(size: int, ranks: int, bandwidth: float, latency: float) 
 
 
 def measured_share(folder: Path, gpu: str) -> float | None:
-    """The largest share of a card's peak that a whole step reached, by the results in `folder`; None without any."""
+    """The largest share of the card's peak that a step reached in the results of `folder`; None where there are none.
+
+    `folder` holds JSON files of `pytest bench/`; only those measured on card `gpu` (a key of GPUS) count.
+    """
     card, best = GPUS[gpu], 0.0
     for path in sorted(folder.glob("*.json")):
         results = Results.load(path)

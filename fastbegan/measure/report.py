@@ -1,4 +1,4 @@
-"""`fastbegan bench report`: results of `pytest bench/` as Markdown and pictures."""
+"""The report of `fastbegan bench report`: results of `pytest bench/` as Markdown and plots."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ..files import atomic, make_folder
 from .machine import slug
 from .results import HEAD, Results, Row, cells, count_lines, title
 
-_REST = "the rest"  # as the counts call it
+_REST = "the rest"  # the name in a row's breakdown
 _BLUE, _GREY, _RED = "#1f77b4", "#999999", "#d62728"
 
 
 def load_all(paths: Sequence[Path]) -> list[Results]:
-    """Results of files, or of all JSON files in folders, the oldest first. Raises UserError where there are none."""
+    """Load results from JSON files and folders of them, the oldest first. Raises UserError where there are none."""
     files: list[Path] = []
     for path in paths:
         files += sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"no results in {', '.join(map(str, paths))}; pytest bench/ --results FILE.json makes some")
-    return sorted((Results.load(path) for path in files), key=lambda one: one.machine.get("date", ""))
+    return sorted((Results.load(path) for path in files), key=lambda results: results.machine.get("date", ""))
 
 
-def newest(every: Iterable[Results]) -> list[Results]:
-    """Of each device its last results."""
-    return list({slug(one.machine): one for one in every}.values())
+def newest(runs: Iterable[Results]) -> list[Results]:
+    """The last results of each device; `runs` go from old to new."""
+    return list({slug(run.machine): run for run in runs}.values())
 
 
 def markdown(results: Results) -> str:
-    """One run: the machine, a table for each suite, what was counted."""
+    """One run as Markdown: its machine, a table per group, counts, and shares of time."""
     machine = results.machine
     facts = ", ".join(f"{name} {value}" for name, value in machine.items() if name != "device" and value is not None)
     lines = [f"## {machine['device']}", "", f"{title(results)}. Measured {facts}.", ""]
@@ -54,11 +54,11 @@ def _line(values: Sequence[str]) -> str:
     return f"| {' | '.join(values)} |"
 
 
-def readme(every: Iterable[Results]) -> str:
-    """The README's section on speed: whole steps on every device that was measured, and what was not."""
+def readme(runs: Iterable[Results]) -> str:
+    """The README's section on speed: whole steps on every device, and a note where no GPU was measured."""
     lines = [_line(("device", "date", "step", "ms", "images/s", "times as fast as")), _line(["---"] * 6)]
     gpu = False
-    for results in newest(every):
+    for results in newest(runs):
         gpu |= "capability" in results.machine
         for row in results.rows:
             if row.group == "step":
@@ -77,20 +77,32 @@ def readme(every: Iterable[Results]) -> str:
 
 
 def write_report(paths: Sequence[Path], *, out: Path | None, as_readme: bool) -> int:
-    """Print the newest results of each device as Markdown, or write them with pictures to the folder `out`."""
-    every = load_all(paths)
+    """Print the newest results of each device as Markdown, or write them with plots.
+
+    Args:
+        paths: JSON files of results, and folders of them.
+        out: Folder for report.md and its plots; None prints the tables.
+        as_readme: Print the README's section instead.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: There are no results, or `out` cannot be written to.
+    """
+    runs = load_all(paths)
     if as_readme:
-        print(readme(every), end="")
+        print(readme(runs), end="")
         return 0
-    text = "# Benchmarks\n\n" + "\n".join(markdown(results) for results in newest(every))
+    text = "# Benchmarks\n\n" + "\n".join(markdown(results) for results in newest(runs))
     if out is None:
         print(text, end="")
         return 0
     make_folder(out)
-    for results in newest(every):
+    for results in newest(runs):
         name = slug(results.machine)
         pictures = {"speed-up": speed_up(results), "roofline": roofline(results)}
-        pictures |= {"history": history([one for one in every if slug(one.machine) == name])}
+        pictures |= {"history": history([run for run in runs if slug(run.machine) == name])}
         pictures |= {"breakdown": breakdown(results)}
         for kind, figure in pictures.items():
             if figure is not None:
@@ -103,7 +115,7 @@ def write_report(paths: Sequence[Path], *, out: Path | None, as_readme: bool) ->
 
 
 def speed_up(results: Results) -> Any:
-    """Bars: how many times as fast as what it is held to, for every row."""
+    """Bars: the speed-up of every row over its baseline, the first of its ratios; None where no row has one."""
     rows = [row for row in results.rows if row.ratio is not None and row.group != "start-up"]
     if not rows:
         return None
@@ -120,7 +132,7 @@ def speed_up(results: Results) -> Any:
 
 
 def roofline(results: Results) -> Any:
-    """Arithmetic done over its intensity, under the ceilings that were measured in the same run."""
+    """The roofline plot: FLOP/s over FLOPs per byte, under the ceilings measured in the same run."""
     rows = [row for row in results.rows if row.flops and row.moved]
     if not rows:
         return None
@@ -135,29 +147,29 @@ def roofline(results: Results) -> Any:
             axes.plot(points, [min(rate, copied * at) for at in points], color=_GREY, label=f"ceiling, {precision}")
     groups = sorted({row.group for row in rows})
     for group, marker in zip(groups, "osd^v<>*PX", strict=False):
-        mine = [row for row in rows if row.group == group]
-        reached = [1e3 * (row.flops or 0) / row.ms for row in mine]
-        axes.plot([(row.flops or 0) / (row.moved or 1) for row in mine], reached, marker, label=group, markersize=5)
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must be moved", ylabel="FLOP/s")
+        members = [row for row in rows if row.group == group]
+        reached = [1e3 * (row.flops or 0) / row.ms for row in members]
+        axes.plot([(row.flops or 0) / (row.moved or 1) for row in members], reached, marker, label=group, markersize=5)
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte that must be moved", ylabel="FLOP/s")
     axes.set_title(f"{results.machine['device']}, {results.machine['date']}", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
 def breakdown(results: Results) -> Any:
-    """Where the time of whole steps goes."""
+    """Stacked bars: shares of the time of whole steps, by operation."""
     rows = [row for row in results.rows if row.breakdown]
     if not rows:
         return None
     from matplotlib import colormaps
 
-    seen = [_large(row.breakdown) for row in rows]
-    names = [*dict.fromkeys(name for shares in seen for name in shares if name != _REST), _REST]
+    breakdowns = [_large(row.breakdown) for row in rows]
+    names = [*dict.fromkeys(name for shares in breakdowns for name in shares if name != _REST), _REST]
     figure, (axes,) = new_figure(height=1.6 + 0.5 * len(rows))
     left = [0.0] * len(rows)
     for place, name in enumerate(names):
-        shares = [100 * one.get(name, 0.0) for one in seen]
-        label = name.strip("_")  # matplotlib hides those that begin so
+        shares = [100 * breakdown.get(name, 0.0) for breakdown in breakdowns]
+        label = name.strip("_")  # matplotlib hides labels that begin with one
         axes.barh([row.name for row in rows], shares, left=left, label=label, color=colormaps["tab20"](place % 20))
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.invert_yaxis()
@@ -168,27 +180,22 @@ def breakdown(results: Results) -> Any:
 
 
 def _large(breakdown: dict[str, float]) -> dict[str, float]:
-    """Shares that can be seen; all others are in the rest."""
-    found = {name: share for name, share in breakdown.items() if share >= 0.02 and name != _REST}
-    return found | {_REST: 1 - sum(found.values())}
+    """Shares of 2 % and more; the others are summed up in the rest."""
+    large = {name: share for name, share in breakdown.items() if share >= 0.02 and name != _REST}
+    return large | {_REST: 1 - sum(large.values())}
 
 
-def history(every: Sequence[Results]) -> Any:
-    """Ratios of whole steps over commits; nothing for a single run."""
-    if len(every) < 2:
+def history(runs: Sequence[Results]) -> Any:
+    """Lines: ratios of whole steps over the runs of one device; None for a single run."""
+    if len(runs) < 2:
         return None
     figure, (axes,) = new_figure(height=5)
-    labels = [f"{one.machine.get('commit') or '?'}\n{one.machine['date']}" for one in every]
-    for key in dict.fromkeys(row.key for one in every for row in one.rows if row.group == "step"):
-        found: list[Row | None] = [next((row for row in one.rows if row.key == key), None) for one in every]
-        axes.plot(
-            range(len(every)),
-            [row.ratio if row and row.ratio else float("nan") for row in found],
-            marker="o",
-            label=key,
-            linewidth=1.2,
-        )
-    axes.set_xticks(range(len(every)), labels, fontsize=8)
+    labels = [f"{run.machine.get('commit') or '?'}\n{run.machine['date']}" for run in runs]
+    for key in dict.fromkeys(row.key for run in runs for row in run.rows if row.group == "step"):
+        rows: list[Row | None] = [next((row for row in run.rows if row.key == key), None) for run in runs]
+        ratios = [row.ratio if row and row.ratio else float("nan") for row in rows]
+        axes.plot(range(len(runs)), ratios, marker="o", label=key, linewidth=1.2)
+    axes.set_xticks(range(len(runs)), labels, fontsize=8)
     axes.set_ylabel("times as fast as eager PyTorch")
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.15))
     return figure

@@ -1,4 +1,4 @@
-"""`fastbegan bench step`: every way to do a training step, timed turn by turn in one run."""
+"""The measurement of `fastbegan bench step`: all modes of a training step, timed turn by turn in one run."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from ..training.cost import step_cost
 from ..training.graph import GraphedStep
 from ..training.objective import OBJECTIVES
 from ..training.step import FIRST_LOSS_SCALE, TrainStep
+from .machine import synchronize
 from .results import ratio
 
 MODES = ("textbook", "single-pass", "joint", "alternating")
 COMPILED = "+compile"
 DEFAULT_MODES = ("textbook", f"textbook{COMPILED}", *MODES[1:], f"single-pass{COMPILED}")
-# how far gradients may be from the textbook's before a mode is not timed: rounding turns the sign of some errors
+# relative distance from the textbook's gradients above which a mode is refused; rounding flips the signs of some errors
 _TOLERANCE = {"float32": 5e-3, "tf32": 2e-2, "bf16": 2e-1, "fp16": 2e-1}
-_FIRST_STEPS = 5  # a graph is captured in the fourth
-_GPU_STEPS = 5  # a turn's steps there, so that the queue never runs dry
+_FIRST_STEPS = 5  # before timing; the fourth captures the CUDA graph
+_GPU_STEPS = 5  # steps of a turn on a GPU, so that its queue never runs dry
 
 
 @dataclass
 class Row:
-    """One mode in one precision; ratios say how many times faster it is, None where the other was not measured."""
+    """One mode in one precision; a ratio says how many times as fast it is, None where the other was not measured."""
 
     mode: str
     precision: str
@@ -44,9 +45,9 @@ class Row:
     images_per_second: float
     flops: int
     peak_bytes: int
-    """Of a GPU as measured, else modelled."""
+    """Measured on a GPU, else modelled."""
     ratio_eager: float | None = None
-    """To the eager textbook step in the same precision and its faster memory format."""
+    """To the eager textbook step in the same precision, in its faster memory format."""
     ratio_compile: float | None = None
     """To torch.compile of the textbook step in the same precision."""
     ratio_float32: float | None = None
@@ -55,7 +56,7 @@ class Row:
 
 @dataclass
 class Candidate:
-    """A way to do a step, ready to be timed."""
+    """A mode of the step, ready to be timed."""
 
     mode: str
     precision: str
@@ -66,14 +67,35 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
+        """Median of `times`, seconds per step."""
         return statistics.median(self.times)
 
 
 def measure(
-    model: ModelConfig, train: TrainConfig, modes: Sequence[str], precisions: Sequence[str], device: torch.device,
-    compiler: str | None, rounds: int, say: Callable[[str], object] | None = None,
-) -> list[Row]:  # fmt: skip
-    """A row for each mode and precision. Raises UserError where a mode's gradients are not the textbook's."""
+    model: ModelConfig,
+    train: TrainConfig,
+    modes: Sequence[str],
+    precisions: Sequence[str],
+    device: torch.device,
+    compiler: str | None,
+    rounds: int,
+    say: Callable[[str], object] | None = None,
+) -> list[Row]:
+    """Check and time all modes in all precisions; a mode that runs out of memory is left out with a warning.
+
+    Args:
+        model: The nets.
+        train: Settings of the step, without mode and precision.
+        modes: Names from MODES, each with or without COMPILED behind it.
+        precisions: Names as in `device.pick_precision`, "auto" resolved.
+        device: The device to run on.
+        compiler: The mode of torch.compile, for the modes with COMPILED.
+        rounds: Turns; each mode takes one step per turn on a CPU, a few on a GPU.
+        say: Called with a line before each mode is prepared.
+
+    Raises:
+        UserError: A mode's gradients or losses differ from the textbook's.
+    """
     candidates: list[Candidate] = []
     search = train.cudnn_search == "auto"
     for precision in precisions:
@@ -85,7 +107,7 @@ def measure(
             try:
                 check(model, train, [mode.removesuffix(COMPILED)], precision, dtype, device)
                 candidates += prepare(model, train, mode, precision, dtype, device, compiler)
-            except Exception as error:  # the others are timed all the same
+            except Exception as error:  # out of memory: the other modes are timed all the same
                 if not is_out_of_memory(error):
                     raise
                 warnings.warn(f"{mode} in {precision} does not fit into memory and is left out", stacklevel=2)
@@ -94,27 +116,30 @@ def measure(
             set_backends(candidate.precision, deterministic=train.deterministic, search=search)
             candidate.times.append(turn(candidate.advance, device))
     best: dict[tuple[str, str], Candidate] = {}
-    for candidate in sorted(candidates, key=lambda one: one.seconds, reverse=True):
-        best[candidate.mode, candidate.precision] = candidate  # the eager textbook is there in both memory formats
+    for candidate in sorted(candidates, key=lambda candidate: candidate.seconds, reverse=True):
+        best[candidate.mode, candidate.precision] = candidate  # the eager textbook has a candidate per memory format
     rows = []
-    for mode, precision in dict.fromkeys((one.mode, one.precision) for one in candidates):
-        own = best[mode, precision]
-        others = [("textbook", precision), (f"textbook{COMPILED}", precision), ("textbook", "float32")]
-        ratios = [ratio(best[other].times, own.times) if other in best else None for other in others]
-        rate = train.batch_size / own.seconds
-        rows.append(Row(mode, precision, 1e3 * own.seconds, rate, own.flops, own.memory, *ratios))
+    for mode, precision in dict.fromkeys((candidate.mode, candidate.precision) for candidate in candidates):
+        fastest = best[mode, precision]
+        baselines = [("textbook", precision), (f"textbook{COMPILED}", precision), ("textbook", "float32")]
+        ratios = [ratio(best[key].times, fastest.times) if key in best else None for key in baselines]
+        seconds, rate = fastest.seconds, train.batch_size / fastest.seconds
+        rows.append(Row(mode, precision, 1e3 * seconds, rate, fastest.flops, fastest.memory, *ratios))
     return rows
 
 
 def configured(train: TrainConfig, mode: str) -> TrainConfig:
-    """The settings of a mode."""
+    """`train` with the settings of a mode from MODES."""
     if mode == "alternating":
         return replace(train, passes="single-pass", updates="alternating", latents="shared")
     return replace(train, passes=mode, updates="simultaneous", latents="shared")
 
 
 def inputs(model: ModelConfig, train: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch of noise in [-1, 1] and its latents."""
+    """Draw a batch of noise for `model`, of `train.batch_size` images.
+
+    Returns images [N, 3, size, size], channels_last, and latents [N, latent], both float32 in [-1, 1).
+    """
     count = train.batch_size
     images = latents(train.seed, 0, 0, count * model.size, 3 * model.size, device)
     images = images.view(count, 3, model.size, model.size).contiguous(memory_format=torch.channels_last)
@@ -122,10 +147,26 @@ def inputs(model: ModelConfig, train: TrainConfig, device: torch.device) -> tupl
 
 
 def check(
-    model: ModelConfig, train: TrainConfig, modes: Sequence[str], precision: str, dtype: torch.dtype | None,
+    model: ModelConfig,
+    train: TrainConfig,
+    modes: Sequence[str],
+    precision: str,
+    dtype: torch.dtype | None,
     device: torch.device,
-) -> None:  # fmt: skip
-    """Hold each way to get simultaneous gradients to the textbook's in the same precision."""
+) -> None:
+    """Compare gradients with the textbook's in the same precision.
+
+    Args:
+        model: The nets.
+        train: Settings of the step.
+        modes: Names from MODES; alternating has other gradients and is skipped.
+        precision: Its name, which sets the tolerance.
+        dtype: The dtype of autocast in this precision; None for float32 and tf32.
+        device: The device to run on.
+
+    Raises:
+        UserError: A mode's gradients differ by more than rounding explains.
+    """
     nets = build(model, seed=train.seed, device=device)
     real, z = inputs(model, train, device)
     k = torch.full((), 0.1, device=device)
@@ -146,17 +187,35 @@ def check(
 
 
 def prepare(
-    model: ModelConfig, train: TrainConfig, mode: str, precision: str, dtype: torch.dtype | None,
-    device: torch.device, compiler: str | None,
-) -> list[Candidate]:  # fmt: skip
-    """What is timed for a mode: two for the eager textbook, one in each memory format; none where compiling fails.
+    model: ModelConfig,
+    train: TrainConfig,
+    mode: str,
+    precision: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    compiler: str | None,
+) -> list[Candidate]:
+    """Build a mode's candidates and take their first steps.
 
-    Raises UserError where torch.compile changes the losses.
+    Args:
+        model: The nets.
+        train: Settings of the step.
+        mode: A name from MODES, with or without COMPILED behind it.
+        precision: Its name, which sets the tolerance.
+        dtype: The dtype of autocast in this precision; None for float32 and tf32.
+        device: The device to run on.
+        compiler: The mode of torch.compile, for a mode with COMPILED.
+
+    Returns:
+        One candidate; two for the eager textbook, one per memory format; none where compiling fails.
+
+    Raises:
+        UserError: torch.compile changes the losses.
     """
     name = mode.removesuffix(COMPILED)
     config = configured(train, name)
     cost = step_cost(model, config, dtype)
-    made = []
+    candidates = []
     eager = mode == "textbook"
     for layout in (torch.channels_last, torch.contiguous_format) if eager else (torch.channels_last,):
         before = 0
@@ -169,16 +228,16 @@ def prepare(
             net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         real = real.contiguous(memory_format=layout)
         step = TrainStep(*nets, config, dtype, compiler if mode.endswith(COMPILED) else None)
-        # the compiled textbook gets the graph too, as max-autotune would make its own
+        # the compiled textbook gets a CUDA graph too, since max-autotune would make one itself
         advance = GraphedStep(lambda step=step, real=real, z=z: step(real, z, z), device, enabled=not eager)
         for _ in range(_FIRST_STEPS):
             advance()
         memory = cost.memory
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            synchronize(device)
             memory = torch.cuda.max_memory_allocated(device) - before
         if mode.endswith(COMPILED):
-            if not step.objective.compiled:  # it has warned
+            if not step.objective.compiled:  # the step has warned
                 return []
             plain = TrainStep(*build(model, seed=train.seed, device=device), config, dtype)
             for _ in range(_FIRST_STEPS):
@@ -186,19 +245,16 @@ def prepare(
             drift = (step.equilibrium.sums / plain.equilibrium.sums)[:2].sub(1).abs().max().item()
             if not drift <= _TOLERANCE[precision]:
                 raise UserError(f"{mode} in {precision} has losses {drift:.2g} from those without; not timed")
-        made.append(Candidate(mode, precision, advance, cost.flops, memory))
-    return made
+        candidates.append(Candidate(mode, precision, advance, cost.flops, memory))
+    return candidates
 
 
 def turn(advance: Callable[[], None], device: torch.device) -> float:
-    """Seconds a step."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        advance()
-        return time.perf_counter() - start
-    torch.cuda.synchronize(device)
+    """Take a turn of steps: seconds per step."""
+    steps = _GPU_STEPS if device.type == "cuda" else 1
+    synchronize(device)
     start = time.perf_counter()
-    for _ in range(_GPU_STEPS):
+    for _ in range(steps):
         advance()
-    torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / _GPU_STEPS
+    synchronize(device)
+    return (time.perf_counter() - start) / steps

@@ -1,7 +1,7 @@
 """Checkpoints that survive crashes: a folder each, complete as soon as it has its name.
 
 `checkpoints/000001000/` holds `state.pt` and `manifest.json` (size and SHA-256 of the state). It is written under a
-temporary name, flushed, and renamed; loading verifies the manifest and passes over a damaged one with a warning.
+temporary name, flushed, and renamed. Loading verifies the manifest and skips a damaged checkpoint with a warning.
 """
 
 from __future__ import annotations
@@ -27,14 +27,25 @@ _STATE, _MANIFEST, _TEMPORARY = "state.pt", "manifest.json", ".writing-"
 
 
 class UnreadableError(UserError):
-    """The system refuses to read a checkpoint, which may be whole."""
+    """The system cannot read a checkpoint, which may be undamaged."""
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Write `state` (tensors and plain values) as the checkpoint of `step`; keep it and the newest before it.
+    """Write the checkpoint of one step, and remove surplus ones.
 
-    Later ones are of a future that was given up (they were damaged, or the run went on from an earlier one). Returns
-    the checkpoint's folder. Raises UserError where the disk is full or the folder cannot be written.
+    Checkpoints of later steps are removed too: they were damaged, or the run was continued from an earlier one.
+
+    Args:
+        folder: Holds all checkpoints of a run; it is made if it does not exist.
+        step: Number of steps done.
+        state: Tensors and plain values in dicts and lists.
+        keep: Number of checkpoints to keep, this one included.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: The disk is full or the folder cannot be written. Earlier checkpoints are kept.
     """
     target = folder / f"{step:09d}"
     temporary = folder / f"{_TEMPORARY}{target.name}"
@@ -46,9 +57,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
         path = temporary / _STATE
-        serialised = (
-            io.BytesIO()
-        )  # where torch.save writes into a file itself, a full disk is a RuntimeError of its own
+        # not into the file directly, where torch.save turns a full disk into a RuntimeError without a cause
+        serialised = io.BytesIO()
         torch.save(state, serialised)
         with path.open("wb") as file:
             file.write(serialised.getbuffer())
@@ -56,7 +66,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
             os.fsync(file.fileno())
         manifest = {"step": step, "files": {_STATE: {"bytes": path.stat().st_size, "sha256": sha256(path)}}}
         write_json(temporary / _MANIFEST, manifest)
-        if target.exists():  # a damaged one that was passed over, or the same step once more
+        if target.exists():  # a damaged checkpoint that was skipped, or the same step once more
             shutil.rmtree(target)
         temporary.rename(target)
         sync_folder(folder)
@@ -64,22 +74,22 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"checkpoint {target} cannot be written ({reason}); earlier ones are kept") from None
-    found = list_checkpoints(folder)
-    current = found.index(target) + 1
-    for surplus in (*found[current:], *found[: max(0, current - keep)]):
+    checkpoints = list_checkpoints(folder)
+    end = checkpoints.index(target) + 1
+    for surplus in (*checkpoints[end:], *checkpoints[: max(0, end - keep)]):
         shutil.rmtree(surplus, ignore_errors=True)
     return target
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first; verified only by `damage`."""
+    """Checkpoint folders, oldest first, damaged ones included."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is as its manifest says."""
+    """The first fault of a checkpoint, or None if every file is as its manifest says."""
     try:
         return _damage(checkpoint)
     except OSError as error:
@@ -87,7 +97,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """The same; raises OSError where the system refuses to read what is there."""
+    """`damage`, but raises OSError where the system cannot read an existing file."""
     try:
         files = json.loads((checkpoint / _MANIFEST).read_bytes())["files"]
         if _STATE not in files:
@@ -108,14 +118,22 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def read_checkpoint(checkpoint: Path, device: torch.device) -> dict[str, Any]:
-    """The state in a checkpoint's folder, its tensors on `device`.
+    """Read the state in a checkpoint's folder, without unpickling any object.
 
-    Never unpickles objects. Raises UserError for a damaged checkpoint, and for one that holds other things than ours.
+    Args:
+        checkpoint: The checkpoint's folder.
+        device: Device of all tensors in the result.
+
+    Returns:
+        The state that `save_checkpoint` was given.
+
+    Raises:
+        UserError: The checkpoint is damaged or holds other types than tensors and plain values.
     """
     try:
         if problem := _damage(checkpoint):
             raise UserError(f"checkpoint {checkpoint} is damaged ({problem})")
-        # to the CPU first: what goes wrong on a GPU is no damage
+        # to the CPU first: an error of the GPU is not damage
         state = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
     except OSError as error:
         name, reason = error.filename or checkpoint / _STATE, error.strerror or error
@@ -129,26 +147,34 @@ def read_checkpoint(checkpoint: Path, device: torch.device) -> dict[str, Any]:
 
 
 def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """State of the newest undamaged checkpoint, or None if there is no checkpoint at all.
+    """Read the newest undamaged checkpoint, without unpickling any object.
 
-    Never unpickles objects. Raises UserError if there are checkpoints and all are damaged, or if one cannot be read for
-    another reason: a run that went on from the one before would remove it.
+    Args:
+        folder: Holds all checkpoints of a run.
+        device: Device of all tensors in the result.
+
+    Returns:
+        The state, or None if there is no checkpoint at all.
+
+    Raises:
+        UserError: All checkpoints are damaged; or the system cannot read one, which may be whole and would be removed
+            if the run continued from an earlier one.
     """
-    found = list_checkpoints(folder)
-    for checkpoint in reversed(found):
+    checkpoints = list_checkpoints(folder)
+    for checkpoint in reversed(checkpoints):
         try:
             return read_checkpoint(checkpoint, device)
         except UnreadableError:  # noqa: PERF203
             raise
         except UserError as error:
             warnings.warn(f"{error}; passed over", stacklevel=2)
-    if found:
+    if checkpoints:
         raise UserError(f"every checkpoint in {folder} is damaged; start again with another --out")
     return None
 
 
 def load_for_all(folder: Path, device: torch.device, ranks: Ranks) -> dict[str, Any] | None:
-    """`load_latest` of the first rank, for all of them: the others may not even see its folder."""
+    """`load_latest` on rank 0, sent to all ranks: the others may not see the folder."""
     if ranks.alone:
         return load_latest(folder, device)
     file = io.BytesIO()
@@ -159,7 +185,7 @@ def load_for_all(folder: Path, device: torch.device, ranks: Ranks) -> dict[str, 
 
 
 def copied(value: Any) -> Any:
-    """Tensors, dicts and lists with copies of all tensors, on the CPU: what is written while training goes on."""
+    """A copy of tensors, dicts and lists on the CPU, which can be written while training changes the original."""
     return _each(value, lambda tensor: tensor.detach().cpu() if tensor.is_cuda else tensor.detach().clone())
 
 
@@ -167,19 +193,19 @@ def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {name: _each(one, change) for name, one in value.items()}
-    return [_each(one, change) for one in value] if isinstance(value, list) else value
+        return {name: _each(item, change) for name, item in value.items()}
+    return [_each(item, change) for item in value] if isinstance(value, list) else value
 
 
 class Writer:
-    """Writes in the background, one thing after another. What goes wrong is raised by the next call."""
+    """Writes in a thread, one job after another. An error in a job is raised by the next call."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
         self._last: Future[object] | None = None
 
     def begin(self, write: Callable[[], object]) -> None:
-        """Have `write` called, once the one before is done."""
+        """Wait for the job before, then call `write` in the thread."""
         self.finish()
         self._last = self._pool.submit(write)
 
@@ -189,17 +215,17 @@ class Writer:
         return self._last is not None and not self._last.done()
 
     def linger(self, seconds: float) -> None:
-        """Give what is being written that long; nothing is raised."""
+        """Wait for the job, at most `seconds`; raise nothing."""
         if self._last is not None:
             wait([self._last], seconds)
 
     def check(self) -> None:
-        """Raise what went wrong so far."""
+        """Raise the error of a job that has failed; do not wait."""
         if self._last is not None and self._last.done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the last one."""
+        """Wait for the job and raise its error."""
         last, self._last = self._last, None
         if last is not None:
             last.result()

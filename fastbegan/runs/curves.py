@@ -9,7 +9,7 @@ from ..figures import new_figure, save_figure
 
 
 def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """M, both losses and k over images seen, from rows of metrics.jsonl; nothing for no rows."""
+    """Plot M, both losses and k over images seen, from rows of metrics.jsonl. Without rows, write nothing."""
     if not rows:
         return
     figure, (upper, lower) = new_figure(rows=2, ratios=(2, 1), share_x=True)

@@ -1,4 +1,4 @@
-"""The run folder: one place for what a run is (config.json), what it did and what it made."""
+"""The run folder: a run's config, metrics, pictures, checkpoints and weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..version import __version__
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that was chosen, resolved; `config.json` is this."""
+    """All settings of a run, resolved: the content of `config.json`."""
 
     preset: str
     model: ModelConfig
@@ -33,7 +33,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Raises UserError where a part is missing or wrong."""
+        """The inverse of `to_dict`. Raises UserError where a part is missing or wrong."""
         if missing := [name for name in ("preset", "model", "train") if name not in values]:
             raise UserError(f"no {missing[0]!r} in it")
         return cls(
@@ -59,18 +59,18 @@ class RunFolder:
         self.nonfinite_file = path / "nonfinite.json"
 
     def exists(self) -> bool:
-        """Whether a run was started here."""
+        """Whether the folder holds a run."""
         return self.config_file.exists()
 
     def require_free(self) -> None:
-        """Raises UserError where something lies here that is no run: it would be mixed up or overwritten."""
+        """Raises UserError if the folder holds anything but a run, which could be overwritten."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file and cannot be written to as a folder; give another --out")
         if visible(self.path):
             raise UserError(f"{self.path} is not empty and holds no run (no config.json); give another --out")
 
     def read_config(self) -> RunConfig:
-        """Raises UserError where this is no run folder."""
+        """The settings in config.json. Raises UserError if this is no run folder."""
         if not self.exists():
             raise UserError(
                 f"{self.path} is no run folder (it has no config.json); give what `fastbegan train` printed"
@@ -89,10 +89,7 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole rows of metrics.jsonl; a last line cut off by a crash is left out.
-
-        Raises UserError for a line that is no JSON.
-        """
+        """The rows of metrics.jsonl, without a last line that a crash cut off. Raises UserError for invalid JSON."""
         if not self.metrics_file.exists():
             return []
         lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -102,7 +99,7 @@ class RunFolder:
             raise UserError(f"{self.metrics_file} is damaged ({error}); remove the line, or the file") from None
 
     def rewind(self, step: int) -> None:
-        """Drop rows and sheets after `step`: a continued run makes them again."""
+        """Remove rows and sheets of steps after `step`, which a continued run makes again."""
         for sheet in self.samples.glob("*.png"):
             if sheet.stem.isdecimal() and int(sheet.stem) > step:
                 sheet.unlink()
@@ -116,25 +113,29 @@ class RunFolder:
         return self.samples / f"{step:09d}.png"
 
     def contents(self, step: int) -> list[str]:
-        """What a run that ended at `step` has made, and where."""
-        found = {
-            "samples": self.sheet_file(step), "animation": self.animation_file, "curves": self.curves_file,
-            "generator": self.generator_file, "checkpoint": self.checkpoints,
-        }  # fmt: skip
-        return [f"{name:<10}  {path}" for name, path in found.items()]
+        """Lines with the name and path of each result of a run that ended at `step`."""
+        paths = {
+            "samples": self.sheet_file(step),
+            "animation": self.animation_file,
+            "curves": self.curves_file,
+            "generator": self.generator_file,
+            "checkpoint": self.checkpoints,
+        }
+        return [f"{name:<10}  {path}" for name, path in paths.items()]
 
     def write_weights(self, modules: dict[str, torch.Tensor]) -> None:
-        """The averaged generator and the discriminator as safetensors, float32, nn.Conv2d's layout.
+        """Write the averaged generator and the discriminator as safetensors: float32, contiguous.
 
-        `modules` is `TrainStep.state_dict()`.
+        Args:
+            modules: `TrainStep.state_dict()`.
         """
         for path, prefix in ((self.generator_file, "average."), (self.discriminator_file, "discriminator.")):
-            found = {name.removeprefix(prefix): value for name, value in modules.items() if name.startswith(prefix)}
+            state = {name.removeprefix(prefix): value for name, value in modules.items() if name.startswith(prefix)}
             with atomic(path) as file:
-                file.write(save({name: value.detach().cpu().contiguous() for name, value in found.items()}))
+                file.write(save({name: value.detach().cpu().contiguous() for name, value in state.items()}))
 
     def load_generator(self, device: torch.device | str = "cpu") -> Generator:
-        """The averaged generator, ready to sample. Raises UserError where there is none or it does not fit."""
+        """The averaged generator in eval mode, channels_last. Raises UserError if it is missing or does not fit."""
         config = self.read_config()
         if not self.generator_file.exists():
             raise UserError(f"{self.generator_file} does not exist; train until the first checkpoint")
@@ -147,7 +148,7 @@ class RunFolder:
 
 
 def new_run_folder(preset: str) -> Path:
-    """A folder under runs/ that does not exist yet."""
+    """A path under runs/ that does not exist, named by the time and the preset."""
     stem = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
     path, number = stem, 1
     while path.exists():
@@ -157,7 +158,7 @@ def new_run_folder(preset: str) -> Path:
 
 
 def check_resumable(stored: RunConfig, wanted: RunConfig, folder: Path) -> None:
-    """Raises UserError naming each setting that a continued run may not change."""
+    """Raises UserError if a continued run has other settings than stored; it names those that may not change."""
     differences = []
     if stored.preset != wanted.preset:
         differences.append(("preset", stored.preset, wanted.preset))

@@ -16,7 +16,7 @@ from ..files import atomic
 
 BANDS = ("real", "real, reconstructed", "generated", "generated, reconstructed")
 COLUMNS, ROWS = 10, 2  # tiles in each band of a training sheet
-_TILE = 64  # small images are enlarged to about this many pixels, so that a person can see them
+_TILE = 64  # height in pixels to which smaller images are enlarged
 _MARGIN, _LABEL = 6, 18
 
 
@@ -27,7 +27,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """uint8 [N, H, W, 3] -> one picture, row by row, small images enlarged; missing tiles are white."""
+    """uint8 [N, H, W, 3] -> one picture, row by row. Small images are enlarged; missing tiles are white."""
     count, height, width, _ = images.shape
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
@@ -52,7 +52,7 @@ def save_animation(path: Path, sheets: Sequence[Path]) -> None:
     """The generated images of training sheets, in this order, as a GIF; nothing for no sheets."""
     stride = max(1, -(-len(sheets) // _ANIMATION_FRAMES))
     frames = []
-    for sheet_path in sheets[::-1][::stride][::-1]:  # evenly spaced, the newest always among them
+    for sheet_path in sheets[::-1][::stride][::-1]:  # evenly spaced, the newest included
         with Image.open(sheet_path) as sheet:
             frames.append(generated_band(sheet.convert("RGB")))
     if frames:
@@ -62,7 +62,7 @@ def save_animation(path: Path, sheets: Sequence[Path]) -> None:
 def save_gif(path: Path, frames: Sequence[np.ndarray | Image.Image], milliseconds: int) -> None:
     """Write a looping GIF atomically; the last frame stays a second longer."""
     images = [Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame for frame in frames]
-    # one palette, taken from all frames: no flicker between them
+    # one palette for all frames: with one each, colours would flicker
     every = np.concatenate([np.asarray(image)[::2, ::2] for image in images])
     palette = Image.fromarray(every).quantize(colors=255, method=Image.Quantize.MEDIANCUT)
     indexed = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
@@ -87,7 +87,7 @@ def banded_sheet(bands: Sequence[np.ndarray]) -> Image.Image:
 
 
 def generated_band(sheet: Image.Image) -> Image.Image:
-    """The third band of a `banded_sheet`: what the generator drew."""
+    """The band of generated images of a `banded_sheet`."""
     step = (sheet.height - _MARGIN) // len(BANDS)
     top = BANDS.index("generated") * step + _LABEL
     return sheet.crop((_MARGIN, top, sheet.width - _MARGIN, top + step - _LABEL))
@@ -97,14 +97,24 @@ def generated_band(sheet: Image.Image) -> Image.Image:
 def training_sheet(
     generator: nn.Module, discriminator: nn.Module, real: Tensor, z: Tensor
 ) -> tuple[Image.Image, Tensor]:
-    """Sheet of real images, G(z) and both reconstructed by D; also returns G(z) in [-1, 1]."""
+    """A sheet of real images, G(z) and D's reconstructions of both, and G(z), not clipped.
+
+    Args:
+        generator: Maps `z` to images.
+        discriminator: Reconstructs images.
+        real: [N, 3, H, W] in [-1, 1].
+        z: [N, latent].
+
+    Returns:
+        The sheet, and G(z) [N, 3, H, W].
+    """
     fake = generator(z)
     bands = (real, discriminator(real), fake, discriminator(fake))
     return banded_sheet([to_uint8(band) for band in bands]), fake
 
 
 def sheet_latents(latent: int, seed: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Fixed z of the sheets and of `fastbegan sample`: float32 [count, latent] in [-1, 1)."""
+    """The z of all sheets and of `fastbegan sample`, fixed by the seed: float32 [count, latent] in [-1, 1)."""
     return counter.latents(seed, counter.SHEET, 0, count, latent, device)
 
 
@@ -115,13 +125,13 @@ def generate(generator: nn.Module, z: Tensor, batch: int = 64) -> np.ndarray:
 
 
 def interpolate_latents(z: Tensor, frames: int) -> Tensor:
-    """Straight lines between consecutive rows of z [N, latent]: [N - 1, frames, latent], both ends included."""
+    """Points on the lines between consecutive rows of z [N, latent]: [N - 1, frames, latent], with both ends."""
     weights = torch.linspace(0, 1, frames, device=z.device)[None, :, None]
     return torch.lerp(z[:-1, None], z[1:, None], weights)
 
 
 def diversity(images: Tensor) -> float:
-    """Mean L1 distance between all pairs of images [N, 3, H, W] in [-1, 1], per value; 0 where all are alike."""
+    """Mean absolute difference per value over all pairs of images [N, 3, H, W] in [-1, 1]; 0 for equal images."""
     flat = images.detach().float().clamp(-1, 1).flatten(1)
     count = len(flat)
     if count < 2:

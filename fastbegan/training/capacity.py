@@ -1,4 +1,4 @@
-"""How much memory a preset needs, and the largest batch that fits."""
+"""The memory of a preset's step, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -17,21 +17,35 @@ from ..nets.models import build
 from .cost import step_cost
 from .step import TrainStep
 
-_USABLE = 0.9  # of free memory: the rest is the library's workspaces and the loader
+_USABLE = 0.9  # share of free memory; the rest is for workspaces of libraries and the loader
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Bytes of a step, and the largest batch; `tried` says whether it ran or was worked out."""
+    """The memory of a step."""
 
     per_image: int
+    """Bytes for each image of the batch."""
     fixed: int
+    """Bytes for any batch."""
     largest: int
+    """The largest batch that fits, 0 for none."""
     tried: bool
+    """Whether steps of `largest` images were run, or it is only computed."""
 
 
 def capacity(model: ModelConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype | None) -> Capacity:
-    """Count on the meta device what a step keeps; on a GPU then run steps up to the batch that no longer fits."""
+    """Find the largest batch of a preset.
+
+    Args:
+        model: Size of the nets.
+        train: Kind of step; its batch size is ignored.
+        device: On a CPU the result is computed from counts. On a GPU steps are run up to the batch that does not fit.
+        dtype: Compute type; None means float32.
+
+    Returns:
+        Bytes per image and in all, and the batch.
+    """
     cost = step_cost(model, replace(train, batch_size=1), dtype)
     fixed = cost.memory - cost.kept
     largest = max(0, int(_USABLE * available_memory(device)) - fixed) // cost.kept
@@ -41,7 +55,7 @@ def capacity(model: ModelConfig, train: TrainConfig, device: torch.device, dtype
 
 
 def _search(fits_batch: Callable[[int], bool], guess: int) -> int:
-    """The largest batch that fits, to an eighth, near `guess`; 0 if not even one image does."""
+    """The largest batch that fits, to within an eighth, searched from `guess`; 0 if not even one image fits."""
     batch = max(1, guess)
     if fits_batch(batch):
         while fits_batch(larger := batch + max(1, batch // 8)):
@@ -53,12 +67,12 @@ def _search(fits_batch: Callable[[int], bool], guess: int) -> int:
 
 
 def fits(model: ModelConfig, train: TrainConfig, device: torch.device, dtype: torch.dtype | None, batch: int) -> bool:
-    """Whether two steps of `batch` images run in plain operations without running out of memory, with some to spare."""
+    """Whether two steps of `batch` images fit into the GPU's memory, with a tenth of it to spare."""
     free, total = torch.cuda.mem_get_info(device)
-    usable = free + torch.cuda.memory_reserved(device) - int((1 - _USABLE) * total)  # for the graph's pool, the sheet
+    usable = free + torch.cuda.memory_reserved(device) - int((1 - _USABLE) * total)  # the graph's pool, the sheet
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        # a kernel needs no more than the operations it replaces, and takes minutes to choose
+        # plain operations: kernels need no more memory than these, and choosing them takes minutes
         with tuning.observed(), without_search():
             _two_steps(model, replace(train, batch_size=batch), device, dtype)
         fitted = torch.cuda.max_memory_allocated(device) <= usable
@@ -66,7 +80,7 @@ def fits(model: ModelConfig, train: TrainConfig, device: torch.device, dtype: to
         if not is_out_of_memory(error):
             raise
         fitted = False
-    gc.collect()  # before the cache is emptied: what cycles hold would stay in use
+    gc.collect()  # tensors in reference cycles would keep their memory from `empty_cache`
     torch.cuda.empty_cache()
     return fitted
 

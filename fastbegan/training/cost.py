@@ -1,4 +1,4 @@
-"""What a training step needs, counted on the meta device: FLOPs, parameters, memory; and about how long a run takes."""
+"""FLOPs, parameters and memory of a training step, counted on the meta device, and an estimate of a run's time."""
 
 from __future__ import annotations
 
@@ -12,33 +12,40 @@ from ..config import ModelConfig, TrainConfig
 from ..nets.models import Discriminator, Generator, count_parameters
 from .objective import OBJECTIVES
 
-# FLOP/s that a step can count on: measured with `fastbegan bench step` on two CPU cores, assumed for a GPU
+# FLOP/s of a step: measured with `fastbegan bench step` on two CPU cores, assumed for a GPU
 _CPU_RATE, _GPU_RATE = 8e10, 2e13
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one training step needs, counted without running it."""
+    """Costs of one training step."""
 
     parameters: int
+    """Parameters of G and D."""
     flops: int
+    """A multiply-add counts as two; convolutions and matrix products only."""
     generator: int
     """Parameters of G alone."""
     after_generator: int
-    """FLOPs that are still to be done when G's gradients are complete, and can travel between ranks."""
+    """FLOPs that remain when G's gradients are complete: the time in which their sum over ranks is hidden."""
     kept: int
-    """Bytes of activations that the step keeps for its backward passes at its fullest, an image of the batch."""
+    """Peak bytes of activations that are kept for backward passes, per image of the batch."""
     memory: int
-    """Bytes in all, modelled: weights, gradients, Adam's two moments, the average, packed weights, activations."""
+    """Modelled bytes: weights, gradients, Adam's two moments, the average, packed weights, activations."""
 
 
 def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None = None) -> StepCost:
-    """Count one step on the meta device: no arithmetic is done and no memory is used.
+    """Count one step on the meta device, without arithmetic or memory.
 
-    `dtype` is the compute type (None: float32). `flops` counts a multiply-add as two, convolutions and matrix products
-    only.
+    Args:
+        model: Size of the nets.
+        train: Batch size and kind of step.
+        dtype: Compute type; None means float32.
+
+    Returns:
+        The step's costs.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # here: it takes a tenth of a second to import
+    from torch.utils.flop_counter import FlopCounterMode  # here, because the import takes a tenth of a second
 
     textbook = train.passes == "textbook"
     with torch.device("meta"):
@@ -77,20 +84,20 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
 
 
 class _Ledger(saved_tensors_hooks):
-    """Bytes of activations that backward passes keep alive, and the most of them at a time."""
+    """Counts the bytes of activations that backward passes keep alive, and their peak."""
 
     def __init__(self) -> None:
         self.now = self.peak = 0
         self._holders: Counter[int] = Counter()
-        super().__init__(self._keep, lambda held: held.tensor)
+        super().__init__(self._keep, lambda saved: saved.tensor)
 
     def _keep(self, tensor: torch.Tensor) -> _Held:
         owner = tensor if tensor._base is None else tensor._base
-        leaf = owner.is_leaf and owner.requires_grad  # weights, packed or not, and the batch: counted apart
+        leaf = owner.is_leaf and owner.requires_grad  # weights and the batch, which `step_cost` adds by itself
         return _Held(self, tensor, 0 if leaf else tensor.untyped_storage().nbytes())
 
     def hold(self, storage: int, size: int, change: int) -> None:
-        """One holder more, or less, of a storage."""
+        """Add (`change` 1) or remove (-1) a holder of a storage of `size` bytes; several holders count once."""
         before = self._holders[storage]
         self._holders[storage] += change
         if not before or not self._holders[storage]:
@@ -99,7 +106,7 @@ class _Ledger(saved_tensors_hooks):
 
 
 class _Held:
-    """A saved tensor, for as long as autograd keeps it."""
+    """A saved tensor. Autograd's last reference to it ends with `__del__`."""
 
     def __init__(self, ledger: _Ledger, tensor: torch.Tensor, size: int) -> None:
         self.ledger, self.tensor, self.size = ledger, tensor, size
@@ -111,7 +118,7 @@ class _Held:
 
 
 def run_seconds(model: ModelConfig, train: TrainConfig, device: torch.device) -> float:
-    """About how long a run takes, by its FLOPs."""
+    """An estimate of a run's length in seconds, from its FLOPs."""
     seconds = step_cost(model, train).flops / (_GPU_RATE if device.type == "cuda" else _CPU_RATE)
     lengths = [60 * train.minutes] if train.minutes else []
     lengths += [seconds * train.steps] if train.steps else []

@@ -1,41 +1,60 @@
-"""Signs of trouble in a running training. A collapse is reported and never ends a run."""
+"""Warnings about a training in progress: k stuck at 1, and mode collapse. They never end a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_STUCK_ROWS = 5  # log rows with k at 1 in a row before it is said
-_FELL_TO = 0.5  # diversity under this share of its best counts as fallen
-_ALIVE = 0.02  # chosen, not measured: far under the 0.386 that 256 of the portraits are apart
-_PATIENCE = 0.5, 100_000  # share of the run, and images at most, within which samples must have begun to differ
+_STUCK_ROWS = 5  # consecutive log rows with k at 1 before a warning
+_FELL_TO = 0.5  # diversity under this share of its best counts as mode collapse
+_ALIVE = 0.02  # diversity of samples that differ; chosen, not measured (256 of the portraits: 0.386)
+_PATIENCE = 0.5, 100_000  # share of the run, and number of images, by the first of which samples must differ
 
 
 def not_finite(step: int, dump: Path, run: Path, lr: float, *, alternating: bool) -> str:
-    """What is said when a number of `step` is not finite; `dump` is the file about it, `lr` the rate it had."""
-    kept = "G was not changed by it, nor D where it was D's" if alternating else "the weights were not changed by it"
+    """The message for a step with a number that is not finite.
+
+    Args:
+        step: Number of the step.
+        dump: The file with the step's image ids and config.
+        run: The run folder.
+        lr: The learning rate of the step.
+        alternating: Whether D is updated before G.
+
+    Returns:
+        What happened, which weights are unchanged, and how to continue.
+    """
+    unchanged = (
+        "G was not changed by it, nor D where it was D's" if alternating else "the weights were not changed by it"
+    )
     return (
-        f"error: step {step:,} gave a loss, gradient or k that is not finite; {kept}. Its image ids and config are in "
-        f"{dump}; go on from the last checkpoint, for instance with: fastbegan train --out {run} --lr {lr / 2:g}"
+        f"error: step {step:,} gave a loss, gradient or k that is not finite; {unchanged}. Its image ids and config "
+        f"are in {dump}; go on from the last checkpoint, for instance with: fastbegan train --out {run} --lr {lr / 2:g}"
     )
 
 
 class HealthMonitor:
-    """Watches k and the diversity of the samples; each kind of trouble is reported once until it has passed."""
+    """Watches k and the diversity of samples. Each warning comes once, and again only after its cause has passed."""
 
     def __init__(self) -> None:
         self._stuck, self._best, self._collapsed = 0, 0.0, False
 
     def after_log(self, k: float) -> str | None:
-        """Take k of a log row; returns a message when it has just become stuck at 1."""
+        """Take k of a log row. Returns a warning if k has just become stuck at 1."""
         self._stuck = self._stuck + 1 if k >= 1 else 0
         if self._stuck != _STUCK_ROWS:
             return None
         return "k is stuck at 1: D cannot tell generated images apart any more; try a lower gamma or learning rate"
 
     def after_sheet(self, diversity: float, images: int, fraction: float) -> str | None:
-        """Take the diversity of a sheet's generated images; returns a message when they have just collapsed.
+        """Take the diversity of a sheet's generated images.
 
-        `images` seen so far are this `fraction` of the run.
+        Args:
+            diversity: Mean absolute difference between samples, from `sheets.diversity`.
+            images: Images seen so far.
+            fraction: Share of the run that is done, in [0, 1].
+
+        Returns:
+            A warning if mode collapse has just begun, else None.
         """
         self._best = max(self._best, diversity)
         fell = self._best > _ALIVE and diversity < _FELL_TO * self._best

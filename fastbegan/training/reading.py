@@ -1,4 +1,4 @@
-"""Numbers from the device, without waiting for them."""
+"""Numbers copied from the device without waiting for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Reading:
-    """A copy of `numbers` as they are at this point of the device's work, under way to the host from now on."""
+    """An asynchronous copy to the host of `numbers`, as they are after the work queued on the device so far."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -18,11 +18,11 @@ class Reading:
             self._event.record(torch.cuda.current_stream(numbers.device))
 
     def arrived(self) -> bool:
-        """Whether `values` would not wait."""
+        """Whether `values` returns without waiting."""
         return self._event is None or self._event.query()
 
     def values(self) -> list[float]:
-        """The numbers; waits until they are there."""
+        """The numbers. Waits until the copy is complete."""
         if self._event is not None:
             self._event.synchronize()
         return self._host.tolist()

@@ -1,20 +1,25 @@
-"""When the learning rate falls (paper §4.1); the balance itself is `fastbegan_kernels.layers.Equilibrium`."""
+"""The schedule of the learning rate (paper §4.1)."""
 
 from __future__ import annotations
 
 
 class StallHalving:
-    """Halve the learning rate when M stalls (§4.1): the mean of M over a window did not fall below the best so far."""
+    """Halves the learning rate when M stalls (§4.1): when its mean over a window is not under the best so far.
+
+    Args:
+        lr: Learning rate at first.
+        floor: Lowest learning rate.
+    """
 
     def __init__(self, lr: float, floor: float) -> None:
         self.lr, self.floor, self.best = lr, floor, float("inf")
 
     def update(self, mean_convergence: float) -> float:
-        """Take the mean of M over the last window; return the learning rate from now on."""
+        """Take the mean of M over the last window. Returns the learning rate from now on."""
         if mean_convergence < self.best:
             self.best = mean_convergence
         else:
-            # lower rates were reported to collapse, so the floor is reached exactly and never passed
+            # exactly the floor, never less: lower rates were reported to cause mode collapse
             self.lr = max(self.lr / 2, min(self.floor, self.lr))
         return self.lr
 

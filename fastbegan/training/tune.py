@@ -1,4 +1,4 @@
-"""The kernels of a run, chosen before it begins: tried, checked and timed once for each kind of GPU."""
+"""Chooses the kernels of a run before it begins: each is checked and timed once per kind of GPU."""
 
 from __future__ import annotations
 
@@ -26,24 +26,33 @@ def tune(
     dtype: torch.dtype | None,
     say: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Choose all kernels that a step of `train.batch_size` images and a sheet run; returns for how many it failed.
+    """Choose all kernels of a training step and a sheet. On a CPU, do nothing.
 
-    One step and one sheet run in plain operations, to see what they ask for. `say` is told how many kernels that are
-    new on this kind of GPU were tried, and of how many. Nothing is chosen on a CPU. Where that step does not run, a
-    warning says so, and kernels are chosen when they are met.
+    One step and one sheet run in plain operations, to record which kernels they call. If this fails, a warning says so,
+    and each kernel is chosen at its first call.
+
+    Args:
+        model: Size of the nets.
+        train: Kind of step; `batch_size` is that of this rank.
+        device: The GPU.
+        dtype: Compute type; None means float32.
+        say: Called with the number of kernels tried and the number to try; those known for this GPU do not count.
+
+    Returns:
+        The number of failures: kernels for which no form could be chosen, plus one if the step failed.
     """
     if device.type != "cuda":
         return 0
     failed = 0
-    with tuning.observed() as asked:
+    with tuning.observed() as calls:
         try:
             with without_search():
                 _run_once(model, train, device, dtype)
-        except Exception as error:  # the run itself may go on
+        except Exception as error:  # the run may still work
             failed = 1
             warnings.warn(f"kernels could not be chosen beforehand: {in_short(error)}", stacklevel=2)
     torch.cuda.empty_cache()
-    failed += tuning.prepare(list(asked), say)
+    failed += tuning.prepare(list(calls), say)
     torch.cuda.empty_cache()
     return failed
 
@@ -56,7 +65,7 @@ def tune_for_all(
     ranks: Ranks,
     say: Callable[[int, int], None],
 ) -> None:
-    """On GPUs all ranks take what is fastest on the first one's, for their part of `train.batch_size`."""
+    """Choose kernels on rank 0, for one rank's share of `train.batch_size`; all ranks adopt them. On a CPU, nothing."""
     if device.type != "cuda":
         return
     if ranks.first:

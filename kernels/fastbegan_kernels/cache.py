@@ -1,4 +1,4 @@
-"""What is known of kernels on a kind of machine: in this process, and in kernels.json for the next."""
+"""Verdicts and choices about kernels for one kind of machine, in memory and in kernels.json for later processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .dispatch import HAS_TRITON
 from .faults import in_short
 
 _LOCK_TRIES = 100  # five seconds
-_here: dict[str, dict[str, dict[str, Any]]] = {}  # by environment: where the disk keeps nothing, this process does
+_here: dict[str, dict[str, dict[str, Any]]] = {}  # by environment; the disk may be read-only
 
 
 def cache_file() -> Path:
@@ -32,7 +32,7 @@ def cache_file() -> Path:
 
 @functools.cache
 def environment(device: torch.device) -> str:
-    """What choices depend on besides the problem and torch's flags."""
+    """The versions and hardware that a choice depends on, besides the problem and torch's flags."""
     source = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         source.update(path.read_bytes())
@@ -48,7 +48,7 @@ def environment(device: torch.device) -> str:
 
 
 def cudnn_version() -> int | None:
-    """None where torch does not tell: it raises if any card of the machine, used or not, is too old for its cuDNN."""
+    """cuDNN's version, or None: torch raises if any card of the machine, used or not, is too old for its cuDNN."""
     try:
         return torch.backends.cudnn.version()
     except RuntimeError:
@@ -56,7 +56,7 @@ def cudnn_version() -> int | None:
 
 
 def _driver() -> str:
-    """The kernel module's version where it tells, else the CUDA version that the driver offers."""
+    """The kernel module's version where /proc has it, else the CUDA version that the driver offers."""
     try:
         return Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()[0]
     except (OSError, IndexError):
@@ -64,38 +64,39 @@ def _driver() -> str:
 
 
 def read(device: torch.device) -> dict[str, dict[str, Any]]:
-    """`choices` by problem and `passed` by variant: what the disk has, and this process."""
+    """`choices` by problem and `passed` by variant, from the disk and from this process."""
     name = environment(device)
-    kept = _sections(_file().get(name))
+    sections = _sections(_file().get(name))
     for section, entries in _here.get(name, {}).items():
-        kept[section].update(entries)
-    return kept
+        sections[section].update(entries)
+    return sections
 
 
 def write(device: torch.device, section: str, entries: dict[str, Any]) -> str | None:
-    """Keep entries; returns why the disk could not be written, where it could not."""
+    """Keep entries in memory and on disk. Returns the reason where the disk could not be written, else None."""
     name = environment(device)
     _here.setdefault(name, _sections(None))[section].update(entries)
     try:
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
-            stored = _stored()  # raises for what is there and cannot be read: it is not to be lost
-            there = _sections(stored.get(name))
-            there[section].update(entries)
-            _replace(path, json.dumps({**stored, name: there}, indent=1))
-    except (OSError, RuntimeError) as error:  # the last where there is no home folder
+        with _locked(path):
+            stored = _stored()  # raises for an unreadable file, which must not be overwritten
+            sections = _sections(stored.get(name))
+            sections[section].update(entries)
+            _replace(path, json.dumps({**stored, name: sections}, indent=1))
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         return in_short(error)
     return None
 
 
 def _replace(path: Path, text: str) -> None:
+    """Write a file as a whole: readers see the old text or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".kernels.")
     try:
         with os.fdopen(handle, "w") as file:
             file.write(text)
         os.umask(mask := os.umask(0))
-        Path(temporary).chmod(0o666 & ~mask)  # as other files: a folder may be shared, and temporary ones are not
+        Path(temporary).chmod(0o666 & ~mask)  # temporary files are private, but the folder may be shared
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -103,8 +104,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """No other process writes inside, where the system has locks: what it wrote would be lost."""
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from writing meanwhile, where the system has locks: their entries would be lost."""
     try:
         import fcntl
 
@@ -113,7 +114,7 @@ def _alone(path: Path) -> Iterator[None]:
         yield
         return
     with lock:
-        for _ in range(_LOCK_TRIES):  # who holds it may have been stopped
+        for _ in range(_LOCK_TRIES):  # then go on without: its holder may be suspended
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -125,12 +126,13 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _sections(entries: Any) -> dict[str, dict[str, Any]]:
+    """A copy of both sections, empty where the file has something else."""
     entries = entries if isinstance(entries, dict) else {}
     return {name: dict(value) if isinstance(value := entries.get(name), dict) else {} for name in ("choices", "passed")}
 
 
 def _file() -> dict[str, Any]:
-    """What is on disk, for all environments; nothing where it cannot be read."""
+    """The file's content for all environments, empty where it cannot be read."""
     try:
         return _stored()
     except (OSError, RuntimeError):
@@ -138,7 +140,7 @@ def _file() -> dict[str, Any]:
 
 
 def _stored() -> dict[str, Any]:
-    """What is on disk; nothing where it is not there, or spoiled. Raises OSError where it cannot be read."""
+    """The file's content, empty where it is missing or damaged. Raises OSError where it cannot be read."""
     try:
         stored = json.loads(cache_file().read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):

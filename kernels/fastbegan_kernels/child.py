@@ -1,4 +1,4 @@
-"""The parent's side of `trial`: one long-lived child for all problems, another one where it died."""
+"""The parent's side of `trial`: one long-lived child process for all problems, and a new one where it died."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from pathlib import Path
 
 from .problems import Layer, Pointwise
 
-SECONDS = 120.0  # in which a child has to answer: longer, it hangs
+SECONDS = 120.0  # a child that does not answer for so long hangs
 FIELD = "\t"  # between the fields of an answer
-VARIABLE = "FASTBEGAN_TRIAL"  # "inside": no child; "child" in the environment of one
-# what a kernel can bring upon its process; SIGKILL and the like come from outside
+VARIABLE = "FASTBEGAN_TRIAL"  # "inside": no child; "child" in the environment of a child
+# signals that a kernel can cause; SIGKILL and the like come from outside
 _CRASHES = {getattr(signal, name, None) for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")}
 
 
 class NoChildError(Exception):
-    """No child could be started that gets as far as the device; the message is its last word."""
+    """No child reached the device; the message is the last line that it wrote."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of one form: `fault` is None where it ran. `lasting`: another try would end the same."""
+    """The verdict on one form. `fault` is None where it ran; `lasting` means that another try would end the same."""
 
     fault: str | None
     lasting: bool = True
@@ -42,20 +42,27 @@ class Child:
     """One process of `trial`."""
 
     def __init__(self) -> None:
-        self._words = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # its standard error, as long as it lives
+        self._errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # its standard error, as long as it lives
         environment = {name: value for name, value in os.environ.items() if name != "FASTBEGAN_IMPL"}
         packages = str(Path(__file__).parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (packages, os.environ.get("PYTHONPATH"))))
         environment[VARIABLE] = "child"
         try:
             self.process = subprocess.Popen(
-                command(), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words,
-                encoding="utf-8", errors="replace", start_new_session=True,  # Ctrl-C at a terminal is not for it
-            )  # fmt: skip
+                command(),
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,  # Ctrl-C at a terminal must not reach it
+            )
         except OSError:
-            self._words.close()
+            self._errors.close()
             raise
         self._lines: queue.Queue[str | None] = queue.Queue()
+        # pipes have no timeout, so a thread reads and `answer` waits on the queue
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
@@ -66,7 +73,7 @@ class Child:
         self._lines.put(None)
 
     def send(self, task: str) -> bool:
-        """Whether it took the task; not where it has ended."""
+        """Write a task; False where the child has ended."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(task + "\n")
@@ -76,30 +83,30 @@ class Child:
         return self.process.poll() is None
 
     def answer(self) -> list[str] | None:
-        """The fields of the next line, None where it died. Raises queue.Empty where it does not answer in time."""
+        """The fields of the next line, None where the child died. Raises queue.Empty after SECONDS."""
         line = self._lines.get(timeout=SECONDS)
         return None if line is None else line.split(FIELD)
 
     def close(self) -> None:
-        """End it, now."""
+        """Kill the child and release its pipes."""
         self.process.kill()
         self.process.wait()
-        self._listener.join()  # it reads to the end, which has come
-        for pipe in (self.process.stdin, self.process.stdout, self._words):
-            with contextlib.suppress(OSError):  # what was not written to a child that had ended
+        self._listener.join()  # its pipe is at its end
+        for pipe in (self.process.stdin, self.process.stdout, self._errors):
+            with contextlib.suppress(OSError):  # unwritten input of a child that had ended
                 if pipe is not None:
                     pipe.close()
 
     def last_word(self) -> str:
-        """The last line it wrote to standard error, or how it ended."""
+        """The last error line on standard error, else its last line, else the exit code."""
         code = self.process.wait()
-        self._words.seek(0)
-        lines = self._words.read().decode(errors="replace").strip().splitlines()
-        named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]  # others are advice
-        return (named or lines or [f"it ended with code {code}"])[-1].strip()[:200]
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]  # no advice
+        return (errors or lines or [f"it ended with code {code}"])[-1].strip()[:200]
 
     def death(self) -> Trial:
-        """What its end says of the form that it had begun."""
+        """The verdict on the form that was running when the child died."""
         code = self.process.wait()
         if -code in _CRASHES:
             return Trial(f"killed its process ({signal.Signals(-code).name})")
@@ -107,43 +114,44 @@ class Child:
 
 
 def command() -> list[str]:
-    """What starts a child."""
+    """The command line of a child."""
     return [sys.executable, "-m", "fastbegan_kernels.trial"]
 
 
-_running: dict[int, Child] = {}  # by process, since a fork has no child of its own
+_running: dict[int, Child] = {}  # by this process's id: a fork must not use its parent's child
 
 
 @atexit.register
 def close() -> None:
-    """End the child, if there is one."""
+    """End the child of this process, if there is one."""
     if (child := _running.pop(os.getpid(), None)) is not None:
         child.close()
 
 
 def tried(
-    problem: Layer | Pointwise, device: object, hows: Sequence[str], on_each: Callable[[], None] | None = None
+    problem: Layer | Pointwise, device: object, forms: Sequence[str], on_each: Callable[[], None] | None = None
 ) -> dict[str, Trial]:
-    """What became of each form in a child; `on_each` is called as they come. Raises NoChildError."""
+    """Verdicts by form from a child; `on_each` is called at each verdict. Raises NoChildError."""
     try:
-        return _tried(problem, device, hows, on_each or (lambda: None))
+        return _tried(problem, device, forms, on_each or (lambda: None))
     except BaseException:
-        close()  # what it still answers would be taken for the next problem's
+        close()  # the next problem would read the answers still to come
         raise
 
 
 def _tried(
-    problem: Layer | Pointwise, device: object, hows: Sequence[str], on_each: Callable[[], None]
-) -> dict[str, Trial]:  # fmt: skip
-    found: dict[str, Trial] = {}
+    problem: Layer | Pointwise, device: object, forms: Sequence[str], on_each: Callable[[], None]
+) -> dict[str, Trial]:
+    trials: dict[str, Trial] = {}
     fresh = os.getpid() not in _running
-    while waiting := [how for how in hows if how not in found]:
+    # each round sends all forms without a verdict; a child that dies or hangs decides one of them, so this ends
+    while waiting := [form for form in forms if form not in trials]:
         try:
             child = _running.get(os.getpid()) or _running.setdefault(os.getpid(), Child())
         except OSError as error:
             raise NoChildError(f"{type(error).__name__}: {error}") from None
-        task = {"type": type(problem).__name__, "problem": asdict(problem), "hows": waiting, "device": str(device)}
-        before, begun = len(found), None
+        task = {"type": type(problem).__name__, "problem": asdict(problem), "forms": waiting, "device": str(device)}
+        decided, begun = len(trials), None
         try:
             answer = child.answer() if child.send(json.dumps(task)) else None
             while answer is not None and answer[0] != "done":
@@ -153,30 +161,30 @@ def _tried(
                     raise NoChildError(rest[0])
                 if word == "begin":
                     begun = rest[0]
-                elif word in ("ran", "broken", "failed", "starved"):  # whatever else is printed is no answer
-                    found[rest[0]], begun = _verdict(word, rest[1:]), None
+                elif word in ("ran", "broken", "failed", "starved"):  # other lines are no answers
+                    trials[rest[0]], begun = _verdict(word, rest[1:]), None
                     on_each()
                 answer = child.answer()
         except queue.Empty:
             close()
             if begun is None:
                 raise NoChildError(f"it did not answer within {SECONDS:g} seconds") from None
-            found[begun] = Trial(f"took longer than {SECONDS:g} seconds", lasting=False)
+            trials[begun] = Trial(f"took longer than {SECONDS:g} seconds", lasting=False)
             on_each()
             continue
         if answer is None:
-            word, death = child.last_word(), child.death()
+            last_word, death = child.last_word(), child.death()
             close()
             if begun is not None:
-                found[begun] = death
+                trials[begun] = death
                 on_each()
-            elif len(found) == before:
-                if fresh and not found:
-                    raise NoChildError(word)
+            elif len(trials) == decided:
+                if fresh and not trials:
+                    raise NoChildError(last_word)
                 if fresh:
-                    break  # what was found counts; the rest stays unknown
-                fresh = True  # the one of before had ended by itself; a new one has to get further
-    return found
+                    break  # the verdicts so far count; the other forms stay unknown
+                fresh = True  # an idle child had ended by itself; the next one is new and must get further
+    return trials
 
 
 def _verdict(word: str, reason: list[str]) -> Trial:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,19 @@ from .fold import fold, pack, unpack_gradient
 from .layout import is_channels_last, lay_out
 from .problems import Layer
 from .recorded import recorded_gradients
+
+
+class _Stage(NamedTuple):
+    """The settings of a stage, in the order and types in which the library ops take them.
+
+    Library ops take no nested lists and no lists of strings: kinds and activations travel as one string each.
+    """
+
+    kinds: str  # "same up", a word per layer
+    activations: str  # "elu none", a word per layer
+    alpha: float
+    impl: str
+    copies: int
 
 
 def conv_stage(  # noqa: PLR0913
@@ -28,21 +42,52 @@ def conv_stage(  # noqa: PLR0913
     copies: int = 1,
     impl: str | None = None,
 ) -> Tensor:
-    """As `reference.conv_stage`: x [N, C, H, W] through layers of kinds same, down, down_end and up.
+    """Run convolution layers one after another, as one operation with one backward.
 
-    On a GPU all layers are one operation. Going back, a layer's input gradient, the derivative of the activation before
-    it and that layer's bias gradient are one kernel; only each layer's output is kept. Weights of kind "up" may come
-    folded (`fold`), [C, K, 4, 4]. Of several `copies` the first one's values serve the whole batch. Inside, all is
-    channels_last; the output is if x or a weight is, the gradient of x if x or the first weight is (`layout`).
-    A gradient that is itself differentiated (create_graph=True) comes from plain operations, which take as long as
-    PyTorch's own; with a skip table it raises RuntimeError (`impl="reference"` gives it).
+    Layer i computes act_i(conv_i(x) + bias_i): kinds "same", "down" and "down_end" as `conv2d_elu` does, kind "up" as
+    `upsample_conv2d_elu` does. The last layer may add `skip` before its activation.
+
+    In the backward of the fused tier, one kernel computes a layer's input gradient, applies the derivative of the
+    activation before it, and sums the bias gradient of the layer before. Only x, the weights and each layer's output
+    are kept. Inside the stage all maps are channels_last. `reference.conv_stage` is the plain twin.
+
+    Gradients reach x, weights, biases and skip. With create_graph=True they come from plain operations, so they can be
+    differentiated again, at the speed of plain PyTorch. With `skip` this raises RuntimeError, because the table is not
+    kept: use impl="reference".
+
+    Args:
+        x: Input [N, C, H, W] in float32, bfloat16, float16 or float64, any memory format. Autocast casts it.
+        weights: One weight [K, C, k, k] per layer, with odd k, in x's dtype (any under autocast) and any memory format.
+            Kinds "up" and "down_end" need k = 3. Kind "up" also takes folded weights (`fold`) [C, K, 4, 4].
+        biases: One bias [K] per layer, in x's dtype or float32; None for no biases.
+        kinds: "same" (stride 1), "down" (stride 2), "down_end" (stride 2, padded below and to the right only) or "up"
+            (nearest x2 before the convolution) for each layer. None makes all "same".
+        skip: Phase table [N, 3, 3, S, S, K] of `skip_phase_table` for the last layer, which then must be "up".
+        activation: "elu", "relu", "leaky_relu", "silu" or "none"; one for all layers, or one for each.
+        alpha: Scale of ELU or negative slope of leaky_relu, from 0; others ignore it.
+        copies: With copies=n, `weights` and `biases` hold n equal copies, copy after copy, and n divides N. The forward
+            uses the first copy. In the backward, chunk i of the batch adds its gradients to copy i. This keeps two
+            losses apart in one pass.
+        impl: "reference", "algebraic" or "fused" forces a tier. None takes FASTBEGAN_IMPL from the environment, else
+            the fastest form of each layer that is verified on this machine.
+
+    Returns:
+        Output [N, K, H', W'] of the last layer in x's dtype (autocast's where it is on). H' is H for "same",
+        ceil(H / 2) for "down", H // 2 for "down_end" and 2 H for "up". It is channels_last if x or a weight is, else
+        contiguous; the gradient of x is channels_last if x or the first weight is.
+
+    Raises:
+        ValueError: Lists differ in length, shapes or dtypes do not match, `copies` does not divide N, or an argument is
+            not among those above. The fused tier accepts k = 1 and k = 3 only.
+        RuntimeError: The fused tier is forced where it cannot run: no GPU, no Triton, float64 or kind "down_end". Or a
+            gradient with create_graph=True is taken with `skip`, or after a bias was changed in place.
     """
     kinds = reference.check_stage(x, weights, biases, kinds, skip, copies)
     activations = reference.check_activations(activation, alpha, len(kinds))
     if asked_for(impl) == "reference":
         return reference.conv_stage(
             x, weights, biases, kinds=kinds, skip=skip, activation=activations, alpha=alpha, copies=copies
-        )  # fmt: skip
+        )
     shape: Sequence[int] = x.shape
     for number, kind in enumerate(kinds):
         bias = None if biases is None else biases[number]
@@ -57,54 +102,73 @@ def conv_stage(  # noqa: PLR0913
     (x,) = autocast(x)
     output_last = is_channels_last(x, *weights)
     gradient_last = is_channels_last(x, weights[0])
+    stage = _Stage(" ".join(kinds), " ".join(activations), alpha, mode, copies)
     if "silu" not in activations:
-        return _run(x, weights, biases, skip, kinds, activations, alpha, mode, copies, output_last, gradient_last)
+        return _run(x, weights, biases, skip, stage, output_last, gradient_last)
+    # silu's derivative needs its input: such a layer runs alone, without activation, and its output is kept
     for number, (kind, name) in enumerate(zip(kinds, activations, strict=True)):
-        own, last = slice(number, None, len(kinds)), number == len(kinds) - 1
-        inside = "none" if name == "silu" else name  # silu's derivative needs what went in: that is kept as an output
-        x = _run(
-            x, weights[own], None if biases is None else biases[own], skip if last else None, [kind], [inside], alpha,
-            mode, copies, output_last or not last, gradient_last or number > 0,
-        )  # fmt: skip
+        of_layer, last = slice(number, None, len(kinds)), number == len(kinds) - 1
+        layer = stage._replace(kinds=kind, activations="none" if name == "silu" else name)
+        bias, table = None if biases is None else biases[of_layer], skip if last else None
+        x = _run(x, weights[of_layer], bias, table, layer, output_last or not last, gradient_last or number > 0)
         x = F.silu(x) if name == "silu" else x
     return x
 
 
-def _run(  # noqa: PLR0913
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, skip: Tensor | None, kinds: list[str],
-    activations: list[str], alpha: float, impl: str, copies: int, output_last: bool, gradient_last: bool,
-) -> Tensor:  # fmt: skip
-    """The operation; `impl` is "plain" or what `op_impl` gives."""
+def _run(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    skip: Tensor | None,
+    stage: _Stage,
+    output_last: bool,
+    gradient_last: bool,
+) -> Tensor:
+    """A stage without silu; `stage.impl` is "plain" or from `op_impl`."""
     skip = None if skip is None else skip.to(x.dtype)
-    settings = " ".join(kinds), " ".join(activations), alpha, impl, copies, output_last, gradient_last
-    if impl == "plain":
-        return _Plain.apply(x, skip, *settings, len(weights), *weights, *(biases or ()))
+    if stage.impl == "plain":
+        return _Plain.apply(x, skip, *stage, output_last, gradient_last, len(weights), *weights, *(biases or ()))
     weights = list(weights)
-    for number, (weight, kind) in enumerate(zip(weights, kinds * copies, strict=True)):
+    for number, (weight, kind) in enumerate(zip(weights, stage.kinds.split() * stage.copies, strict=True)):
         if _packing(weight, kind) == "up":
-            packing = {"auto": None}.get(impl, impl) if weight.dtype == torch.float32 else "reference"
-            weights[number : number + 1] = fold([weight], ["up"], dtype=x.dtype, impl=packing)
-    return _conv_stage(x, weights, list(biases or ()), skip, *settings)[-1]
+            impl = {"auto": None}.get(stage.impl, stage.impl) if weight.dtype == torch.float32 else "reference"
+            weights[number : number + 1] = fold([weight], ["up"], dtype=x.dtype, impl=impl)
+    return _conv_stage(x, weights, list(biases or ()), skip, *stage, output_last, gradient_last)[-1]
 
 
 def _packing(weight: Tensor, kind: str) -> str:
-    """How a layer's weight is still to be packed, a kind of `fold`."""
+    """The kind of `fold` that a layer's weight still needs."""
     return "up" if kind == "up" and weight.shape[2] == 3 else "conv"
 
 
-def _how(  # noqa: PLR0913
-    x: Tensor, weight: Tensor, kind: str, *, backward: bool, bias: bool, skip: Tensor | None, activation: str | None,
-    alpha: float, impl: str,
-) -> str:  # fmt: skip
-    if impl == "plain" or not x.numel():
+def _form(
+    x: Tensor,
+    weight: Tensor,
+    stage: _Stage,
+    number: int,
+    *,
+    backward: bool,
+    bias: bool,
+    skip: Tensor | None = None,
+) -> str:
+    """The form (`tiers`) of layer `number`, or of its input gradient, at input x."""
+    if stage.impl == "plain" or not x.numel():
         return "plain"
-    tf32 = x.dtype == torch.float32 and x.is_cuda and allows_tf32()
+    # going back, the activation of the layer before is in the epilogue
+    activations = [None, *stage.activations.split()] if backward else stage.activations.split()
     problem = Layer(
-        kind=kind, backward=backward, dtype=str(x.dtype).removeprefix("torch."), x=tuple(x.shape),
-        weight=tuple(weight.shape), bias=bias, skip=0 if skip is None else skip.shape[3], activation=activation,
-        alpha=alpha, tf32=tf32,
-    )  # fmt: skip
-    return tuning.layer(problem, x.device, impl)
+        kind=stage.kinds.split()[number],
+        backward=backward,
+        dtype=str(x.dtype).removeprefix("torch."),
+        x=tuple(x.shape),
+        weight=tuple(weight.shape),
+        bias=bias,
+        skip=0 if skip is None else skip.shape[3],
+        activation=activations[number],
+        alpha=stage.alpha,
+        tf32=x.dtype == torch.float32 and x.is_cuda and allows_tf32(),
+    )
+    return tuning.layer(problem, x.device, stage.impl)
 
 
 def _pointwise(op: str, x: Tensor, impl: str) -> str:
@@ -113,65 +177,68 @@ def _pointwise(op: str, x: Tensor, impl: str) -> str:
 
 
 def _outputs(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], skip: Tensor | None, kinds: str, activations: str,
-    alpha: float, impl: str,
-) -> list[Tensor]:  # fmt: skip
-    """The output of every layer, channels_last: all are kept for the backward, the last is the result."""
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], skip: Tensor | None, stage: _Stage
+) -> list[Tensor]:
+    """The output of every layer, channels_last: the backward keeps all, the last is the result."""
     x = x.contiguous(memory_format=torch.channels_last)
     outputs: list[Tensor] = []
-    layers = list(zip(kinds.split(), activations.split(), strict=True))
-    for number, (kind, activation) in enumerate(layers):
+    layers = list(zip(stage.kinds.split(), stage.activations.split(), strict=True))
+    for number, (kind, act) in enumerate(layers):
         weight, bias = weights[number], biases[number] if biases else None
         table = skip if number == len(layers) - 1 else None
-        how = _how(
-            x, weight, kind, backward=False, bias=len(biases) > 0, skip=table, activation=activation, alpha=alpha,
-            impl=impl,
-        )  # fmt: skip
-        x = tiers.forward(x, weight, bias, table, kind=kind, activation=activation, alpha=alpha, how=how)
+        form = _form(x, weight, stage, number, backward=False, bias=len(biases) > 0, skip=table)
+        x = tiers.forward(x, weight, bias, table, kind=kind, activation=act, alpha=stage.alpha, how=form)
         outputs.append(x)
     return outputs
 
 
-def _gradients(  # noqa: PLR0913
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], outputs: Sequence[Tensor], skip_size: int, has_bias: bool,
-    kinds: str, activations: str, alpha: float, impl: str, copies: int, needs: Sequence[bool],
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, the skip table, each weight and each bias (float32); those that `needs` does not name are empty.
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    skip_size: int,
+    has_bias: bool,
+    stage: _Stage,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients in the order x, skip table, weights, biases (float32); empty where `needs` is False.
 
-    `needs`: x, skip, then one a weight, then one a bias (none without biases), copy by copy. `weights` are one copy's,
-    packed, and so are their gradients. All maps are channels_last, but for `grad` and the last output.
+    A library op returns one flat list of tensors, so gradients come flat: all copies' weights, then all copies' biases,
+    copy by copy. `needs` has the same order, without biases where the stage has none. `weights` are one copy's, packed,
+    and weight gradients are those of packed weights. All maps are channels_last, but for `grad` and the last output.
     """
-    layers, names = kinds.split(), activations.split()
-    count = len(layers)
+    kinds, activations, copies = stage.kinds.split(), stage.activations.split(), stage.copies
+    count = len(kinds)
     need_w, need_b = needs[2 : 2 + count * copies], needs[2 + count * copies :] or [False] * count * copies
     dx, d_skip = x.new_empty(0), x.new_empty(0)
     dw = [x.new_empty(0) for _ in need_w]
     db = [x.new_empty(0, dtype=torch.float32) for _ in need_b]
     x = x.contiguous(memory_format=torch.channels_last)
-    pointwise = _pointwise("activation_backward", grad, impl)
+    pointwise = _pointwise("activation_backward", grad, stage.impl)
     grad = lay_out(grad, is_channels_last(outputs[-1]))
-    dz, total = tiers.activation_backward(grad, outputs[-1], activation=names[-1], alpha=alpha, how=pointwise)
+    dz, total = tiers.activation_backward(
+        grad, outputs[-1], activation=activations[-1], alpha=stage.alpha, how=pointwise
+    )
     if needs[1]:
-        d_skip = tiers.skip_gradient(dz, skip_size, how=_pointwise("skip_gradient", grad, impl)).contiguous()
+        d_skip = tiers.skip_gradient(dz, skip_size, how=_pointwise("skip_gradient", grad, stage.impl)).contiguous()
     for number in range(count - 1, -1, -1):
-        weight, kind = weights[number], layers[number]
+        weight, kind = weights[number], kinds[number]
         before = outputs[number - 1] if number else x
         for copy, (part, below) in enumerate(zip(dz.chunk(copies), before.chunk(copies), strict=True)):
-            own = copy * count + number
-            if need_b[own]:
-                db[own] = total if copies == 1 else tiers.bias_gradient(part)
-            if need_w[own]:
-                dw[own] = tiers.weight_gradient(part, below, weight, kind=kind)
+            index = copy * count + number
+            if need_b[index]:
+                db[index] = total if copies == 1 else tiers.bias_gradient(part)
+            if need_w[index]:
+                dw[index] = tiers.weight_gradient(part, below, weight, kind=kind)
         if not (needs[0] or any(_lower(need_w, count, number)) or any(_lower(need_b, count, number))):
             break
-        inner = names[number - 1] if number else None
-        if impl == "fused" and (kind == "down_end" or (kind == "down" and weight.shape[2] != 3)):
-            how = pointwise  # no kernel of ours, whatever is asked for
+        if stage.impl == "fused" and (kind == "down_end" or (kind == "down" and weight.shape[2] != 3)):
+            form = pointwise  # no tile computes these input gradients, even where "fused" is forced
         else:
-            how = _how(
-                before, weight, kind, backward=True, bias=has_bias, skip=None, activation=inner, alpha=alpha, impl=impl
-            )  # fmt: skip
-        dz, partial = tiers.input_gradient(dz, before, weight, kind=kind, activation=inner, alpha=alpha, how=how)
+            form = _form(before, weight, stage, number, backward=True, bias=has_bias)
+        act = activations[number - 1] if number else None
+        dz, partial = tiers.input_gradient(dz, before, weight, kind=kind, activation=act, alpha=stage.alpha, how=form)
         if partial is None:
             dx = dz
         else:
@@ -180,35 +247,41 @@ def _gradients(  # noqa: PLR0913
 
 
 def _lower(needs: Sequence[bool], count: int, number: int) -> list[bool]:
-    """Of every copy's layers, those before `number`."""
-    return [needed for own, needed in enumerate(needs) if own % count < number]
+    """The needs of the layers before `number`, of every copy."""
+    return [needed for index, needed in enumerate(needs) if index % count < number]
 
 
-def _kept(outputs: list[Tensor], activations: str) -> list[Tensor]:
-    """What the backward reads of the outputs; without an activation not the last one, which others may then change."""
+def _saved(outputs: list[Tensor], activations: str) -> list[Tensor]:
+    """The outputs that the backward reads. Without an activation the last is not read: users may change it in place."""
     return outputs[:-1] if activations.endswith("none") else outputs
 
 
-def _restored(kept: Sequence[Tensor], grad: Tensor, activations: str) -> list[Tensor]:
-    """The outputs again; for the last one, of which nothing is read, a tensor of its shape."""
+def _restored(saved: Sequence[Tensor], grad: Tensor, activations: str) -> list[Tensor]:
+    """All outputs from `_saved` ones. A tensor of its shape stands for an unread last output."""
     last = activations.endswith("none")
-    return [*kept, grad.contiguous(memory_format=torch.channels_last)] if last else list(kept)
+    return [*saved, grad.contiguous(memory_format=torch.channels_last)] if last else list(saved)
 
 
-def _recorded(  # noqa: PLR0913
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], kinds: str, activations: str,
-    alpha: float, copies: int, gradient_last: bool, needs: Sequence[bool],
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of x, weights and biases in plain operations, laid out as the others."""
+def _recorded(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    stage: _Stage,
+    gradient_last: bool,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x, weights and biases that autograd records, in the usual memory formats."""
+    kinds, activations = stage.kinds.split(), stage.activations.split()
 
-    def stage(x: Tensor, *rest: Tensor) -> Tensor:
+    def plain(x: Tensor, *rest: Tensor) -> Tensor:
         rest = tuple(value.to(x.dtype) for value in rest)
-        own, biases = rest[: len(weights)], rest[len(weights) :]
+        w, b = rest[: len(weights)], rest[len(weights) :] or None
         return reference.conv_stage(
-            x, own, biases or None, kinds=kinds.split(), activation=activations.split(), alpha=alpha, copies=copies
+            x, w, b, kinds=kinds, activation=activations, alpha=stage.alpha, copies=stage.copies
         )
 
-    gradients = recorded_gradients(stage, (x, *weights, *biases), needs, grad)
+    gradients = recorded_gradients(plain, (x, *weights, *biases), needs, grad)
     formats = [gradient_last, *map(is_channels_last, weights)]
     for number, (gradient, last) in enumerate(zip(gradients, formats, strict=False)):
         gradients[number] = None if gradient is None else lay_out(gradient, last)
@@ -216,20 +289,22 @@ def _recorded(  # noqa: PLR0913
 
 
 def _version(value: Tensor) -> int:
-    """How often it was changed in place, where that is counted."""
+    """The count of changes in place, 0 where torch does not count them."""
     return 0 if torch.compiler.is_compiling() or value.is_inference() else value._version
 
 
 def _unchanged(biases: list[Tensor], versions: list[int]) -> list[Tensor]:
-    """The biases of a forward. Only a gradient that is recorded reads them: others let them change, as torch does."""
+    """The biases of a forward. Recorded gradients read them, so a change in place since then raises RuntimeError.
+
+    Other gradients do not read biases, and allow changes as torch does.
+    """
     if [_version(bias) for bias in biases] != versions:
         raise RuntimeError("a bias was changed in place before a gradient with create_graph=True was computed")
     return biases
 
 
 def _refuse_skip(size: int) -> None:
-    # the table is not kept: a second derivative would need it
-    if size:
+    if size:  # the table, which a second derivative needs, is not kept
         raise RuntimeError(
             "conv_stage with a skip table can be differentiated once; for create_graph=True give impl='reference'"
         )
@@ -240,82 +315,105 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0913
-        ctx, x: Tensor, skip: Tensor | None, kinds: str, activations: str, alpha: float, impl: str, copies: int,
-        output_last: bool, gradient_last: bool, count: int, *weights_and_biases: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx,
+        x: Tensor,
+        skip: Tensor | None,
+        kinds: str,
+        activations: str,
+        alpha: float,
+        impl: str,
+        copies: int,
+        output_last: bool,
+        gradient_last: bool,
+        count: int,
+        *weights_and_biases: Tensor,
+    ) -> Tensor:
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
-        packed = [
-            pack(weight, _packing(weight, kind), x.dtype) for weight, kind in zip(weights, kinds.split(), strict=False)
-        ]
-        outputs = _outputs(x, packed, biases, skip, kinds, activations, alpha, impl)
-        outputs[-1] = lay_out(outputs[-1], output_last)  # before it is kept: what comes next keeps the same
-        ctx.save_for_backward(x, *weights, *packed, *_kept(outputs, activations))
-        ctx.settings, ctx.gradient_last = (kinds, activations, alpha, copies), gradient_last
+        layers = zip(weights, kinds.split(), strict=False)  # the first copy's
+        packed = [pack(weight, _packing(weight, kind), x.dtype) for weight, kind in layers]
+        stage = _Stage(kinds, activations, alpha, impl, copies)
+        outputs = _outputs(x, packed, biases, skip, stage)
+        outputs[-1] = lay_out(outputs[-1], output_last)  # before it is saved: the next op saves the same memory
+        ctx.save_for_backward(x, *weights, *packed, *_saved(outputs, activations))
+        ctx.settings, ctx.gradient_last = stage, gradient_last
         ctx.count, ctx.skip_size = count, 0 if skip is None else skip.shape[3]
         ctx.biases, ctx.versions = list(biases), [_version(bias) for bias in biases]
         return outputs[-1]
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple:
-        x, *saved = ctx.saved_tensors
+        (x, *saved), (grad,), stage = ctx.saved_tensors, grads, _Stage(*ctx.settings)
         weights, saved = saved[: ctx.count], saved[ctx.count :]
-        kinds, activations, alpha, copies = ctx.settings
         needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[10:]]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # create_graph=True
             _refuse_skip(ctx.skip_size)
-            wanted, biases = [needs[0], *needs[2:]], _unchanged(ctx.biases, ctx.versions)
-            dx, *rest = _recorded(
-                grads[0], x, weights, biases, kinds, activations, alpha, copies, ctx.gradient_last, wanted
-            )  # fmt: skip
+            biases = _unchanged(ctx.biases, ctx.versions)
+            dx, *rest = _recorded(grad, x, weights, biases, stage, ctx.gradient_last, [needs[0], *needs[2:]])
             return (dx, *[None] * 9, *rest)
-        packed, outputs = saved[: ctx.count // copies], saved[ctx.count // copies :]
-        outputs, biases = _restored(outputs, grads[0], activations), ctx.biases
-        dx, d_skip, *rest = _gradients(
-            grads[0], x, packed, outputs, ctx.skip_size, len(biases) > 0, kinds, activations, alpha, "plain", copies,
-            needs,
-        )  # fmt: skip
+        packed, outputs = saved[: ctx.count // stage.copies], saved[ctx.count // stage.copies :]
+        outputs, biases = _restored(outputs, grad, stage.activations), ctx.biases
+        dx, d_skip, *rest = _gradients(grad, x, packed, outputs, ctx.skip_size, len(biases) > 0, stage, needs)
         dx = lay_out(dx, ctx.gradient_last) if needs[0] else None
-        rest = _as_given(rest, weights, biases, kinds, needs[2:])
+        rest = _unpacked(rest, weights, biases, stage.kinds, needs[2:])
         return (dx, d_skip if needs[1] else None, *[None] * 8, *rest)
 
 
-def _as_given(
+def _unpacked(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], kinds: str, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of packed weights and of biases as those of what was given: in its dtype and memory format."""
+    """Gradients of the user's weights and biases, in their dtypes and memory formats, from those of packed weights."""
     layers = kinds.split()
-    found: list[Tensor | None] = []
-    for number, (gradient, given, needed) in enumerate(zip(gradients, (*weights, *biases), needs, strict=True)):
+    results: list[Tensor | None] = []
+    for number, (gradient, source, needed) in enumerate(zip(gradients, (*weights, *biases), needs, strict=True)):
         if not needed:
-            found.append(None)
+            results.append(None)
         elif number < len(weights):
-            packing = _packing(given, layers[number % len(layers)])
-            last = is_channels_last(given)
-            found.append(unpack_gradient(gradient, packing, given.dtype, channels_last=last))
+            packing = _packing(source, layers[number % len(layers)])
+            last = is_channels_last(source)
+            results.append(unpack_gradient(gradient, packing, source.dtype, channels_last=last))
         else:
-            found.append(gradient.to(given.dtype))
-    return found
+            results.append(gradient.to(source.dtype))
+    return results
 
 
 @torch.library.custom_op("fastbegan::conv_stage", mutates_args=())
-def _conv_stage(  # no defaults: torch 2.7 leaves such values out and then misses their gradients  # noqa: PLR0913
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activations: str,
-    alpha: float, impl: str, copies: int, output_last: bool, gradient_last: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Weights [K, C, k, k] in any dtype and layout, of kind "up" folded; inner outputs are channels_last.
+def _conv_stage(  # noqa: PLR0913  # no defaults: torch 2.7 leaves such values out and then misses their gradients
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    skip: Tensor | None,
+    kinds: str,
+    activations: str,
+    alpha: float,
+    impl: str,
+    copies: int,
+    output_last: bool,
+    gradient_last: bool,
+) -> list[Tensor]:
+    """All outputs. Weights are [K, C, k, k] in any dtype and memory format, and folded [C, K, 4, 4] for kind "up".
 
-    `output_last`, `gradient_last`: whether the last output, and the gradient of x, are to be channels_last.
+    `output_last` and `gradient_last`: whether the last output and the gradient of x are channels_last. The inner
+    outputs are.
     """
     packed = [pack(weight, "conv", x.dtype) for weight in weights[: len(weights) // copies]]
-    outputs = _outputs(x, packed, biases, skip, kinds, activations, alpha, impl)
+    outputs = _outputs(x, packed, biases, skip, _Stage(kinds, activations, alpha, impl, copies))
     return [*outputs[:-1], lay_out(outputs[-1], output_last)]
 
 
 @_conv_stage.register_fake
 def _(  # noqa: PLR0913
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], skip: Tensor | None, kinds: str, activations: str,
-    alpha: float, impl: str, copies: int, output_last: bool, gradient_last: bool,
-) -> list[Tensor]:  # fmt: skip
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    skip: Tensor | None,
+    kinds: str,
+    activations: str,
+    alpha: float,
+    impl: str,
+    copies: int,
+    output_last: bool,
+    gradient_last: bool,
+) -> list[Tensor]:
     outputs: list[Tensor] = []
     size, layers = x.shape[2:], kinds.split()
     for number, (weight, kind) in enumerate(zip(weights, layers, strict=False)):
@@ -329,69 +427,85 @@ def _(  # noqa: PLR0913
 
 @torch.library.custom_op("fastbegan::conv_stage_backward", mutates_args=())
 def _conv_stage_backward(  # noqa: PLR0913
-    grad: Tensor, x: Tensor, weights: list[Tensor], outputs: list[Tensor], skip_size: int, has_bias: bool,
-    kinds: str, activations: str, alpha: float, impl: str, copies: int, needs: list[bool],
-) -> list[Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    outputs: list[Tensor],
+    skip_size: int,
+    has_bias: bool,
+    kinds: str,
+    activations: str,
+    alpha: float,
+    impl: str,
+    copies: int,
+    needs: list[bool],
+) -> list[Tensor]:
     packed = [pack(weight, "conv", x.dtype) for weight in weights]
-    return _gradients(grad, x, packed, outputs, skip_size, has_bias, kinds, activations, alpha, impl, copies, needs)
+    stage = _Stage(kinds, activations, alpha, impl, copies)
+    return _gradients(grad, x, packed, outputs, skip_size, has_bias, stage, needs)
 
 
 @_conv_stage_backward.register_fake
 def _(  # noqa: PLR0913
-    grad: Tensor, x: Tensor, weights: list[Tensor], outputs: list[Tensor], skip_size: int, has_bias: bool,
-    kinds: str, activations: str, alpha: float, impl: str, copies: int, needs: list[bool],
-) -> list[Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    outputs: list[Tensor],
+    skip_size: int,
+    has_bias: bool,
+    kinds: str,
+    activations: str,
+    alpha: float,
+    impl: str,
+    copies: int,
+    needs: list[bool],
+) -> list[Tensor]:
     def like(tensor: Tensor, needed: bool) -> Tensor:
         if not needed:
             return x.new_empty(0)
-        options = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
-        return torch.empty(tensor.shape, **options)
+        return torch.empty(tensor.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     count = len(weights) * copies
     wide = torch.promote_types(x.dtype, torch.float32)
     last = outputs[-1]
     skip = (x.shape[0], 3, 3, skip_size, skip_size, last.shape[1]) if needs[1] else (0,)
-    found = [like(x, needs[0]), x.new_empty(skip)]
-    found += [like(weight, needed) for weight, needed in zip([*weights] * copies, needs[2:], strict=False)]
+    gradients = [like(x, needs[0]), x.new_empty(skip)]
+    gradients += [like(weight, needed) for weight, needed in zip([*weights] * copies, needs[2:], strict=False)]
     if has_bias:
-        found += [
+        gradients += [
             x.new_empty(y.shape[1] if needed else 0, dtype=wide if needed else torch.float32)
             for y, needed in zip([*outputs] * copies, needs[2 + count :], strict=True)
         ]
-    return found
+    return gradients
 
 
 def _setup(ctx, inputs: tuple, output: list[Tensor]) -> None:
     x, weights, biases, skip, *settings, _, ctx.gradient_last = inputs
-    ctx.set_materialize_grads(False)  # nobody asks for the gradients of the inner outputs
+    ctx.set_materialize_grads(False)  # the inner outputs have no gradients
     ctx.settings, ctx.count = settings, len(weights)
     ctx.biases, ctx.versions = biases, [_version(bias) for bias in biases]
-    ctx.save_for_backward(x, *weights, *_kept(output, settings[1]))
+    ctx.save_for_backward(x, *weights, *_saved(output, settings[1]))
     ctx.skip_size, ctx.skip_dtype = (0, x.dtype) if skip is None else (skip.shape[3], skip.dtype)
 
 
 def _backward(ctx, grads: list[Tensor | None]) -> tuple:
-    x, *saved = ctx.saved_tensors
+    (x, *saved), stage = ctx.saved_tensors, _Stage(*ctx.settings)
     weights, outputs = saved[: ctx.count], saved[ctx.count :]
     need_x, need_w, need_b, need_skip = ctx.needs_input_grad[:4]
     grad = grads[-1]
     if grad is None:
         return (None, [None] * len(need_w), [None] * len(need_b), *[None] * 8)
-    kinds, activations, alpha, _, copies = ctx.settings
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled():  # create_graph=True
         _refuse_skip(ctx.skip_size)
-        wanted, biases = [need_x, *need_w, *need_b], _unchanged(ctx.biases, ctx.versions)
-        dx, *rest = _recorded(
-            grad, x, weights, biases, kinds, activations, alpha, copies, ctx.gradient_last, wanted
-        )  # fmt: skip
+        biases = _unchanged(ctx.biases, ctx.versions)
+        dx, *rest = _recorded(grad, x, weights, biases, stage, ctx.gradient_last, [need_x, *need_w, *need_b])
         return (dx, rest[: ctx.count], rest[ctx.count :], *[None] * 8)
     needs, biases = [need_x, need_skip, *need_w, *need_b], ctx.biases
-    outputs = _restored(outputs, grad, activations)
-    dx, d_skip, *rest = _conv_stage_backward(
-        grad, x, weights[: ctx.count // copies], outputs, ctx.skip_size, len(biases) > 0, *ctx.settings, needs
-    )
+    outputs = _restored(outputs, grad, stage.activations)
+    packed = weights[: ctx.count // stage.copies]
+    dx, d_skip, *rest = _conv_stage_backward(grad, x, packed, outputs, ctx.skip_size, len(biases) > 0, *stage, needs)
     dx = lay_out(dx, ctx.gradient_last) if need_x else None
-    rest = _as_given(rest, weights, biases, kinds, needs[2:])
+    rest = _unpacked(rest, weights, biases, stage.kinds, needs[2:])
     return (dx, rest[: ctx.count], rest[ctx.count :], d_skip.to(ctx.skip_dtype) if need_skip else None, *[None] * 7)
 
 

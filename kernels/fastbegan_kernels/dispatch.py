@@ -1,7 +1,7 @@
-"""Which implementation of an op is asked for: the argument, then FASTBEGAN_IMPL, then nobody (automatic).
+"""Which implementation of an op runs: the argument `impl`, else FASTBEGAN_IMPL, else an automatic choice.
 
-Here only what can be decided without looking at a device, so that torch.compile can trace it. On a GPU the ops then ask
-`tuning`, when they run, which form has been verified there and is fastest.
+This module decides without looking at a device, so that torch.compile can trace it. On a GPU, an op then asks `tuning`
+at run time for the fastest form that was verified there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ IMPLS = ("reference", "algebraic", "fused")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 ROCM = torch.version.hip is not None
-"""Whether this torch is for AMD's GPUs, which call themselves cuda, and whose capability reads like an H100's."""
+"""Whether this torch is for AMD's GPUs. Their device type is "cuda" too, and their capability reads like an H100's."""
 
 
 def asked_for(impl: str | None) -> str | None:
-    """`impl`, else FASTBEGAN_IMPL, else None; under torch.jit.trace "reference", whose operations can be saved.
+    """The tier in `impl`, else in FASTBEGAN_IMPL, else None.
 
-    Raises ValueError for what is not in IMPLS, naming where it came from.
+    torch.jit.trace always gets "reference": only torch's own operations can be saved. Raises ValueError for a name
+    that is not in IMPLS, with its source.
     """
     source = "impl"
     if impl is None:
@@ -34,19 +35,19 @@ def asked_for(impl: str | None) -> str | None:
 
 
 def op_impl(impl: str | None, tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype] = DTYPES) -> str | None:
-    """What to give a `torch.library` op as its `impl` ("auto", "algebraic" or "fused"); None: compose plain operations.
+    """The `impl` of a `torch.library` op: "auto", "algebraic" or "fused". None: compose plain operations instead.
 
-    Composed are the reference tier, and the algebraic one where no kernel can run: on the CPU, without Triton, for
-    float64. Raises RuntimeError where "fused" is asked for and cannot run, and says why.
+    The reference tier is composed. The algebraic tier is composed on the CPU, without Triton and for float64, where no
+    kernel runs. Raises RuntimeError where "fused" is forced and cannot run, with the reason.
     """
     impl = asked_for(impl)
     if impl == "reference":
         return None
-    given = [tensor for tensor in tensors if tensor is not None]
+    present = [tensor for tensor in tensors if tensor is not None]
     if impl == "fused":
-        _require_fused(given, dtypes)
+        _require_fused(present, dtypes)
         return impl
-    if HAS_TRITON and not ROCM and all(tensor.is_cuda and tensor.dtype in dtypes for tensor in given):
+    if HAS_TRITON and not ROCM and all(tensor.is_cuda and tensor.dtype in dtypes for tensor in present):
         return impl or "auto"
     return None
 
@@ -62,21 +63,21 @@ def _require_fused(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> 
             raise RuntimeError(f"impl 'fused' needs a GPU; tensor is on {tensor.device} (use 'algebraic')")
         if tensor.dtype not in dtypes:
             accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            found = str(tensor.dtype).removeprefix("torch.")
-            raise RuntimeError(f"impl 'fused' takes {accepted}; tensor is {found} (use 'algebraic')")
+            name = str(tensor.dtype).removeprefix("torch.")
+            raise RuntimeError(f"impl 'fused' takes {accepted}; tensor is {name} (use 'algebraic')")
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors cast to autocast's dtype where autocast is on for their device, else as they are; float64 stays."""
+    """Tensors cast to autocast's dtype where autocast is on for their device. float64 stays."""
     device = tensors[0].device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        wanted = torch.get_autocast_dtype(device)
-        return tuple(one if one.dtype == torch.float64 else one.to(wanted) for one in tensors)
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
     return tensors
 
 
 def allows_tf32() -> bool:
-    """Whether float32 convolutions may round their inputs to TF32: torch's setting, exact where it is off."""
+    """Whether torch's settings let float32 convolutions round their inputs to TF32."""
     try:
         return torch.backends.cudnn.allow_tf32
     except RuntimeError:  # set through torch's newer fp32_precision

@@ -1,9 +1,10 @@
-"""Weights as the layers compute with them: cast, laid out channels_last, and folded, all of a net in one launch.
+"""Pack weights for the layers: cast, laid out channels_last and folded, for a whole net in one launch.
 
 Kinds of packed weights, for nn.Conv2d's [K, C, k, k]:
-- "conv": the same [K, C, k, k];
-- "up": nearest x2 followed by conv3x3 is one 4x4 transposed convolution of stride 2, [C, K, 4, 4];
-- "skip": conv3x3 over a map upsampled by k >= 2 needs 25 sums of taps a pixel of the map, [25 K, C, 1, 1].
+
+- "conv": the same [K, C, k, k].
+- "up": nearest x2 followed by conv3x3 is one 4x4 transposed convolution of stride 2, [C, K, 4, 4].
+- "skip": conv3x3 over a map upsampled by k >= 2 needs 25 sums of taps per pixel of the map, [25 K, C, 1, 1].
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import tuning
+from . import problems, tuning
 from .dispatch import op_impl
 from .layout import is_channels_last, lay_out
 
@@ -23,12 +24,34 @@ KINDS = ("conv", "up", "skip")
 def fold(
     weights: Sequence[Tensor], kinds: Sequence[str], *, dtype: torch.dtype | None = None, impl: str | None = None
 ) -> list[Tensor]:
-    """Packed forms, channels_last, of weights [K, C, k, k]; gradients flow back in the weights' own dtype and format.
+    """Pack weights: sum taps in the weights' dtype, then cast and lay out channels_last.
 
-    Sums are taken in the weights' dtype, then cast to `dtype` (None: kept): fold float32 masters. The fused tier packs
-    all weights in one launch, and their gradients in another; it takes float32 weights of up to 3x3 on a GPU, in any
-    layout and where they are: a graph finds them there again. Raises ValueError for an unknown kind, and for a kernel
-    that is not 3x3 where it must be.
+    Sums come before the cast, so fold float32 master weights to train in half precision. "up" adds the 3x3 taps that
+    meet the same input pixel, 16 sums [C, K, 4, 4]. "skip" adds the taps that meet the same pixel of a small map, 25
+    sums [25 K, C, 1, 1]. Both are exact and linear.
+
+    The fused tier packs all weights in one launch, and all their gradients in another. It reads weights at their
+    addresses, so a CUDA graph sees later updates.
+
+    Gradients reach the weights in their own dtype and memory format. They can be differentiated again, and forward mode
+    works outside of torch.compile.
+
+    Args:
+        weights: Weights [K, C, k, k] as nn.Conv2d holds them, any memory format. The fused tier takes float32, and k
+            of 1 or 3.
+        kinds: "conv", "up" or "skip" for each weight; the last two need k = 3.
+        dtype: Dtype of the result; None keeps that of the first weight.
+        impl: "reference", "algebraic" or "fused" forces a tier. None takes FASTBEGAN_IMPL from the environment, else
+            the kernel if it is verified on this machine.
+
+    Returns:
+        One packed weight per weight, channels_last: [K, C, k, k], [C, K, 4, 4] or [25 K, C, 1, 1]. Plain
+        operations return a "conv" weight that has this form already as it is.
+
+    Raises:
+        ValueError: Unknown kinds, lists of different lengths, or kernels that are not as above.
+        RuntimeError: The fused tier is forced where it cannot run: no GPU, no Triton, or weights that are not float32.
+            Or weights have moved since a CUDA graph's warm-up.
     """
     if len(weights) != len(kinds):
         raise ValueError(f"kinds has {len(kinds)} entries for {len(weights)} weights; accepted: one each")
@@ -54,14 +77,23 @@ def fold(
 def _plain(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     if kind == "conv" and weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
         return weight
-    if torch.jit.is_tracing():  # a trace with a function of ours could not be saved
+    if torch.jit.is_tracing():  # a trace with an autograd.Function cannot be saved
         return pack(weight, kind, dtype)
-    function = _PlainFold if torch.compiler.is_compiling() else _PlainFoldForward  # Dynamo takes no jvp
+    function = _PlainFold if torch.compiler.is_compiling() else _PlainFoldForward  # Dynamo supports no jvp
     return function.apply(weight, kind, dtype)
 
 
 def pack(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """The packed form of a weight in plain operations: in `dtype`, channels_last."""
+    """Pack a weight in plain operations.
+
+    Args:
+        weight: [K, C, k, k].
+        kind: One of KINDS.
+        dtype: Dtype of the result.
+
+    Returns:
+        The packed weight, channels_last.
+    """
     packed = _PLAIN[kind](weight)
     if packed.dtype != dtype:
         packed = packed.to(dtype=dtype, memory_format=torch.channels_last)
@@ -69,12 +101,22 @@ def pack(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
 
 
 def unpack_gradient(gradient: Tensor, kind: str, dtype: torch.dtype, *, channels_last: bool) -> Tensor:
-    """The transpose of `pack`: from the gradient of the packed form that of the weight, in its dtype and format."""
+    """Apply the transpose of `pack`.
+
+    Args:
+        gradient: Gradient of the packed weight.
+        kind: One of KINDS.
+        dtype: Dtype of the weight.
+        channels_last: Whether the weight is channels_last, else contiguous.
+
+    Returns:
+        Gradient of the weight [K, C, k, k], in its dtype and memory format.
+    """
     return lay_out(_TRANSPOSES[kind](gradient.to(dtype), channels_last), channels_last)
 
 
 class _PlainFold(torch.autograd.Function):
-    """With its transpose written out: autograd's, of every slice and sum by itself, takes several times as long."""
+    """`pack` with its transpose written out. Autograd's own, slice by slice, takes several times as long."""
 
     @staticmethod
     def forward(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -91,7 +133,7 @@ class _PlainFold(torch.autograd.Function):
 
 
 class _PlainFoldForward(_PlainFold):
-    """In forward mode as well."""
+    """The same, with forward-mode differentiation."""
 
     @staticmethod
     def jvp(ctx, *tangents: Tensor) -> Tensor:
@@ -99,7 +141,15 @@ class _PlainFoldForward(_PlainFold):
 
 
 def packed_shape(shape: Sequence[int], kind: str) -> tuple[int, int, int, int]:
-    """Shape of the packed form of a weight [K, C, k, k]."""
+    """Compute the shape of a packed weight.
+
+    Args:
+        shape: Shape [K, C, k, k] of the weight.
+        kind: One of KINDS.
+
+    Returns:
+        Shape of its packed form.
+    """
     out, channels, height, width = shape
     if kind == "up":
         return channels, out, 4, 4
@@ -107,40 +157,52 @@ def packed_shape(shape: Sequence[int], kind: str) -> tuple[int, int, int, int]:
 
 
 def _packed_parts(flat: Tensor, weights: Sequence[Tensor], kinds: Sequence[str]) -> list[Tensor]:
-    """Packed forms, channels_last, that stand one after another in `flat`."""
+    """Views of the packed weights, channels_last, that stand one after another in `flat`."""
     shapes = [packed_shape(w.shape, kind) for w, kind in zip(weights, kinds, strict=True)]
     parts = flat.split([a * h * w * b for a, b, h, w in shapes])
     return [part.view(a, h, w, b).permute(0, 3, 1, 2) for part, (a, b, h, w) in zip(parts, shapes, strict=True)]
 
 
 def fold_upsample(weight: Tensor) -> Tensor:
-    """3x3 weights [K, C, 3, 3] of a conv after nearest x2 -> conv_transpose2d weights [C, K, 4, 4].
+    """Fold the weights of a conv3x3 after nearest x2 for conv_transpose2d (stride 2, padding 1).
 
-    Exact and linear, hence differentiable by its transpose, in the weight's own dtype, under autocast too.
+    Args:
+        weight: [K, C, 3, 3].
+
+    Returns:
+        [C, K, 4, 4] in the same dtype, under autocast too; channels_last.
     """
-    taps = weight.permute(1, 2, 3, 0).contiguous()  # as channels_last has the result in memory
+    taps = weight.permute(1, 2, 3, 0).contiguous()  # the memory order of a channels_last result
     return _fold_taps(_fold_taps(taps, 1), 2).permute(0, 3, 1, 2)
 
 
 def fold_skip(weight: Tensor) -> Tensor:
-    """3x3 weights [K, C, 3, 3] -> the 25 sums of taps [25 K, C, 1, 1] of a phase table."""
+    """Sum the taps of a conv3x3 for a phase table (`skip_phase_table`).
+
+    Args:
+        weight: [K, C, 3, 3].
+
+    Returns:
+        The 25 sums of taps [25 K, C, 1, 1] in the same dtype.
+    """
     return _five_sums(_five_sums(weight, 2), 3).permute(2, 3, 0, 1).flatten(0, 2)[:, :, None, None]
 
 
 def _five_sums(weight: Tensor, dim: int) -> Tensor:
-    # above; own pixel from the first, an inner, the last row of its cell; below
+    # taps that read: the cell above; the same cell, from its first, an inner and its last row; the cell below
     first, middle, last = weight.unbind(dim)
     return torch.stack((first, middle + last, first + middle + last, first + middle, last), dim)
 
 
 def _fold_taps(weight: Tensor, dim: int) -> Tensor:
-    # tap t = y - 2i + 1 of output y and input i sums the 3x3 taps that reach i through the two copies of it
+    # output row y reads copy j of input row i (at 2i + j, j 0 or 1) with 3x3 tap 2i + j - y + 1; tap t = y - 2i + 1 of
+    # the folded weight sums both
     first, middle, last = weight.unbind(dim)
     return torch.stack((last, middle + last, first + middle, first), dim)
 
 
 def _unfold_upsample(grad: Tensor, channels_last: bool = True) -> Tensor:
-    """The transpose of `fold_upsample`, made in the order in which the result lies in memory."""
+    """The transpose of `fold_upsample`, computed in the memory order of its result."""
     if not channels_last:
         return _unfold_taps(_unfold_taps(grad.transpose(0, 1), 2), 3)
     return _unfold_taps(_unfold_taps(grad.permute(1, 2, 3, 0), 1), 2).permute(0, 3, 1, 2)
@@ -152,7 +214,7 @@ def _unfold_taps(grad: Tensor, dim: int) -> Tensor:
 
 
 def _unfold_skip(grad: Tensor, channels_last: bool = True) -> Tensor:
-    """The transpose of `fold_skip`, made in the order in which the result lies in memory."""
+    """The transpose of `fold_skip`, computed in the memory order of its result."""
     sums = grad.flatten(1).unflatten(0, (5, 5, -1))
     if not channels_last:
         return _unfold_sums(_unfold_sums(sums.permute(2, 3, 0, 1), 2), 3)
@@ -169,7 +231,17 @@ _TRANSPOSES = {"conv": lambda grad, channels_last=True: grad, "up": _unfold_upsa
 
 
 def fold_flat(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtype, *, fused: bool) -> Tensor:
-    """The packed forms one after another, in the order of their memory, in the form that is named."""
+    """Pack weights into one flat tensor.
+
+    Args:
+        weights: Weights [K, C, k, k].
+        kinds: One of KINDS for each weight.
+        dtype: Dtype of the result.
+        fused: Whether the kernel runs, or plain operations.
+
+    Returns:
+        The packed weights one after another, each in channels_last order.
+    """
     if fused:
         from .fused import packing
 
@@ -179,16 +251,26 @@ def fold_flat(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtyp
 
 
 def unfold_flat(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str], *, fused: bool) -> Tensor:
-    """The transpose of `fold_flat`: each weight's gradient, dense, in the layout of `torch.empty_like(weight)`."""
+    """Apply the transpose of `fold_flat`.
+
+    Args:
+        grad: Gradients of the packed weights, flat as `fold_flat` returns them.
+        weights: The weights [K, C, k, k].
+        kinds: One of KINDS for each weight.
+        fused: Whether the kernel runs, or plain operations.
+
+    Returns:
+        The weights' gradients one after another, each dense with the strides of torch.empty_like(weight).
+    """
     if fused:
         from .fused import packing
 
         return packing.fold_backward(grad, weights, kinds)
-    found = []
+    gradients = []
     for part, kind, weight in zip(_packed_parts(grad, weights, kinds), kinds, weights, strict=True):
         gradient = _TRANSPOSES[kind](part.to(weight.dtype))
-        found.append(torch.empty_like(weight).copy_(gradient).as_strided((weight.numel(),), (1,)))
-    return torch.cat(found)
+        gradients.append(torch.empty_like(weight).copy_(gradient).as_strided((weight.numel(),), (1,)))
+    return torch.cat(gradients)
 
 
 def _is_fused(weights: Sequence[Tensor], dtype: torch.dtype, impl: str) -> bool:
@@ -223,7 +305,7 @@ def _setup(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx, grad: Tensor) -> tuple[list[Tensor], None, None, None]:
     weights, kinds = ctx.saved_tensors, ctx.kinds.split()
-    if torch.is_grad_enabled():  # in operations that can be differentiated again
+    if torch.is_grad_enabled():  # create_graph=True: in operations that autograd records
         parts = zip(_packed_parts(grad, weights, kinds), kinds, weights, strict=True)
         formats = list(map(is_channels_last, weights))
         gradients = [
@@ -240,3 +322,13 @@ def _backward(ctx, grad: Tensor) -> tuple[list[Tensor], None, None, None]:
 
 
 _fold.register_autograd(_backward, setup_context=_setup)
+
+
+@problems.checks("fold")
+def _check(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Tensor]:
+    """Packed weights, and gradients of packed weights taken back."""
+    master = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = [problems.draw(device, master, seed, 5, 7, 3, 3) for seed in range(3)]
+    flat = fold_flat(weights, KINDS, dtype, fused=fused)
+    grad = problems.draw(device, dtype, 9, flat.numel())
+    return [flat, unfold_flat(grad, weights, KINDS, fused=fused)]

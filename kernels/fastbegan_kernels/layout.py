@@ -1,7 +1,8 @@
 """Memory formats at the border of an op, by the rule of nn.Conv2d.
 
-Output and input gradient are channels_last if and only if the input or the weight is, whatever the incoming gradient's
-format. The gradient of a weight has the weight's format. Kernels compute in channels_last, and only borders convert.
+Output and input gradient are channels_last if and only if the input or the weight is. The format of the incoming
+gradient has no influence. The gradient of a weight has the weight's format. Kernels compute in channels_last, so only
+borders convert.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from torch import Tensor
 
 
 def is_channels_last(*tensors: Tensor) -> bool:
-    """Whether torch's convolutions take one of the tensors [A, B, H, W] for channels_last, which they tell by strides.
+    """Whether torch's convolutions treat one of the tensors [A, B, H, W] as channels_last, judged by its strides.
 
-    Slices of channels_last count. Sizes that fit both formats (B = 1, 1x1 maps) do not: the strides decide there, too.
+    Slices of channels_last count. Where both formats fit the sizes (B = 1, 1x1 maps), the strides decide as well.
     """
     return any(map(_ascends, tensors))
 
 
 def _ascends(x: Tensor) -> bool:
+    """Whether strides grow in the order channel, column, row, sample."""
     if x.dim() != 4:
         return False
     sizes, strides, below = x.shape, x.stride(), 0
@@ -31,9 +33,12 @@ def _ascends(x: Tensor) -> bool:
 
 
 def lay_out(x: Tensor, channels_last: bool) -> Tensor:
-    """x [A, B, H, W] in channels_last or contiguous, copied only where it is not; strides say so for every size."""
+    """x [A, B, H, W] as channels_last or contiguous, with the strides of that format for every size.
+
+    Copies only where the memory has another order.
+    """
     if channels_last:
         return x.contiguous(memory_format=torch.channels_last)
     x = x.contiguous()
-    # no view to autograd: functions of ours give it out, and others may write into it
+    # a view would be recorded by autograd, and outputs of custom functions may not be changed in place as views
     return torch.ops.aten._unsafe_view(x.view(-1), x.shape) if is_channels_last(x) else x

@@ -1,4 +1,8 @@
-"""Gradients that can be differentiated again, for create_graph=True (WGAN-GP, R1)."""
+"""Gradients that can be differentiated again.
+
+Kernels have no second derivative. Under create_graph=True (WGAN-GP, R1) an op therefore computes its gradients from
+its plain twin, which autograd records.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,11 @@ from torch import Tensor
 def recorded_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """Of `function`, in plain operations that autograd records: its output is computed again from `inputs`.
+    """Gradients of `function`, which consists of plain operations, at `inputs`; None where `needs` is False.
 
-    Gradients of inputs that `needs` does not name are None.
+    The function runs again, since the op's forward did not record it.
     """
-    # one input may be given twice, or be made of another; a view would give sizes of one other strides
+    # aliases are separate leaves even where one tensor comes twice; a view would change the strides of sizes of one
     leaves = [torch.ops.aten.alias(value) for value in inputs]
     output = function(*leaves)
     wanted = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]

@@ -1,4 +1,8 @@
-"""The specification: every public function in plain, differentiable PyTorch, any device and dtype."""
+"""The specification: every public function in plain, differentiable PyTorch, on any device and in any dtype.
+
+Each twin takes the arguments of the op with its name, but for `impl`; the op's docstring describes them. The checks of
+arguments are here too, so that all tiers refuse the same.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +17,38 @@ from torch import Tensor
 ACTIVATIONS = ("elu", "relu", "leaky_relu", "silu", "none")
 KINDS = ("same", "down", "down_end", "up")
 END = (0, 1, 0, 1)
-"""F.pad's numbers for a column to the right and a row below."""
+"""F.pad's argument for one column to the right and one row below."""
 
 
 def require_number(name: str, value: object, accepted: str, within: Callable[[float], bool]) -> None:
-    """Raises ValueError for what is no number (or tensor of one), or not `within` what is `accepted`, in words."""
+    """Raises ValueError unless `value` is a number, or a tensor of one, for which `within` holds.
+
+    `accepted` names the range in the message.
+    """
     value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if isinstance(value, bool) or not isinstance(value, Real) or not within(float(value)):
         raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
 
 
 def check_activation(activation: str, alpha: float) -> None:
-    """Raises ValueError for an unknown name or a negative alpha (the derivative could not be told from the output)."""
+    """Raises ValueError for an unknown name, and for alpha below 0, where the output does not fix the derivative."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
     require_number("alpha", alpha, "numbers >= 0", lambda number: number >= 0)
 
 
 def check_activations(activation: str | Sequence[str], alpha: float, layers: int) -> list[str]:
-    """One name a layer, from one for all or a list. Raises ValueError as `check_activation`, and for another length."""
-    found = [activation] * layers if isinstance(activation, str) else list(activation)
-    if len(found) != layers:
-        raise ValueError(f"activation has {len(found)} entries for {layers} layers; accepted: one for all, or one each")
-    for name in found:
+    """One name per layer, from one for all or a list. Raises ValueError for other names and lengths, and alpha < 0."""
+    names = [activation] * layers if isinstance(activation, str) else list(activation)
+    if len(names) != layers:
+        raise ValueError(f"activation has {len(names)} entries for {layers} layers; accepted: one for all, or one each")
+    for name in names:
         check_activation(name, alpha)
-    return found
+    return names
 
 
 def activate(x: Tensor, activation: str = "elu", alpha: float = 1.0) -> Tensor:
-    """Apply one of ACTIVATIONS. `alpha` is ELU's scale or leaky_relu's negative slope, both >= 0; else ValueError."""
+    """Apply one of ACTIVATIONS; `alpha`, from 0, is the scale of ELU or the negative slope of leaky_relu."""
     check_activation(activation, alpha)
     if activation == "elu":
         return F.elu(x, alpha)
@@ -53,23 +60,28 @@ def activate(x: Tensor, activation: str = "elu", alpha: float = 1.0) -> Tensor:
 
 
 def derivative(y: Tensor, activation: str = "elu", alpha: float = 1.0) -> Tensor:
-    """act'(z) from y = act(z), exact for alpha >= 0; silu has none (its output does not tell)."""
-    one = torch.ones_like(y)
-    below = {"elu": y + alpha, "relu": 0 * one, "leaky_relu": alpha * one, "none": one}[activation]
-    return torch.where(y > 0, one, below)
+    """act'(z) from y = act(z), exact for alpha >= 0. Not for silu, whose output does not fix its derivative."""
+    ones = torch.ones_like(y)
+    below = {"elu": y + alpha, "relu": 0 * ones, "leaky_relu": alpha * ones, "none": ones}[activation]
+    return torch.where(y > 0, ones, below)
 
 
 def check_layer(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, kind: str, skip: Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    kind: str,
+    skip: Tensor | None = None,
     carry: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Raises ValueError, naming argument, value and what is accepted, for what no tier can compute."""
+) -> None:
+    """Raises ValueError for arguments that no tier can compute, with name, value and accepted values."""
     check_dtypes(x, weight, bias)
     check_shapes(x.shape, weight, bias, kind=kind, skip=skip, carry=carry)
 
 
 def check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises ValueError unless all are of one type; the bias may be float32, and autocast casts what it gets."""
+    """Raises ValueError unless all have one dtype. A bias may be float32. Under autocast, which casts, all pass."""
     device = x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return
@@ -80,10 +92,15 @@ def check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_shapes(
-    x: Sequence[int], weight: Tensor, bias: Tensor | None, *, kind: str, skip: Tensor | None = None,
+    x: Sequence[int],
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    kind: str,
+    skip: Tensor | None = None,
     carry: Tensor | None = None,
-) -> list[int]:  # fmt: skip
-    """Raises ValueError for shapes that do not fit; returns that of the output.
+) -> list[int]:
+    """Returns the output's shape. Raises ValueError for shapes that do not fit.
 
     Weights are [K, C, k, k] with odd k (3 for kind "up"), or folded [C, K, 4, 4] for kind "up" (`fold`).
     """
@@ -134,25 +151,22 @@ def conv2d_elu(
     alpha: float = 1.0,
     carry: Tensor | None = None,
 ) -> Tensor:
-    """act(conv2d(x) + bias) for odd kernels, blended with x by `carry` where given.
-
-    x [N, C, H, W]; weight [K, C, kh, kw] as nn.Conv2d holds it; bias [K]. Padding is zeros: "same" on all sides, for
-    [N, K, ceil(H / stride), ceil(W / stride)]; "end", with stride 2 and 3x3 only, a row below and a column to the right
-    (as latent diffusion's encoders pad, and TensorFlow), for [N, K, H // 2, W // 2]. `carry` is a scalar tensor and
-    needs stride 1 and K = C.
-    """
+    """act(conv2d(x, weight) + bias), blended with x by `carry`: the twin of `fastbegan_kernels.conv2d_elu`."""
     kind = conv_kind(stride, padding)
     check_layer(x, weight, bias, kind=kind, carry=carry)
     x = F.pad(x, END) if kind == "down_end" else x
-    around = 0 if kind == "down_end" else int(weight.shape[2]) // 2  # a tensor while it is traced
-    y = F.conv2d(x, weight, _like(bias, weight), stride, around)
+    zeros = 0 if kind == "down_end" else int(weight.shape[2]) // 2  # a tensor while it is traced
+    y = F.conv2d(x, weight, _like(bias, weight), stride, zeros)
     return blend(x, activate(y, activation, alpha), carry)
 
 
 def plain_layer(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, kind: str, padding: int, activation: str, alpha: float
 ) -> Tensor:
-    """A layer of a kind in torch's words, with nothing asked of a shape, as tracers like it; `padding` on each side."""
+    """A layer in torch's operations, without checks, for tracers: a trace must not branch on shapes.
+
+    `padding` counts the zeros on each side of a kind other than "down_end".
+    """
     if kind == "up":
         x = F.interpolate(x, scale_factor=2.0)
     elif kind == "down_end":
@@ -162,7 +176,7 @@ def plain_layer(
 
 
 def conv_kind(stride: int, padding: str = "same") -> str:
-    """What `conv_stage` calls a convolution of this stride and padding. Raises ValueError where there is none."""
+    """The kind of `conv_stage` for a stride and padding. Raises ValueError where there is none."""
     if stride not in (1, 2):
         raise ValueError(f"stride is {stride!r}; accepted: 1, 2")
     if padding not in ("same", "end") or (padding == "end" and stride != 2):
@@ -184,12 +198,7 @@ def upsample_conv2d_elu(
     alpha: float = 1.0,
     carry: Tensor | None = None,
 ) -> Tensor:
-    """Nearest-neighbour upsampling by 2, then conv2d_elu with a 3x3 kernel.
-
-    x [N, C, H, W] -> [N, K, 2H, 2W]; weight [K, C, 3, 3], or folded [C, K, 4, 4] (`fold`). `skip` is a phase table
-    [N, 3, 3, S, S, K] as `skip_phase_table` makes it, expanded and added before the activation. `carry` blends with the
-    upsampled x.
-    """
+    """act(conv3x3(nearest_x2(x), weight) + bias + skip): the twin of `fastbegan_kernels.upsample_conv2d_elu`."""
     check_layer(x, weight, bias, kind="up", skip=skip, carry=carry)
     doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
     if weight.shape[2] == 4:
@@ -212,14 +221,9 @@ def conv_stage(
     alpha: float = 1.0,
     copies: int = 1,
 ) -> Tensor:
-    """Layers one after another: "same", "down" and "down_end" are conv2d_elu, the first of stride 1, the others of
-    stride 2, the last one padded at the end only; "up" is upsample_conv2d_elu.
+    """conv2d_elu and upsample_conv2d_elu one after another: the twin of `fastbegan_kernels.conv_stage`.
 
-    weights and biases as those take them; `kinds` is "same" for all where None; `activation` is one for all or one a
-    layer; `skip` belongs to the last layer, which then must be "up". With `copies`, weights and biases hold as many
-    copies of all layers', one after another, and the batch has as many parts: each part's gradients go to its own copy.
-    Raises ValueError for lists of unequal length, unknown kinds and activations, and a batch that `copies` do not
-    divide.
+    With `copies`, chunk i of the batch runs with copy i of weights and biases.
     """
     kinds = check_stage(x, weights, biases, kinds, skip, copies)
     activations = check_activations(activation, alpha, len(kinds))
@@ -228,10 +232,10 @@ def conv_stage(
         tables = [None] * copies if skip is None else skip.chunk(copies)
         parts = []
         for number, (part, table) in enumerate(zip(x.chunk(copies), tables, strict=True)):
-            own = slice(number * count, (number + 1) * count)
-            bias = None if biases is None else biases[own]
+            copy = slice(number * count, (number + 1) * count)
+            bias = None if biases is None else biases[copy]
             parts.append(
-                conv_stage(part, weights[own], bias, kinds=kinds, skip=table, activation=activations, alpha=alpha)
+                conv_stage(part, weights[copy], bias, kinds=kinds, skip=table, activation=activations, alpha=alpha)
             )
         return torch.cat(parts)
     for number, (weight, kind, activation) in enumerate(zip(weights, kinds, activations, strict=True)):
@@ -246,29 +250,33 @@ def conv_stage(
 
 
 def check_stage(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, kinds: Sequence[str] | None,
-    skip: Tensor | None = None, copies: int = 1,
-) -> list[str]:  # fmt: skip
-    """The kinds of a stage's layers. Raises ValueError for lists of unequal length and unknown kinds."""
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    kinds: Sequence[str] | None,
+    skip: Tensor | None = None,
+    copies: int = 1,
+) -> list[str]:
+    """One kind per layer. Raises ValueError for lists of different lengths, and for unknown kinds."""
     if copies < 1 or len(x) % copies:
         raise ValueError(f"copies is {copies} for x {list(x.shape)}; accepted: numbers that divide the batch")
-    found = ["same"] * (len(weights) // copies) if kinds is None else list(kinds)
-    if not weights or len(found) * copies != len(weights) or (biases is not None and len(biases) != len(weights)):
-        given = f"{len(weights)} weights, {'no' if biases is None else len(biases)} biases, {len(found)} kinds"
-        raise ValueError(f"a stage was given {given}; accepted: one or more weights, and as many biases and kinds")
-    for number, kind in enumerate(found):
+    layers = ["same"] * (len(weights) // copies) if kinds is None else list(kinds)
+    if not weights or len(layers) * copies != len(weights) or (biases is not None and len(biases) != len(weights)):
+        lengths = f"{len(weights)} weights, {'no' if biases is None else len(biases)} biases, {len(layers)} kinds"
+        raise ValueError(f"a stage was given {lengths}; accepted: one or more weights, and as many biases and kinds")
+    for number, kind in enumerate(layers):
         if kind not in KINDS:
             raise ValueError(f"kinds[{number}] is {kind!r}; accepted: {', '.join(KINDS)}")
-    if skip is not None and found[-1] != "up":
-        raise ValueError(f"skip was given but the last kind is {found[-1]!r}; accepted: up")
-    return found
+    if skip is not None and layers[-1] != "up":
+        raise ValueError(f"skip was given but the last kind is {layers[-1]!r}; accepted: up")
+    return layers
 
 
 def skip_phase_table(h: Tensor, weight: Tensor) -> Tensor:
-    """What conv3x3 over h [N, C, S, S] upsampled by any k >= 2 can give: [N, 3, 3, S, S, K] for weight [K, C, 3, 3].
+    """All values of conv3x3 over an upsampled h: the twin of `fastbegan_kernels.skip_phase_table`.
 
-    The two phases are the first / inner / last row and column of the k x k cell that an output pixel lies in: an
-    output in the first row sees the cell above with tap 0 and its own with taps 1 and 2, and so on.
+    An output in the first row of its cell reads the cell above with tap 0, and its own cell with taps 1 and 2. An inner
+    row reads its own cell only. The last row reads its own cell with taps 0 and 1, and the cell below with tap 2.
     """
     first, middle, last = torch.eye(3, dtype=weight.dtype, device=weight.device)
     none = torch.zeros_like(first)
@@ -287,7 +295,7 @@ def skip_phase_table(h: Tensor, weight: Tensor) -> Tensor:
 
 
 def expand_phase_table(table: Tensor, height: int, width: int) -> Tensor:
-    """The map [N, K, height, width] whose cells a phase table [N, 3, 3, S, S, K] describes."""
+    """Expand a phase table [N, 3, 3, S, S, K] to the map [N, K, height, width]; S divides height and width."""
     phases_h, phases_w = (_phases(size // table.shape[3], table.device) for size in (height, width))
     cells = table[:, phases_h][:, :, phases_w]  # [N, cell, cell, S, S, K]
     return cells.permute(0, 5, 3, 1, 4, 2).flatten(4, 5).flatten(2, 3)
@@ -300,7 +308,7 @@ def _phases(cell: int, device: torch.device) -> Tensor:
 
 
 def check_loss(prediction: Tensor, target: Tensor, eta: int) -> None:
-    """Raises ValueError for another exponent than 1 and 2, for whole numbers (stored images), shapes that differ."""
+    """Raises ValueError for another exponent than 1 and 2, integer dtypes (stored images), and shapes that differ."""
     if eta not in (1, 2):
         raise ValueError(f"eta is {eta!r}; accepted: 1, 2")
     for name, value in (("prediction", prediction), ("target", target)):
@@ -311,21 +319,17 @@ def check_loss(prediction: Tensor, target: Tensor, eta: int) -> None:
 
 
 def l1_reconstruction_loss(prediction: Tensor, target: Tensor, *, eta: int = 1, detach_target: bool = False) -> Tensor:
-    """Per-sample mean of |target - prediction|^eta over all other dimensions (paper §3.1): [N, ...] -> [N].
-
-    eta is 1 or 2. Accumulated and returned in float32 (float64 for float64 input). The gradient reaches both
-    arguments unless `detach_target`.
-    """
+    """Mean of |target - prediction|^eta of each sample: the twin of `fastbegan_kernels.l1_reconstruction_loss`."""
     check_loss(prediction, target, eta)
     wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     difference = prediction.to(wide) - (target.detach() if detach_target else target).to(wide)
     error = difference.abs() if eta == 1 else difference.square()
-    # neither flattened nor by mean: gradients would be contiguous whatever the inputs are
+    # flatten and mean would make gradients contiguous, whatever the format of the inputs
     return error if error.dim() == 1 else error.sum(tuple(range(1, error.dim()))) / prod(error.shape[1:])
 
 
 def check_controller(gamma: float, lambda_k: float) -> None:
-    """Raises ValueError for a diversity ratio outside of 0 to 1, and a negative gain."""
+    """Raises ValueError for a diversity ratio outside of 0 to 1, and for a negative gain."""
     require_number("gamma", gamma, "0 to 1", lambda number: 0 <= number <= 1)
     require_number("lambda_k", lambda_k, "numbers from 0", lambda number: number >= 0)
 
@@ -341,12 +345,7 @@ def equilibrium_update(
     gamma: float,
     lambda_k: float,
 ) -> None:
-    """One step of BEGAN's controller (paper §3.4), in place, from per-sample losses [N] or scalars.
-
-    k [] float32 becomes clamp(k + lambda_k (gamma L(x) - L(G(z))), 0, 1); sums [6] float32 gains L(x), L(G(z)), the
-    old k, M = L(x) + |gamma L(x) - L(G(z))|, |L(x) - L(G(z))| and 1; window [2] float64 gains M and 1. Where the bool
-    scalar `skip` holds nothing changes.
-    """
+    """One step of BEGAN's controller, in place: the twin of `fastbegan_kernels.equilibrium_update`."""
     check_controller(gamma, lambda_k)
     real, fake = loss_real.mean().to(k.dtype), loss_fake.mean().to(k.dtype)
     balance = gamma * real - fake
@@ -369,11 +368,7 @@ def normalize_images(
     margin: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """uint8 images [M, H, W, C] -> batch [N, C, H - margin, W - margin] in [-1, 1], channels_last.
-
-    `index` [N] int64 picks and orders images (all, in order, where None); of each a window is taken whose top and left
-    are `corner` [N, 2] int64, 0 to margin (the middle where None); `flip` [N] bool then mirrors it left-right.
-    """
+    """A batch from stored uint8 images: the twin of `fastbegan_kernels.normalize_images`."""
     batch = images if index is None else images[index]
     if margin:
         count, height, width = batch.shape[:3]

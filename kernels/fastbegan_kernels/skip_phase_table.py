@@ -1,4 +1,4 @@
-"""skip_phase_table: what a convolution over an upsampled small map gives, computed on the small map."""
+"""skip_phase_table: the convolution of an upsampled small map, computed on the small map."""
 
 from __future__ import annotations
 
@@ -13,23 +13,46 @@ from .layout import is_channels_last, lay_out
 
 
 def skip_phase_table(h: Tensor, weight: Tensor, *, impl: str | None = None) -> Tensor:
-    """As `reference.skip_phase_table`: h [N, C, S, S] -> [N, 3, 3, S, S, K], in 25 products a pixel instead of 81.
+    """Compute all values of conv3x3(nearest_xk(h), weight), for every k >= 2 at once, on the small map h.
 
-    weight is [K, C, 3, 3], or folded once for many calls (`fold`, kind "skip"), [25 K, C, 1, 1]. Sums of taps that read
-    one pixel are taken before multiplying; what belongs to the pixel above or beside is then moved there.
+    An output pixel lies in the first, an inner or the last row and column of its k x k cell. These 3 x 3 phases are all
+    the values that a cell has. `upsample_conv2d_elu` takes the table as `skip` and expands it, so BEGAN's skip
+    connections (paper §3.5.1) cost no convolution at full size.
+
+    Taps that read the same pixel of h are summed before multiplying: 25 products per pixel of h and channel pair in
+    place of 81. The algebraic and the fused tier both use the library's 1x1 convolution.
+    `reference.skip_phase_table` is the plain twin.
+
+    Gradients reach h and weight, and can be differentiated again.
+
+    Args:
+        h: Small map [N, C, S, S] in any floating-point dtype and memory format. Autocast casts it.
+        weight: [K, C, 3, 3], or folded once for many calls (`fold`, kind "skip") [25 K, C, 1, 1]. A folded weight has
+            h's dtype outside of autocast.
+        impl: "reference", "algebraic" or "fused" forces a tier; it concerns the folding of `weight` only. None takes
+            FASTBEGAN_IMPL from the environment, else the fastest form verified on this machine.
+
+    Returns:
+        Phase table [N, 3, 3, S, S, K] in h's dtype (autocast's where it is on). Axes 1 and 2 are the phases of row and
+        column: first, inner, last.
+
+    Raises:
+        ValueError: `weight` cannot be folded, or `impl` is not among those above.
+        RuntimeError: The fused tier is forced where it cannot run, or torch's convolution refuses the shapes.
     """
     if asked_for(impl) == "reference" and weight.shape[2] == 3:
         return reference.skip_phase_table(h, weight)
     if weight.shape[2] == 3:
         h = lay_out(h, True) if is_channels_last(weight) else h
         (weight,) = fold([weight], ["skip"], dtype=h.dtype, impl=impl)
-        weight = lay_out(weight, False)  # 1x1: its strides would say channels_last, and h's gradient be laid out so
+        # the strides of a packed 1x1 weight read as channels_last, and would decide the format of h's gradient
+        weight = lay_out(weight, False)
     sums = F.conv2d(h, weight).permute(0, 2, 3, 1).unflatten(3, (5, 5, -1))  # [N, S, S, 5, 5, K]
     return _join(_join(sums, 1, 3), 2, 4).permute(0, 3, 4, 1, 2, 5)
 
 
 def _join(sums: Tensor, space: int, dim: int) -> Tensor:
-    """Five sums of taps along `dim` to the three phases: each to the pixel that it is added to along `space`."""
+    """The three phases from the five sums of taps along `dim`, each moved along `space` to the pixel it belongs to."""
     before, first, inner, last, behind = sums.unbind(dim)
     size = sums.shape[space]
     edge = torch.zeros_like(inner.narrow(space, 0, 1))

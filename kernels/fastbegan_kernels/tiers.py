@@ -1,8 +1,11 @@
-"""One convolution layer and its gradients, three ways; `how` says which.
+"""One convolution layer and its gradients in three forms; the keyword `how` names the form.
 
-"plain" is the library's own operations; "algebraic" its convolutions with one Triton kernel for all that is pointwise
-around them; anything else names the tile of a fused kernel. Weights are packed (`fold`): [K, C, k, k], and for kind
-"up" [C, K, 4, 4]. No function here is differentiable; all tensors are channels_last.
+- "plain": the library's own operations.
+- "algebraic": the library's convolutions, and one Triton kernel for all that is pointwise around them.
+- any other name: the tile of a fused kernel.
+
+Weights are packed (`fold`): [K, C, k, k], and [C, K, 4, 4] for kind "up". All tensors are channels_last. Autograd
+records nothing here.
 """
 
 from __future__ import annotations
@@ -17,19 +20,25 @@ from torch import Tensor
 from . import reference
 
 KINDS = ("same", "down", "up")
-"""Those that fused kernels compute; "down_end" is always the library's."""
+"""The kinds that fused kernels compute; "down_end" is always the library's."""
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, *, kind: str, activation: str, alpha: float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    *,
+    kind: str,
+    activation: str,
+    alpha: float,
     how: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """act(conv(x) + bias + skip): x [N, C, H, W] -> [N, K, H', W']; skip [N, 3, 3, S, S, K] with kind "up" only."""
     if how not in ("plain", "algebraic"):
         launch, tiles = _fused()
-        return launch.layer(
-            x, weight, bias, skip, kind=kind, activation=activation, alpha=alpha, tile=tiles.tile_named(how)
-        )
+        tile = tiles.tile_named(how)
+        return launch.layer(x, weight, bias, skip, kind=kind, activation=activation, alpha=alpha, tile=tile)
     inside = bias.to(x.dtype) if bias is not None and how == "plain" else None
     if _to_few(x, weight, kind):
         y = _convolve_to_few(x, weight, inside)
@@ -42,7 +51,7 @@ def forward(
     if how == "algebraic":
         return _fused()[0].activation(y, bias, skip, activation=activation, alpha=alpha)
     y = y.contiguous(memory_format=torch.channels_last)
-    if skip is not None and torch.compiler.is_compiling():  # a gather, which goes into the loop of the activation
+    if skip is not None and torch.compiler.is_compiling():  # inductor fuses this gather with the activation's loop
         y = y + reference.expand_phase_table(skip, y.shape[2], y.shape[3])
     elif skip is not None:
         _add_phase_table(y, skip)
@@ -50,12 +59,12 @@ def forward(
 
 
 def _elu(y: Tensor, alpha: float) -> Tensor:
-    if torch.compiler.is_compiling():  # the C++ back end's exp costs half of its expm1, and is exact to 1 + y
+    if torch.compiler.is_compiling():  # inductor's C++ exp costs half of its expm1, and is exact to 1 + y
         return torch.where(y > 0, y, alpha * (torch.exp(y) - 1))
     return F.elu_(y, alpha)
 
 
-# what a convolution has made is nobody else's, and its own backward does not read it
+# a convolution's output is new, and its own backward does not read it: the activation may overwrite it
 _IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "elu": _elu,
     "relu": lambda y, alpha: F.relu_(y),
@@ -77,16 +86,19 @@ def _add_phase_table(y: Tensor, table: Tensor) -> None:
 
 
 def activation_backward(
-    grad: Tensor, y: Tensor, *, activation: str, alpha: float, how: str, own: bool = False
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """grad * act'(y), both [N, K, H, W], and its sum [K] in float32 (float64 for float64). `own`: grad may be lost."""
+    grad: Tensor, y: Tensor, *, activation: str, alpha: float, how: str, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
+    """grad * act'(y), both [N, K, H, W], and its sum over pixels [K] in float32 (float64 for float64).
+
+    `overwrite`: the result may take grad's memory.
+    """
     if how != "plain":
         return _fused()[0].activation_backward(grad, y, activation=activation, alpha=alpha)
     dz = grad
     if activation != "none":
-        derivative, given = _DERIVATIVE[activation]
-        in_place = own and not torch.compiler.is_compiling()
-        numbers = given(grad, y, alpha)
+        derivative, arguments = _DERIVATIVE[activation]
+        numbers = arguments(grad, y, alpha)
+        in_place = overwrite and not torch.compiler.is_compiling()
         dz = derivative.grad_input(*numbers, grad_input=grad) if in_place else derivative(*numbers)
     dz = dz.contiguous(memory_format=torch.channels_last)
     return dz, bias_gradient(dz)
@@ -102,24 +114,23 @@ _DERIVATIVE: dict[str, tuple[Any, Callable[[Tensor, Tensor, float], tuple]]] = {
 def input_gradient(
     dz: Tensor, x: Tensor, weight: Tensor, *, kind: str, activation: str | None, alpha: float, how: str
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient at a layer's input x from dz; with the activation that x is the output of, times act', and its sum.
+    """The gradient dx at a layer's input x, from dz at its convolution's output.
 
-    Kind "down" with a 1x1 kernel is the library's in every form.
+    With `activation`, the one whose output x is: dx * act'(x), and its sum over pixels. Kind "down" with a 1x1 kernel
+    is the library's in every form.
     """
     if how not in ("plain", "algebraic"):
         launch, tiles = _fused()
         y_prev = None if activation is None else x
-        size, tile = (x.shape[2], x.shape[3]), tiles.tile_named(how)
-        return launch.input_gradient(
-            dz, weight, y_prev, kind=kind, size=size, activation=activation or "none", alpha=alpha, tile=tile
-        )
+        size, tile, act = (x.shape[2], x.shape[3]), tiles.tile_named(how), activation or "none"
+        return launch.input_gradient(dz, weight, y_prev, kind=kind, size=size, activation=act, alpha=alpha, tile=tile)
     if _to_few(dz, across := weight.transpose(0, 1), kind):
         dx = _convolve_to_few(dz, across.flip(2, 3), None)
     else:
         dx = _library(dz, x, weight, kind, [True, False, False])[0]
     if activation is None:
         return dx.contiguous(memory_format=torch.channels_last), None
-    return activation_backward(dx, x, activation=activation, alpha=alpha, how=how, own=True)
+    return activation_backward(dx, x, activation=activation, alpha=alpha, how=how, overwrite=True)
 
 
 def bias_gradient(dz: Tensor) -> Tensor:
@@ -128,9 +139,10 @@ def bias_gradient(dz: Tensor) -> Tensor:
 
 
 def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, *, kind: str) -> Tensor:
-    """The gradient of a layer's packed weight, like it; always the library's."""
+    """The gradient of a layer's packed weight, in its shape and dtype. The library computes it in every form."""
     if kind == "same" and x.device.type == "cpu" and 1 < weight.shape[0] < 8 <= weight.shape[1]:
-        # oneDNN is two to four times as fast with the few channels at the input: the same sums, taps in reverse
+        # oneDNN runs two to four times as fast with the few channels at the input. Exchanging x and dz gives the
+        # transposed gradient with its taps reversed.
         swapped = _library(x, dz, weight.transpose(0, 1), kind, [False, True, False])[1]
         dw = swapped.transpose(0, 1).flip(2, 3)
     else:
@@ -139,7 +151,7 @@ def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, *, kind: str) -> Tens
 
 
 def skip_gradient(dz: Tensor, size: int, *, how: str) -> Tensor:
-    """Sums of dz [N, K, H, W] over what each entry of the phase table [N, 3, 3, size, size, K] was added to."""
+    """The gradient of a phase table [N, 3, 3, size, size, K]: each entry sums dz [N, K, H, W] over its pixels."""
     if how != "plain":
         return _fused()[0].skip_gradient(dz, size)
     cells = dz.permute(0, 2, 3, 1).unflatten(1, (size, -1))  # [N, S, cell, W, K]
@@ -149,28 +161,30 @@ def skip_gradient(dz: Tensor, size: int, *, how: str) -> Tensor:
 
 
 def _to_few(x: Tensor, weight: Tensor, kind: str) -> bool:
-    """Whether a 3x3 convolution gives so few channels, an image's, that oneDNN computes mostly padding."""
+    """Whether a 3x3 convolution has so few outputs, as for an image, that oneDNN computes mostly padding."""
     few = kind == "same" and weight.shape[2:] == (3, 3) and 3 * weight.shape[0] <= 16 < weight.shape[1]
     return few and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _convolve_to_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """conv2d of x [N, C, H, W] with weight [K, C, 3, 3], each row of taps in channels of its own: [3 K, C, 1, 3].
+    """conv2d of x [N, C, H, W] with weight [K, C, 3, 3], as one convolution with weights [3 K, C, 1, 3].
 
-    oneDNN fills up output channels to 16 with nothing. What each row gives is moved to its line and added afterwards.
+    oneDNN pads output channels to 16 with zeros. So each row of taps gets channels of its own, and its output is added
+    one line above or below.
     """
     rows = weight.permute(2, 0, 1, 3).flatten(0, 1).unsqueeze(2).contiguous(memory_format=torch.channels_last)
-    # not conv2d: it would be cast where a backward runs under autocast
-    found = torch.ops.aten.convolution(x, rows, None, [1, 1], [0, 1], [1, 1], False, [0, 0], 1)
-    above, own, below = found.split(weight.shape[0], 1)
-    y = own.clone(memory_format=torch.channels_last) if bias is None else own + bias[:, None, None]
+    # F.conv2d would cast where a backward runs under autocast
+    outputs = torch.ops.aten.convolution(x, rows, None, [1, 1], [0, 1], [1, 1], False, [0, 0], 1)
+    above, middle, below = outputs.split(weight.shape[0], 1)
+    y = middle.clone(memory_format=torch.channels_last) if bias is None else middle + bias[:, None, None]
     y[:, :, 1:] += above[:, :, :-1]
     y[:, :, :-1] += below[:, :, 1:]
     return y
 
 
 def _library(dz: Tensor, x: Tensor, weight: Tensor, kind: str, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    if kind == "down_end":  # padded again: a copy that nobody keeps
+    """The library's gradients of x, weight and bias; `mask` names those to compute."""
+    if kind == "down_end":  # padded again, to keep no padded copy of x between forward and backward
         padded = F.pad(x, reference.END).contiguous(memory_format=torch.channels_last)
         dx, dw, db = _library_convolution(dz, padded, weight, 2, [0, 0], mask, transposed=False)
         return dx[:, :, :-1, :-1] if mask[0] else dx, dw, db
@@ -180,7 +194,7 @@ def _library(dz: Tensor, x: Tensor, weight: Tensor, kind: str, mask: list[bool])
 
 def _library_convolution(
     dz: Tensor, x: Tensor, weight: Tensor, stride: int, padding: list[int], mask: list[bool], *, transposed: bool
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     if not dz.numel():  # oneDNN and cuDNN refuse empty gradients
         return torch.zeros_like(x), torch.zeros_like(weight), dz.new_empty(0)
     return torch.ops.aten.convolution_backward(
@@ -189,6 +203,7 @@ def _library_convolution(
 
 
 def _fused():
+    """Imported late: Triton takes a second."""
     from .fused import launch, tiles
 
     return launch, tiles

@@ -1,9 +1,16 @@
-"""The child process in which kernels that were never run on this kind of machine are tried: they may kill it.
+"""The child process that runs new kernels first, since a bad kernel can kill its process.
 
-It reads tasks from standard input, a JSON object a line, and answers in lines: "ready" once the device does what it is
-told, or "unable REASON"; "begin HOW", then "ran HOW" or "broken HOW REASON", where another try would end the same,
-"failed HOW REASON", where it might not, "starved HOW REASON" for want of memory; "done" after each task. It ends with
-its parent, after a minute without a task, and after an error that broke the device.
+It reads one task a line from standard input, as JSON, and answers in lines of tab-separated fields:
+
+- `ready`: the device works; or `unable REASON`.
+- `begin FORM`, then one of
+  - `ran FORM`;
+  - `broken FORM REASON`: another try would end the same;
+  - `failed FORM REASON`: another try might succeed;
+  - `starved FORM REASON`: memory ran out.
+- `done`, after the last form of a task.
+
+The process ends with its parent, after a minute without a task, and after an error that broke the device.
 """
 
 from __future__ import annotations
@@ -22,11 +29,11 @@ from .child import FIELD
 from .faults import in_short, is_cuda_error, is_of_the_kernel, is_out_of_memory
 from .problems import Layer, Pointwise
 
-_IDLE = 60.0  # seconds; its context holds memory of the device
+_IDLE = 60.0  # seconds; an idle child holds device memory
 
 
 def trial(task: dict[str, Any], say: Callable[..., None]) -> None:
-    """Run each form of a problem on the inputs of a check, and say before and after that it did."""
+    """Run each form of a problem on the inputs of its check; `say` reports before and after each."""
     device = torch.device(task["device"])
     kind = {"Layer": Layer, "Pointwise": Pointwise}[task["type"]]
     problem = kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in task["problem"].items()})
@@ -38,24 +45,24 @@ def trial(task: dict[str, Any], say: Callable[..., None]) -> None:
         say("unable", in_short(error))
         raise
     say("ready")
-    for how in task["hows"]:
-        say("begin", how)
+    for form in task["forms"]:
+        say("begin", form)
         try:
-            for value in problem.results(how, device):
+            for value in problem.results(form, device):
                 value.float().sum().item()  # waits for the device
         except Exception as error:
             lost = is_cuda_error(error) or not _answers(device)
             word = "broken" if lost or is_of_the_kernel(error) else "starved" if is_out_of_memory(error) else "failed"
-            say(word, how, in_short(error))
+            say(word, form, in_short(error))
             if lost:
-                raise  # the context is gone: what comes next would fail too, and is not to blame
+                raise  # without a context all later forms would fail too, and be blamed
         else:
-            say("ran", how)
+            say("ran", form)
     say("done")
 
 
 def _answers(device: torch.device) -> bool:
-    """Whether the device still does what it is told."""
+    """Whether the device still works."""
     try:
         return device.type != "cuda" or torch.cuda.synchronize(device) is None
     except Exception:
@@ -65,13 +72,13 @@ def _answers(device: torch.device) -> bool:
 def main() -> None:
     """Answer task after task."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever kernels and compilers print is no answer
+    os.dup2(2, 1)  # output of kernels and compilers must not mix with the answers
     tasks: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
         for line in sys.stdin:
             tasks.put(line)
-        os._exit(0)  # the parent is gone, or needs no more, whatever a kernel is doing
+        os._exit(0)  # the parent closed the pipe: stop even in the middle of a kernel
 
     def say(*fields: str) -> None:
         print(*fields, sep=FIELD, file=answers, flush=True)

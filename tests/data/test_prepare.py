@@ -289,7 +289,7 @@ def test_two_packs_at_once_do_the_work_once(pictures: Path, tmp_path: Path) -> N
 def test_a_killed_pack_leaves_no_half_made_set_and_is_taken_up(tmp_path: Path) -> None:
     folder, out, log = tmp_path / "many", tmp_path / "a.pack", tmp_path / "log"
     folder.mkdir()
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
     image.save(folder / "0000.png")
     for number in range(1, 1300):
         (folder / f"{number:04d}.png").write_bytes((folder / "0000.png").read_bytes())

@@ -1,4 +1,4 @@
-"""Compile every shipped kernel configuration for GPUs that are not here; run as a program, without the interpreter.
+"""Compile every shipped kernel configuration for absent GPUs. Run as a program, without the interpreter.
 
 Prints a JSON list: kernel, configuration, architecture, registers, stack, shared memory, and counts of the machine
 instructions that tell whether the matrix units and asynchronous copies are used.
@@ -173,7 +173,7 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
 
 
 def cases(capability: int) -> Iterator[Case]:
-    """What ships for an architecture: elementwise kernels everywhere, matrix products from Ampere on."""
+    """All shipped kernels for an architecture: elementwise ones everywhere, matrix products from Ampere on."""
     yield (
         "equilibrium update",
         elementwise._equilibrium_update_kernel,
@@ -244,7 +244,7 @@ def measure(case: Case, capability: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Arguments: an architecture, and part of the names to compile (all where none is given)."""
+    """Arguments: an architecture, and optionally a part of the names to compile."""
     sm, *wanted = sys.argv[1:]
     chosen = [case for case in cases(int(sm)) if not wanted or wanted[0] in case[0]]
     print(json.dumps([measure(case, int(sm)) for case in chosen]))

@@ -1,4 +1,4 @@
-"""How far a kernel may be from float64, and what it is given.
+"""The allowed distance of a kernel from float64, and its random inputs.
 
 The largest error may be twice that of PyTorch's own op in the same dtype, plus 1e-6; four times for up-convolutions in
 half precision, whose weights are rounded once folded.

@@ -75,7 +75,7 @@ def test_plain_operations_take_every_odd_kernel(window: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 3, 5])
 def test_few_outputs_of_many_channels(window: int) -> None:
-    """As in the layer that makes images, whose weight gradient is taken the other way round on a CPU."""
+    """As in the layer that writes images. On a CPU its weight gradient exchanges input and output gradient."""
     x = random_tensor(2, 9, 6, 7, seed=1, dtype=torch.float64)
     inputs = [x, random_tensor(3, 9, window, window, seed=2, dtype=torch.float64)]
     inputs.append(random_tensor(3, seed=3, dtype=torch.float64))
@@ -87,7 +87,7 @@ def test_few_outputs_of_many_channels(window: int) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (6, 7)])
 @pytest.mark.parametrize("outputs", [1, 2, 5, 6])
 def test_images_of_many_channels(outputs: int, size: tuple[int, int], bias: bool) -> None:
-    """To few channels a CPU's float32 takes each row of taps by itself, forward and, from few, back to the image."""
+    """On a CPU in float32, convolutions to few channels go row by row, forward and in an image's gradient."""
     widths = (outputs, 20, outputs)
     inputs = [random_tensor(1 if size == (1, 1) else 2, outputs, *size, seed=1)]
     inputs += [random_tensor(b, a, 3, 3, seed=a, scale=0.2) for a, b in pairwise(widths)]
@@ -102,7 +102,7 @@ def test_images_of_many_channels(outputs: int, size: tuple[int, int], bias: bool
 
 @pytest.mark.parametrize("widths", [(3, 20), (20, 3, 20), (3, 20, 3)])
 def test_a_backward_under_autocast_is_as_exact(widths: tuple[int, ...]) -> None:
-    """The forward was not: nothing may be cast on the way back, and nothing mixed."""
+    """The forward ran without autocast, so the backward must not cast."""
     x = random_tensor(2, widths[0], 5, 6, seed=1).cpu().requires_grad_()
     weights = [random_tensor(b, a, 3, 3, seed=a, scale=0.2).cpu().requires_grad_() for a, b in pairwise(widths)]
     y = conv_stage(x, weights)
@@ -150,7 +150,7 @@ def test_activations_that_do_not_fit_are_named() -> None:
 
 @pytest.mark.parametrize("wanted", [1, 2, 3, 4, 5, 6])
 def test_each_gradient_alone(wanted: int) -> None:
-    """Going back ends where nothing below is asked for, and not before."""
+    """The backward ends at the lowest layer that needs a gradient, and not before."""
     kinds = ["same", "down", "same"]
     inputs = _inputs(kinds, 0, torch.float64)
     found = []
@@ -170,10 +170,12 @@ def test_bias_gradients_of_half_precision_are_summed_in_float32() -> None:
     assert bias.grad.tolist() == [1024.0 + 1032.0] * 2
 
 
-def _penalty(function: Callable[..., Tensor], inputs: list[Tensor], made: Sequence[int] = (0,)) -> tuple[Tensor, ...]:
-    """Gradients of a gradient's size, as WGAN-GP and R1 have it, where the weights `made` are made of the input."""
+def _penalty(
+    function: Callable[..., Tensor], inputs: list[Tensor], from_input: Sequence[int] = (0,)
+) -> tuple[Tensor, ...]:
+    """Gradients of a gradient penalty, as in WGAN-GP and R1. Inputs numbered in `from_input` depend on the first."""
     x, *rest = leaves = [value.detach().requires_grad_() for value in inputs]
-    for number in made:
+    for number in from_input:
         rest[number] = rest[number] * x.mean()
     (slope,) = torch.autograd.grad(function(x * 1, *rest).sin().sum(), x, create_graph=True)
     return torch.autograd.grad(slope.square().sum(), leaves)
@@ -210,7 +212,7 @@ def test_second_derivatives_in_the_tiers(kinds: list[str], impl: str) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_second_derivatives_of_one_output(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    """A critic's last layer: torch tells its weight's memory format by strides alone."""
+    """A critic's last layer: torch judges its weight's memory format by strides alone."""
     x, weight = (
         random_tensor(*shape, seed=1, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
         for shape in ((2, 20, 4, 5), (1, 20, 3, 3))
@@ -227,7 +229,7 @@ def test_second_derivatives_of_one_output(dtype: torch.dtype, memory_format: tor
 
 @pytest.mark.parametrize("impl", [None, "algebraic"])
 def test_a_bias_may_change_before_the_backward(impl: str | None) -> None:
-    """As in torch, whose convolutions do not read it again; a gradient that is recorded would, and says so."""
+    """As in torch, whose convolutions do not read the bias again. A recorded gradient would, so it raises."""
     x, weight = random_tensor(2, 3, 5, 6, seed=1), random_tensor(4, 3, 3, 3, seed=2).requires_grad_()
     bias = random_tensor(4, seed=3).requires_grad_()
     y = conv_stage(x, [weight], [bias], impl=impl).sum()
@@ -240,7 +242,7 @@ def test_a_bias_may_change_before_the_backward(impl: str | None) -> None:
 
 
 def test_a_contiguous_layer_keeps_its_output_once() -> None:
-    """What it keeps is what it gives out, so that the next layer keeps the same."""
+    """It saves the memory that it returns, so that the next layer saves the same."""
     layers = [random_tensor(8, 8, 3, 3, seed=seed).requires_grad_() for seed in range(4)]
     kept: dict[int, int] = {}
 
@@ -316,7 +318,7 @@ def test_copies_that_do_not_fit_are_named() -> None:
 @pytest.mark.parametrize("impl", [None, "algebraic", "fused"])
 @pytest.mark.parametrize("kinds", [["same"], ["up"], ["down", "same"]])
 def test_an_output_without_activation_may_be_changed(kinds: list[str], impl: str | None) -> None:
-    """As after a convolution of the library: residual blocks add to it in place."""
+    """As after a convolution of the library: residual blocks add to its output in place."""
     if impl:
         pytest.importorskip("triton")
     inputs = _inputs(kinds, 0, torch.float32)

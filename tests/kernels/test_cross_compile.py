@@ -1,4 +1,4 @@
-"""The cross-compile gate: every shipped configuration, for GPUs that are not here, without spilling a register.
+"""The cross-compile gate: every shipped configuration compiles for absent GPUs without spilling a register.
 
 `cross_compiled.json` beside this holds what was recorded; `python tests/kernels/test_cross_compile.py` records it anew.
 Register use moves between Triton versions, so only the recorded version is held to the record.
@@ -80,7 +80,7 @@ def test_also_with_the_triton_of_common_images(capability: int, tmp_path: Path) 
 
 
 def _figures(rows: list[dict[str, Any]]) -> str:
-    """A tile a row: the largest register count of its products / KiB of shared memory, in bf16."""
+    """One row per tile: the largest register count of its products / KiB of shared memory, in bf16."""
     found: dict[tuple[str, int], tuple[int, int]] = {}
     for row in rows:
         label, _, tile = row["kernel"].partition(" bf16 ")

@@ -22,7 +22,7 @@ def _double(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize(("size", "factor"), [(8, 2), (4, 4), (3, 6), (1, 2), (2, 8)])
 def test_the_skip_table_is_exact(size: int, factor: int) -> None:
-    """conv3x3 over the upsampled map, from 25 sums a pixel of the map itself: values and gradients."""
+    """conv3x3 over the upsampled map, from 25 sums per pixel of the small map: values and gradients."""
     h, weight = _double(2, 3, size, size, seed=1).requires_grad_(), _double(5, 3, 3, 3, seed=2).requires_grad_()
     whole = F.conv2d(F.interpolate(h, scale_factor=float(factor)), weight, padding=1)
     (folded,) = fold([weight], ["skip"])
@@ -104,7 +104,7 @@ def test_upsampling_weights_by_hand() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # forward mode's own
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind: str) -> None:
-    """The transposes are written out: against finite differences, once and twice."""
+    """The hand-written transposes against finite differences, once and twice."""
     weight = _double(3, 2, 3, 3, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda w: fold([w], [kind])[0], weight)
     assert torch.autograd.gradgradcheck(lambda w: fold([w], [kind])[0].sin(), weight)

@@ -157,7 +157,7 @@ def test_k_is_clamped() -> None:
 @pytest.mark.parametrize(("activation", "alpha"), [("elu", 1.0), ("leaky_relu", 0.2), ("relu", 1.0), ("none", 1.0)])
 @pytest.mark.parametrize("skip", [0, 2])
 def test_the_algebraic_epilogue(skip: int, activation: str, alpha: float, dtype: torch.dtype) -> None:
-    """Bias, skip table and activation written over a convolution's output, and the activation's way back."""
+    """Bias, skip table and activation that overwrite a convolution's output, and the activation's backward."""
     z = random_tensor(2, 37, 8, 12, seed=1, dtype=dtype).contiguous(memory_format=torch.channels_last)
     bias = random_tensor(37, seed=2)
     table = random_tensor(2, 3, 3, skip, skip, 37, seed=3, dtype=dtype) if skip else None
@@ -177,7 +177,9 @@ def test_the_algebraic_epilogue(skip: int, activation: str, alpha: float, dtype:
 
 
 @pytest.mark.parametrize("dtype", EXACT)
-@pytest.mark.parametrize(("size", "height", "width"), [(1, 2, 2), (2, 4, 12), (4, 32, 8)])
+@pytest.mark.parametrize(
+    ("size", "height", "width"), [(1, 2, 2), (2, 4, 12), pytest.param(4, 32, 8, marks=pytest.mark.slow)]
+)
 def test_skip_gradient(size: int, height: int, width: int, dtype: torch.dtype) -> None:
     """The transpose of expanding a phase table."""
     dz = random_tensor(2, 70, height, width, seed=1, dtype=dtype)

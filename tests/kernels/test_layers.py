@@ -1,4 +1,4 @@
-"""The layers and losses as modules: nn.Conv2d's state dict, and what a user of torch does with a module."""
+"""The layers and losses as modules: nn.Conv2d's state dict, and the usual handling of modules in torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.helpers.oracle import DEVICE, check, random_tensor
 
 
 class _Plain(nn.Module):
-    """A layer in torch's words, with the same state dict."""
+    """A layer of torch's modules, with the same state dict."""
 
     def __init__(self, conv: nn.Conv2d, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def _as_function(module: nn.Module) -> Callable[..., Tensor]:
 
 @EVERY
 def test_a_layer_is_what_its_parts_are(kind: str) -> None:
-    """Also through torch.func.functional_call, which is how the weights get in here."""
+    """Also through torch.func.functional_call, which passes the weights here."""
     fast, plain = _pair(kind)
     assert list(fast.state_dict()) == list(plain.state_dict())
     inputs = [random_tensor(3, 4, 6, 8, seed=1), *(value.detach() for value in plain.parameters())]
@@ -138,7 +138,7 @@ def test_export_sees_through_them() -> None:
 
 
 def _initialise(module: nn.Module) -> None:
-    """As DCGAN, CycleGAN and PyTorch-GAN do, by class name."""
+    """Initialisers of DCGAN, CycleGAN and PyTorch-GAN choose modules by class name."""
     if module.__class__.__name__.find("Conv") != -1:
         nn.init.normal_(module.weight.data, 0.0, 0.02)  # pyright: ignore[reportArgumentType]
         if module.bias is not None:
@@ -147,7 +147,7 @@ def _initialise(module: nn.Module) -> None:
 
 @EVERY
 def test_initialised_by_class_name(kind: str) -> None:
-    """With the same seed as the plain layers, to the same weights."""
+    """The same seed gives the same weights as in plain layers."""
     layer = LAYERS[kind][0]()
     torch.manual_seed(0)
     layer.apply(_initialise)
@@ -158,7 +158,7 @@ def test_initialised_by_class_name(kind: str) -> None:
 
 
 def test_a_stage_has_no_weight_of_its_own() -> None:
-    """Functions look for one in every module: spectral norms, regularisers."""
+    """Spectral norms and regularisers look for a `weight` in every module."""
     stage = LAYERS["stage"][0]()
     assert not hasattr(stage, "weight") and type(stage) is ConvStage and "Conv" not in type(stage).__name__
 
@@ -167,7 +167,7 @@ def test_a_stage_has_no_weight_of_its_own() -> None:
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::FutureWarning")
 def test_traced_saved_and_loaded(kind: str, gradients: bool, tmp_path: Path) -> None:
-    """The trace holds torch's operations only, takes other sizes, and is differentiated as often as one likes."""
+    """The trace holds torch's operations only, takes other sizes, and has derivatives of every order."""
     layer, plain = _pair(kind)
     with torch.set_grad_enabled(gradients):
         traced: Any = torch.jit.trace(layer, random_tensor(2, 4, 6, 8, seed=1))  # a TracerWarning would be an error

@@ -40,7 +40,7 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _stage(op: Op) -> Op:
-    """Through `op`, once plain and once ours: two layers, the second an up-convolution."""
+    """Two layers, the second an up-convolution, by plain operations or by our op."""
     return lambda x, w, b, v, c: op(x, (w, v), (b, c))
 
 
@@ -108,7 +108,7 @@ TIERS: dict[str, tuple[torch.dtype, ...]] = {
 
 
 def _formats(op: Op, values: Sequence[Tensor], formats: Sequence[str], incoming: str) -> list[tuple[bool, bool]]:
-    """Contiguous? channels_last? of the output, the gradient of x, and the `.grad` of each parameter."""
+    """Whether output, gradient of x and `.grad` of each parameter are contiguous, and whether channels_last."""
     leaves = [FORMATS[name](value).detach().requires_grad_() for value, name in zip(values, formats, strict=True)]
     x = leaves[0].view_as(leaves[0])  # no leaf: on one torch would lay out the gradient itself
     output = op(x, *leaves[1:])
@@ -171,7 +171,7 @@ def test_a_layer_gives_what_its_parts_give(name: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("impl", [None, *(["algebraic", "fused"] if HAS_TRITON else [])])
 @pytest.mark.parametrize("name", ["same", "up", "stage"])
 def test_what_makes_a_weight_gets_a_gradient_in_its_format(name: str, impl: str | None) -> None:
-    """A user's function may view the gradient of the weight it made as it may view the weight."""
+    """A custom function may view the gradient of the weight it returned in the same way as the weight."""
     make, _, shapes = OPS[name]
     for wanted in ("contiguous", "channels_last"):
         values = [random_tensor(*shape, seed=number, scale=0.1) for number, shape in enumerate(shapes)]
@@ -184,7 +184,7 @@ def test_what_makes_a_weight_gets_a_gradient_in_its_format(name: str, impl: str 
 
 @pytest.mark.parametrize("impl", [None, *(["algebraic", "fused"] if HAS_TRITON else [])])
 def test_packed_weights_and_tables(impl: str | None) -> None:
-    """fold gives channels_last and gets gradients in the weights' format; a table's h is a convolution's input."""
+    """fold returns channels_last and takes gradients back to the weights' format. h is a convolution's input."""
     for name, other in itertools.product(("contiguous", "channels_last"), repeat=2):
         weight = FORMATS[name](random_tensor(5, 4, 3, 3, seed=1)).requires_grad_()
         for kind in ("conv", "up", "skip"):
@@ -210,7 +210,7 @@ def test_a_loss_gives_gradients_in_the_format_of_the_difference(impl: str | None
 
 @pytest.mark.parametrize("shape", [(2, 1, 6, 5), (2, 4, 1, 1), (1, 1, 1, 1)])
 def test_sizes_that_fit_both_formats_lead_to_the_same_one(shape: tuple[int, ...]) -> None:
-    """torch tells by strides there, so the next convolution shows what ours were."""
+    """torch judges formats by strides there, so the next convolution reveals the strides of our output."""
     for net, x in itertools.product(("contiguous", "channels_last"), repeat=2):
         first, second = nn.Conv2d(shape[1], shape[1], 3, padding=1), nn.Conv2d(shape[1], 6, 3, padding=1)
         for conv in (first, second):

@@ -1,4 +1,4 @@
-"""What users do with an op besides calling it: autograd, torch.compile, autocast, odd inputs, wrong inputs."""
+"""Ops in use: autograd, torch.compile, autocast, odd inputs, wrong inputs."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_empty_batches(op: Callable[..., Tensor], impl: str) -> None:
 @pytest.mark.parametrize("activation", ["elu", "relu", "leaky_relu", "none"])
 @pytest.mark.parametrize("op", LAYERS)
 def test_nan_stays_nan(op: Callable[..., Tensor], activation: str) -> None:
-    """A step that is not finite must be seen at its end."""
+    """NaN must reach the outputs: a step checks for it at its end."""
     x, weight, bias = layer_inputs(1, 6, 4, 4, 5)
     x[0, 0, 1, 1] = float("nan")
     got = op(x, weight, bias, activation=activation, impl="fused")
@@ -110,7 +110,7 @@ def test_nan_stays_nan(op: Callable[..., Tensor], activation: str) -> None:
 
 @pytest.mark.parametrize("impl", ["auto", "algebraic"])
 def test_the_ops_run_without_a_kernel_too(impl: str) -> None:
-    """What a GPU whose kernels were found wrong does: plain operations inside the op, with the op's own backward."""
+    """Where all kernels are wrong, plain operations run inside the op, with the op's own backward."""
     x, weight, bias = layer_inputs(2, 6, 4, 4, 6)
     leaves = [value.requires_grad_() for value in (x, weight, bias)]
     folded = torch.ops.fastbegan.fold([weight, weight], "conv up", torch.float32, impl)
@@ -258,7 +258,7 @@ def test_what_the_kernels_cannot_take_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_rocm_is_met_by_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its GPUs call themselves cuda, and the capability of an MI300 reads like an H100's."""
+    """ROCm names its GPUs cuda, and the capability of an MI300 reads like an H100's."""
 
     class _Tensor:
         is_cuda, dtype, device = True, torch.float32, torch.device("cuda", 0)

@@ -1,6 +1,6 @@
-"""The measured and verified choice: what is wrong is dropped, what is slow is not taken, what crashes crashes alone.
+"""The choice of kernels: wrong ones are dropped, the fastest runs, and a crash ends a child process only.
 
-Run on whatever there is: the machinery is the same on a CPU, where kernels are interpreted and times are the host's.
+The machinery is the same on a CPU, where kernels are interpreted and times are the host's.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def _trusting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No child processes: every form is taken to have run."""
+    """No child processes: every form counts as having run."""
     monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows, **_: dict.fromkeys(hows, Trial(None)))
 
 
 def _patched(monkeypatch: pytest.MonkeyPatch, how: str, change: Callable[[Tensor], Tensor]) -> None:
-    """What `how` gives goes through `change`."""
+    """Pass the outputs of form `how` through `change`."""
     forward = tiers.forward
 
     def changed(*arguments: Tensor, **options: str) -> Tensor:
@@ -62,7 +62,7 @@ def _patched(monkeypatch: pytest.MonkeyPatch, how: str, change: Callable[[Tensor
 
 
 class _Clock:
-    """Time that passes only in what goes through `slow`: a true clock would depend on the machine's load."""
+    """A clock that advances in `slow` only: real times would depend on the machine's load."""
 
     now = 0.0
 
@@ -140,7 +140,7 @@ def test_forcing_what_is_wrong_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _children(monkeypatch: pytest.MonkeyPatch, *bodies: str) -> list[child.Child]:
-    """Children whose kernels do what the bodies say, one after another, the last for all that follow; as they start."""
+    """Start children that run the bodies, one each and the last for all others; returns the list of started ones."""
     started: list[child.Child] = []
 
     class Counted(_CHILD):
@@ -233,7 +233,7 @@ LASTING = {
     "body", [pytest.param(body, marks=() if body == CRASHES else pytest.mark.slow) for body in LASTING]
 )
 def test_only_a_kernels_own_faults_last(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a child; with the surroundings mended, the next process has its kernels back."""
+    """Faults of the surroundings do not last: once they are repaired, the next process uses the kernels."""
     _children(monkeypatch, body)
     with pytest.warns(RuntimeWarning, match="algebraic .* is not used|kernels are not used for now, as one") as caught:
         assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "plain"
@@ -250,7 +250,7 @@ def test_only_a_kernels_own_faults_last(body: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 @pytest.mark.parametrize("words", ["CUDA error: an illegal memory", "Triton Error [CUDA]: an illegal memory"])
 def test_a_lost_context_is_the_fault_of_who_lost_it(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes next in the same child would fail too; it is tried in another one."""
+    """Later forms in the same child would fail too, so a new child tries them."""
     started = _children(monkeypatch, _raising(f"RuntimeError({words!r})"))
     found = tuning.survivors(PROBLEM, DEVICE, ["algebraic", FORMS[0]])
     assert found["algebraic"].fault and found["algebraic"].lasting and found[FORMS[0]] == Trial(None)
@@ -377,7 +377,7 @@ def test_a_choice_is_one_under_torchs_flags(flag: str, monkeypatch: pytest.Monke
 
 
 def test_problems_are_observed_and_prepared_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One run in plain forms tells what to try; then all is tried in one child, and counted."""
+    """One run in plain forms collects the problems. One child then tries all of them, and counts."""
     gpu = torch.device("cuda", 7)
     started = _children(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -401,7 +401,7 @@ def test_problems_are_observed_and_prepared_for(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nothing_is_raised_into_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where torch does not tell cuDNN's version, because another card of the machine is too old."""
+    """As where torch raises at cuDNN's version, because another card of the machine is too old."""
 
     def raising(*_: object) -> str:
         raise RuntimeError("cuDNN version (9, 2) is not compatible with devices with SM < 7.5")
@@ -420,7 +420,7 @@ def test_the_trial_runs_as_a_program() -> None:
     task = {
         "type": "Pointwise",
         "problem": {"op": "fold", "dtype": "float32"},
-        "hows": ["fused"],
+        "forms": ["fused"],
         "device": str(DEVICE),
     }
     environment = {**os.environ, "PYTHONPATH": str(Path(tuning.__file__).parent.parent)}
@@ -512,7 +512,7 @@ def test_during_capture_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_choices_are_found_whatever_the_device_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors are on cuda:0, and a command line says cuda."""
+    """Tensors are on cuda:0, while a command line has cuda."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tuning, "environment", lambda device: f"machine of {device}")
     tuning._chosen[torch.device("cuda", 0), PROBLEM, "auto"] = "a"
@@ -570,7 +570,7 @@ def test_checks_run_the_kernel_that_they_check(op: str, monkeypatch: pytest.Monk
 
 
 def test_two_binaries_are_two_variants() -> None:
-    """Channels that come one by one are another kernel than those that come in eights."""
+    """Channels loaded one by one need another binary than channels loaded in eights."""
     odd, whole = (
         Layer("same", False, "float32", (2, channels, 6, 6), (16, channels, 3, 3)).variant(FORMS[0])
         for channels in (3, 24)

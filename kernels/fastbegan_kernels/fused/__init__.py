@@ -1,1 +1,1 @@
-"""The Triton kernels and how they are launched. Imported on first use, since importing Triton takes a second."""
+"""The Triton kernels and their launchers. Imported on first use, since importing Triton takes a second."""

@@ -1,6 +1,9 @@
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 # (Triton's range is typed as never iterated, and loads by a constexpr as scalars)
-"""Kernels that read each element once: activations, the reconstruction loss, k and M, batch assembly, weights."""
+"""Kernels without a matrix product: activations, the reconstruction loss, k and M, batch assembly, folding of weights.
+
+Memory traffic bounds them. Offsets into maps are 64-bit, since a batch can exceed 2^31 values.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,21 @@ from .implicit_gemm import activate, derivative, skip_entry
 
 @triton.jit
 def _activation_kernel(  # noqa: PLR0913
-    y_ptr, b_ptr, skip_ptr, rows, height, width, K, alpha,
-    HAS_BIAS: tl.constexpr, SKIP_SIZE: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """y = act(y + bias + skip table) in place over [rows = N * height * width, K]: the algebraic tier's epilogue."""
+    y_ptr,
+    b_ptr,
+    skip_ptr,
+    rows,
+    height,
+    width,
+    K,
+    alpha,
+    HAS_BIAS: tl.constexpr,
+    SKIP_SIZE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = act(y + bias + skip table) in place over [rows = N * height * width, K], after a library convolution."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     ok = (m < rows)[:, None] & (k < K)[None, :]
@@ -33,10 +46,18 @@ def _activation_kernel(  # noqa: PLR0913
 
 @triton.jit
 def _activation_backward_kernel(  # noqa: PLR0913
-    grad_ptr, y_ptr, out_ptr, db_ptr, rows, K, alpha,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out = grad * act'(y) over [rows, K]; db[program, k] its sum over this program's rows."""
+    grad_ptr,
+    y_ptr,
+    out_ptr,
+    db_ptr,
+    rows,
+    K,
+    alpha,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out = grad * act'(y) over [rows, K]; db[program, k] is the sum of out over this program's rows."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     ok = (m < rows)[:, None] & (k < K)[None, :]
@@ -52,14 +73,14 @@ def _activation_backward_kernel(  # noqa: PLR0913
 def _skip_gradient_kernel(
     dz_ptr, out_ptr, height, width, K, SIZE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """out[n, cell, part_h, part_w, k]: sums of dz over what that entry of the phase table was added to."""
+    """out[n, cell, part_h, part_w, k]: sum of dz over the pixels that this entry of the phase table was added to."""
     cell = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     k_ok = k < K
     rows = height // SIZE
     columns = width // SIZE
     column = tl.arange(0, BLOCK_W)
-    first_row = cell // SIZE * rows  # of all samples' rows: cells follow one another down the batch
+    first_row = cell // SIZE * rows  # cells of all samples are numbered through, and so are their rows
     start = dz_ptr + (first_row * width + cell % SIZE * columns + column)[:, None] * K + k[None, :]
     ok = (column < columns)[:, None] & k_ok[None, :]
     for part_h in tl.static_range(3):
@@ -70,32 +91,42 @@ def _skip_gradient_kernel(
             total += tl.load(start + row * width * K, mask=ok, other=0.0).to(tl.float32)
         for part_w in tl.static_range(3):
             if part_w == 0:
-                mine = column == 0
+                part = column == 0
             elif part_w == 1:
-                mine = (column > 0) & (column < columns - 1)
+                part = (column > 0) & (column < columns - 1)
             else:
-                mine = column == columns - 1
-            value = tl.sum(tl.where(mine[:, None], total, 0.0), 0)
-            at = out_ptr + ((cell * 3 + part_h) * 3 + part_w) * K + k
-            tl.store(at, value.to(out_ptr.dtype.element_ty), mask=k_ok)
+                part = column == columns - 1
+            value = tl.sum(tl.where(part[:, None], total, 0.0), 0)
+            entry = out_ptr + ((cell * 3 + part_h) * 3 + part_w) * K + k
+            tl.store(entry, value.to(out_ptr.dtype.element_ty), mask=k_ok)
 
 
 @triton.jit
 def _slope(difference, ETA: tl.constexpr):
-    """Derivative of |difference|^ETA: 0 at 0, and NaN stays NaN."""
+    """Derivative of |difference|^ETA, 0 at 0. NaN stays NaN."""
     sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
     return sign if ETA == 1 else 2.0 * difference
 
 
 @triton.jit
 def _l1_kernel(  # noqa: PLR0913
-    prediction_ptr, target_ptr, scale_ptr, partial_ptr, d_prediction_ptr, d_target_ptr, values,
-    ETA: tl.constexpr, LOSS: tl.constexpr, GRADIENT: tl.constexpr, TO_TARGET: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    prediction_ptr,
+    target_ptr,
+    scale_ptr,
+    partial_ptr,
+    d_prediction_ptr,
+    d_target_ptr,
+    values,
+    ETA: tl.constexpr,
+    LOSS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    TO_TARGET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One pass over a block of one sample's `values`.
 
-    LOSS: partial[sample, block] = sum of |prediction - target|^ETA. GRADIENT: that of the sample's mean times
-    scale[sample] to prediction, and TO_TARGET its negative to target.
+    LOSS: partial[sample, block] = sum of |prediction - target|^ETA. GRADIENT: d_prediction = derivative of the sample's
+    mean times scale[sample]. TO_TARGET: d_target = -d_prediction.
     """
     blocks = tl.cdiv(values, BLOCK)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -117,12 +148,23 @@ def _l1_kernel(  # noqa: PLR0913
 
 @triton.jit
 def _normalize_images_kernel(  # noqa: PLR0913
-    images_ptr, index_ptr, flip_ptr, corner_ptr, out_ptr, height, width, margin,
-    C: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_FLIP: tl.constexpr, HAS_MARGIN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out[n] = images[index[n]] from corner[n] on, mirrored where flip[n], from 0..255 to -1..1; both NHWC in memory.
+    images_ptr,
+    index_ptr,
+    flip_ptr,
+    corner_ptr,
+    out_ptr,
+    height,
+    width,
+    margin,
+    C: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_FLIP: tl.constexpr,
+    HAS_MARGIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[n] = window of images[index[n]] at corner[n], mirrored where flip[n], from 0..255 to -1..1; NHWC in memory.
 
-    height and width are those of the output; images are `margin` higher and wider.
+    height and width are those of the output. Images are `margin` higher and wider.
     """
     values = height * width * C
     stored = values
@@ -144,7 +186,7 @@ def _normalize_images_kernel(  # noqa: PLR0913
             across = width + margin
             stored = (height + margin) * across * C
             read = (row * across + column) * C + channel
-        else:  # chosen last: fewer registers
+        else:  # a choice between two addresses needs fewer registers than one between columns
             mirrored = (row * width + width - 1 - column) * C + channel
             read = tl.where(tl.load(flip_ptr + n) != 0, mirrored, i)
     pixel = tl.load(images_ptr + source * stored + tl.where(ok, read, 0), mask=ok, other=0).to(tl.float32)
@@ -153,10 +195,19 @@ def _normalize_images_kernel(  # noqa: PLR0913
 
 @triton.jit
 def _equilibrium_update_kernel(  # noqa: PLR0913
-    real_ptr, fake_ptr, skip_ptr, k_ptr, sums_ptr, window_ptr, samples, gamma, lambda_k,
-    HAS_SKIP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """k and the running sums from per-sample losses, by one program; where skip holds nothing changes."""
+    real_ptr,
+    fake_ptr,
+    skip_ptr,
+    k_ptr,
+    sums_ptr,
+    window_ptr,
+    samples,
+    gamma,
+    lambda_k,
+    HAS_SKIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program advances k and the running sums from per-sample losses. Where skip holds, it stores nothing."""
     i = tl.arange(0, BLOCK)
     real_sum = tl.zeros((BLOCK,), tl.float32)
     fake_sum = tl.zeros((BLOCK,), tl.float32)
@@ -186,11 +237,19 @@ def _equilibrium_update_kernel(  # noqa: PLR0913
 
 @triton.jit
 def _fold_kernel(table_ptr, owner_ptr, packed_ptr, gradient_ptr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """All layers' float32 weights to their packed forms, or BACKWARD all packed gradients to float32 gradients.
+    """Pack the float32 weights of all layers. BACKWARD: take gradients of packed weights back to float32 weights.
 
-    Row l of the table describes layer l, in int64: address, kind, K, C, kernel size, its first program, strides of
-    weight [K, C, h, w], where its packed form begins, where its gradient begins. owner[program] is its layer. Every
-    value is a sum of at most nine of the other side.
+    owner[program] is the layer of a program. Row l of the table, int64, describes layer l:
+
+    - column 0: address of the weight;
+    - 1: kind, 0 conv, 1 up, 2 skip (`packing.FOLDS`);
+    - 2 to 4: K, C, kernel size;
+    - 5: its first program;
+    - 6 to 9: strides of the weight [K, C, h, w];
+    - 10 and 11: offsets of its packed weight and of its gradient.
+
+    Each result is a sum of at most nine values of the other side. A program holds them in a row of 16 `step`s, of which
+    step 3 u + v (or 3 a + b) is the value in row u and column v, and masks the rest.
     """
     program = tl.program_id(0)
     row = table_ptr + tl.load(owner_ptr + program) * 12
@@ -206,6 +265,7 @@ def _fold_kernel(table_ptr, owner_ptr, packed_ptr, gradient_ptr, BACKWARD: tl.co
     packed = packed_ptr + tl.load(row + 10)
     step = tl.arange(0, 16)[None, :]
     if BACKWARD:
+        # i counts weights [K, C, a, b]; u and v count the packed values that hold tap (a, b)
         b = i % size
         a = (i // size) % size
         c = (i // (size * size)) % C
@@ -213,6 +273,7 @@ def _fold_kernel(table_ptr, owner_ptr, packed_ptr, gradient_ptr, BACKWARD: tl.co
         u = step // 3
         v = step % 3
         conv = ((k * size + a) * size + b) * C + c + 0 * step
+        # 3x3 tap a is part of the 4x4 taps 3 - a and 2 - a (see fold._fold_taps)
         up = ((c * 4 + 3 - a - u) * 4 + 3 - b - v) * K + k
         # tap 0 is in sums 0, 2, 3; tap 1 in 1, 2, 3; tap 2 in 1, 2, 4 (see fold._five_sums)
         sum_h = tl.where(u == 1, 2, tl.where(u == 0, tl.where(a == 0, 0, 1), tl.where(a == 2, 4, 3)))
@@ -224,6 +285,7 @@ def _fold_kernel(table_ptr, owner_ptr, packed_ptr, gradient_ptr, BACKWARD: tl.co
         at = k * s_k + c * s_c + a * s_h + b * s_w
         tl.store(gradient_ptr + tl.load(row + 11) + at, tl.sum(values, 1)[:, None], mask=k < K)
     else:
+        # i counts packed values in memory order: [outer, r, s, inner], with [5, 5, K] as outer for kind skip
         inner = tl.where(kind == 1, K, C)
         window = tl.where(kind == 0, size, tl.where(kind == 1, 4, 1))
         s = (i // inner) % window
@@ -234,6 +296,7 @@ def _fold_kernel(table_ptr, owner_ptr, packed_ptr, gradient_ptr, BACKWARD: tl.co
         sum_h = outer // K // 5
         sum_w = outer // K % 5
         ok = outer < tl.where(kind == 0, K, tl.where(kind == 1, C, 25 * K))
+        # which taps (a, b) of the 3x3 weight belong to this value's sum
         a = step // 3
         b = step % 3
         conv = (a == r) & (b == s)
@@ -243,8 +306,8 @@ def _fold_kernel(table_ptr, owner_ptr, packed_ptr, gradient_ptr, BACKWARD: tl.co
         high_h = tl.where(sum_h == 0, 0, tl.where(sum_h == 3, 1, 2))
         high_w = tl.where(sum_w == 0, 0, tl.where(sum_w == 3, 1, 2))
         skip = (a >= low_h) & (a <= high_h) & (b >= low_w) & (b <= high_w)
-        wanted = tl.where(kind == 0, conv, tl.where(kind == 1, up, skip))
+        part = tl.where(kind == 0, conv, tl.where(kind == 1, up, skip))
         at = k * s_k + c * s_c + a * s_h + b * s_w
         weight = tl.load(row).to(tl.pointer_type(tl.float32))
-        values = tl.load(weight + at, mask=ok & wanted, other=0.0)
+        values = tl.load(weight + at, mask=ok & part, other=0.0)
         tl.store(packed + i, tl.sum(values, 1)[:, None].to(packed_ptr.dtype.element_ty), mask=ok)

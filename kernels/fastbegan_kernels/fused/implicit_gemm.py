@@ -1,15 +1,18 @@
 # pyright: reportGeneralTypeIssues=false
 # (Triton's range is typed as never iterated)
-"""Convolutions as matrix products without storing the patches: pointer kernels, for sm_80 and whatever runs Triton.
+"""Convolutions as matrix products without stored patches: pointer kernels, for sm_80 and newer.
 
-Two loops serve every layer, and each is the other's input gradient. `_conv_kernel` walks the taps of a square window
-of stride 1 or 2: conv2d_elu, the input gradient of its stride-1 form (over turned weights), and that of an
-up-convolution (4x4, stride 2). `_conv_transpose_kernel` computes the four output phases of a transposed convolution of
-stride 2: nearest x2 + conv3x3 with folded 4x4 weights, and the input gradient of a 3x3 convolution of stride 2.
+Two loops serve every layer, and each is the other's input gradient.
 
-All tensors are NHWC in memory, weights too: [A, taps, B] for nn.Conv2d's [A, B, k, k]. Rows of the product are output
-pixels, columns its K output channels, and the sum runs over taps and `c_blocks` blocks of BLOCK_C of C input channels.
-Sizes are run-time numbers: one binary serves every layer, and loops of known length get unrolled and spill.
+- `_conv_kernel` walks the taps of a square window of stride 1 or 2. It computes conv2d_elu, the input gradient of
+  stride 1 (with turned weights), and the input gradient of an up-convolution (4x4, stride 2).
+- `_conv_transpose_kernel` computes the four output phases of a transposed convolution of stride 2: up-convolutions with
+  folded 4x4 weights, and the input gradient of a 3x3 convolution of stride 2.
+
+All tensors are NHWC in memory, weights too: [A, taps, B] for nn.Conv2d's [A, B, k, k]. The product has output pixels as
+rows and the K output channels as columns. Its sum runs over taps, and over `c_blocks` blocks of BLOCK_C of the C input
+channels. Sizes are run-time numbers, so one binary serves every layer. With constant ones the compiler unrolls the
+loops, and registers spill.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# run-time numbers even where they are 1 or divisible by 16: no other binary, and no loop of known length
+# Triton makes a binary of its own for a size that is 1 or divisible by 16; these stay run-time numbers
 SIZES = ("in_h", "in_w", "out_h", "out_w", "c_blocks")
 
 
@@ -25,7 +28,7 @@ SIZES = ("in_h", "in_w", "out_h", "out_w", "c_blocks")
 def activate(z, ACTIVATION: tl.constexpr, alpha):
     """act(z) for elu, relu, leaky_relu and none, in float32."""
     if ACTIVATION == "elu":
-        y = tl.where(z > 0, z, alpha * (tl.exp(z) - 1.0))  # NaN stays NaN, infinity is not taken
+        y = tl.where(z > 0, z, alpha * (tl.exp(z) - 1.0))  # NaN stays NaN; an infinite exp is not selected
     elif ACTIVATION == "relu":
         y = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "leaky_relu":
@@ -51,7 +54,7 @@ def derivative(y, ACTIVATION: tl.constexpr, alpha):
 
 @triton.jit
 def skip_entry(n, oh, ow, out_h, out_w, SIZE: tl.constexpr):
-    """Row of the phase table [N, SIZE, SIZE, 3, 3, K] (in memory) that is added to output pixel (n, oh, ow)."""
+    """Row of the phase table, [N, SIZE, SIZE, 3, 3, K] in memory, that is added to output pixel (n, oh, ow)."""
     cell_h = out_h // SIZE
     cell_w = out_w // SIZE
     row = oh % cell_h
@@ -63,8 +66,9 @@ def skip_entry(n, oh, ow, out_h, out_w, SIZE: tl.constexpr):
 
 @triton.jit
 def _existing(i, size, ALIGNED: tl.constexpr):
-    """i where it is below `size`, else 0; ALIGNED (`size` is a multiple of 8): in runs of 8 that one copy can take."""
+    """i where it is below `size`, else 0. ALIGNED: `size` is a multiple of 8."""
     i = tl.where(i < size, i, 0)
+    # the compiler loses contiguity at the clamp, and would load value by value instead of in 16-byte copies
     if ALIGNED:
         i = tl.max_contiguous(tl.multiple_of(i, 8), 8)
     return i
@@ -76,8 +80,8 @@ def _load_pair(  # noqa: PLR0913
 ):
     """Pixels [BLOCK_M, BLOCK_C] moved by `x_shift` pixels, zero where not `inside`, and weights [BLOCK_C, BLOCK_K].
 
-    Pixels outside are not only masked: their address stays where it started, on a valid pixel, since masked
-    asynchronous copies have been seen to touch the address they were given. So do channels past the last.
+    Masked asynchronous copies have been seen to touch their address. So a pixel outside keeps the address of a valid
+    pixel as well, and a channel past the last the address of channel 0.
     """
     x_at = x_base + tl.where(inside, x_shift, 0)[:, None] * C
     w_at = w_base + w_shift
@@ -94,13 +98,25 @@ def _load_pair(  # noqa: PLR0913
 
 @triton.jit
 def _store(  # noqa: PLR0913
-    acc, pixel, m_ok, k, K, b_ptr, y_prev_ptr, out_ptr, db_ptr, partial, alpha,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
-    """The epilogue of acc [BLOCK_M, BLOCK_K], whose rows go to `pixel`.
+    acc,
+    pixel,
+    m_ok,
+    k,
+    K,
+    b_ptr,
+    y_prev_ptr,
+    out_ptr,
+    db_ptr,
+    partial,
+    alpha,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """The epilogue of acc [BLOCK_M, BLOCK_K]; row m is stored at pixel[m].
 
-    Forward: bias and activation. BACKWARD: times the previous layer's activation derivative from its saved output
-    (y_prev), and the sum over this program's pixels into db[partial, k] (partial bias gradients).
+    Forward: bias and activation. BACKWARD: acc times the derivative of the previous layer's activation, from its saved
+    output y_prev. db[partial, k] is this program's part of the previous layer's bias gradient.
     """
     k_ok = k < K
     ok = m_ok[:, None] & k_ok[None, :]
@@ -118,15 +134,39 @@ def _store(  # noqa: PLR0913
 
 @triton.jit(do_not_specialize=["pixels", *SIZES])
 def _conv_kernel(  # noqa: PLR0913
-    x_ptr, w_ptr, b_ptr, y_prev_ptr, out_ptr, db_ptr,
-    pixels, in_h, in_w, out_h, out_w, C, K, c_blocks, alpha,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, TURNED: tl.constexpr, FULL_C: tl.constexpr,
-    ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    y_prev_ptr,
+    out_ptr,
+    db_ptr,
+    pixels,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    C,
+    K,
+    c_blocks,
+    alpha,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    TURNED: tl.constexpr,
+    FULL_C: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """out[m, k] = epilogue(sum over taps t and channels c of x[pixel(m, t), c] w[k, t, c]).
 
-    TURNED: weights are [C, taps, K] in memory and their taps run backwards, as an input gradient needs them.
+    TURNED, for input gradients: weights are [C, taps, K] in memory, and their taps run backwards.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -151,24 +191,46 @@ def _conv_kernel(  # noqa: PLR0913
         w_shift = (TAPS - 1 - tap) * K if TURNED else tap * C
         x, w = _load_pair(x_base, w_base, inside, dh * in_w + dw, w_shift, c_start, c, C, w_stride, FULL_C, ALIGNED)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    _store(
-        acc, m.to(tl.int64), m_ok, k, K, b_ptr, y_prev_ptr, out_ptr, db_ptr, tl.program_id(0), alpha,
-        HAS_BIAS, ACTIVATION, BACKWARD,
-    )  # fmt: skip
+    pixel = m.to(tl.int64)
+    program = tl.program_id(0)
+    _store(acc, pixel, m_ok, k, K, b_ptr, y_prev_ptr, out_ptr, db_ptr, program, alpha, HAS_BIAS, ACTIVATION, BACKWARD)
 
 
 @triton.jit(do_not_specialize=["pixels", *SIZES])
 def _conv_transpose_kernel(  # noqa: PLR0913
-    x_ptr, w_ptr, b_ptr, skip_ptr, y_prev_ptr, out_ptr, db_ptr,
-    pixels, in_h, in_w, out_h, out_w, C, K, c_blocks, alpha,
-    KERNEL: tl.constexpr, FULL_C: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, SKIP_SIZE: tl.constexpr,
-    ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    skip_ptr,
+    y_prev_ptr,
+    out_ptr,
+    db_ptr,
+    pixels,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    C,
+    K,
+    c_blocks,
+    alpha,
+    KERNEL: tl.constexpr,
+    FULL_C: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SKIP_SIZE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Phase (py, px): out[2i + py, 2j + px, k] sums x[i + dh, j + dw, c] w[c, tap, k], window 3 or 4, padding 1.
 
-    Output row 2i + py meets input row i + dh through tap 1 + py - 2 dh: two of four taps in each direction, or one
-    (py = 0) and two (py = 1) of three. With SKIP_SIZE = S the phase table is added before the activation.
+    Output row 2i + py reads input row i + dh with tap 1 + py - 2 dh. Of four taps, each phase uses two per direction.
+    Of three, phase 0 uses one and phase 1 two. With SKIP_SIZE = S the phase table is added before the activation.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -193,7 +255,7 @@ def _conv_transpose_kernel(  # noqa: PLR0913
         w_shift = ((1 + py - 2 * dh) * KERNEL + 1 + px - 2 * dw) * K
         x, w = _load_pair(x_base, w_base, inside, dh * in_w + dw, w_shift, c_start, c, C, w_stride, FULL_C, ALIGNED)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    # computed again, so that only i and j have to live through the loop
+    # computed again: values that live through the loop occupy registers
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (m // (in_w * in_h)).to(tl.int64)
     oh = 2 * ((m // in_w) % in_h) + py
@@ -203,7 +265,6 @@ def _conv_transpose_kernel(  # noqa: PLR0913
         entry = tl.where(m_ok, skip_entry(n, oh, ow, out_h, out_w, SKIP_SIZE), 0)
         ok = m_ok[:, None] & (k < K)[None, :]
         acc += tl.load(skip_ptr + entry[:, None] * K + k[None, :], mask=ok, other=0.0).to(tl.float32)
-    _store(
-        acc, (n * out_h + oh) * out_w + ow, m_ok, k, K, b_ptr, y_prev_ptr, out_ptr, db_ptr,
-        tl.program_id(0) * 4 + tl.program_id(2), alpha, HAS_BIAS, ACTIVATION, BACKWARD,
-    )  # fmt: skip
+    pixel = (n * out_h + oh) * out_w + ow
+    program = tl.program_id(0) * 4 + tl.program_id(2)
+    _store(acc, pixel, m_ok, k, K, b_ptr, y_prev_ptr, out_ptr, db_ptr, program, alpha, HAS_BIAS, ACTIVATION, BACKWARD)

@@ -1,11 +1,11 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 # (Triton types constexpr parameters as constexpr, not as what one passes, and does not know its launch options)
-"""From tensors to kernels: layouts, tiles and grids. Every function here returns newly allocated tensors.
+"""Launchers of the kernels: they choose memory formats, tiles and grids. Results are newly allocated tensors.
 
-Inputs are on one device and of one dtype (biases may be float32). Images and weights are made channels_last, which
-costs nothing where they are. A layer's kind is "same" (stride 1), "down" (stride 2) or "up" (nearest x2 before a 3x3
-kernel, given by its folded weights [C, K, 4, 4]). Sums across programs (bias gradients, losses) are written as float32
-partials and added in a fixed order, so results do not vary between runs.
+Inputs are on one device and have one dtype; biases may be float32. Images and weights are copied to channels_last where
+they are not. A layer's kind is "same" (stride 1), "down" (stride 2) or "up" (nearest x2 before a 3x3 kernel, given by
+its folded weights [C, K, 4, 4]). Programs write their parts of a sum (bias gradients, losses) as float32 partials.
+These are added in a fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -22,11 +22,11 @@ from torch import Tensor
 from ..dispatch import allows_tf32
 from ..reference import output_size
 from . import elementwise, implicit_gemm
-from .tiles import AnyTile, Product, TmaTile, tiles_for
+from .tiles import AnyTile, Product, Tile, TmaTile, tiles_for
 
 Result = TypeVar("Result")
 
-_BLOCK = 1024  # values a program of the elementwise kernels takes
+_BLOCK = 1024  # values per program of the elementwise kernels
 
 
 def _nhwc(x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def _empty(x: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 
 def _total(partial: Tensor, dim: int) -> Tensor:
-    """The programs' partial sums added in a fixed order; in float64, as there may be thousands of them."""
+    """The sum of the programs' partials in a fixed order, in float64, as there may be thousands."""
     return partial.sum(dim, dtype=torch.float64).float()
 
 
@@ -48,7 +48,7 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _bias(bias: Tensor | None) -> Tensor | None:
-    """Dense and float32: one binary whatever the type of the rest."""
+    """Dense and float32, so that one binary serves every dtype of bias."""
     return None if bias is None else bias.float().contiguous()
 
 
@@ -58,12 +58,12 @@ def _flags(x: Tensor | None) -> Tensor | None:
 
 
 def _skip_memory(table: Tensor | None) -> Tensor | None:
-    """A phase table [N, 3, 3, S, S, K] as [N, S, S, 3, 3, K], which is how a convolution lays it out."""
+    """A phase table [N, 3, 3, S, S, K] as [N, S, S, 3, 3, K], the memory order of `skip_phase_table`'s result."""
     return None if table is None else table.permute(0, 3, 4, 1, 2, 5).contiguous()
 
 
 def on_device(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Triton launches on the current device: make it that of the first argument."""
+    """Make the device of the first argument the current one, on which Triton launches."""
 
     @functools.wraps(function)
     def launched(x: Tensor, *arguments: object, **options: object) -> Result:
@@ -74,7 +74,7 @@ def on_device(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def _capability(device: torch.device) -> int:
-    """80 for sm_80 and so on; the interpreter stands for sm_90."""
+    """80 for sm_80 and so on. The interpreter stands for sm_90."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -82,12 +82,15 @@ def _capability(device: torch.device) -> int:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Descriptors want memory that begins at a multiple of 16 bytes, and one binary is enough for the others."""
+    """x, copied where it does not begin at a multiple of 16 bytes.
+
+    Descriptors need that, and Triton would make a second binary of a pointer kernel without it.
+    """
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _descriptor(x: Tensor, shape: Sequence[int], block: Sequence[int]) -> Any:
-    """A host-made descriptor of dense memory; Triton 3.4 and later."""
+    """A host-side descriptor of dense memory, in Triton 3.4 and later."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     strides = [1]
@@ -97,24 +100,32 @@ def _descriptor(x: Tensor, shape: Sequence[int], block: Sequence[int]) -> Any:
 
 
 def product_of(x: Sequence[int], weight: Sequence[int], kind: str, *, backward: bool) -> Product:
-    """What computes a layer, or its input gradient, from the shapes of its input and its packed weight."""
-    batch, _, *given = x
-    made = output_size(given, kind)
+    """The matrix product of a layer, or of its input gradient, from the shapes of its input and packed weight."""
+    batch, _, *size = x
+    out_size = output_size(size, kind)
     transpose = kind == ("down" if backward else "up")
     first = transpose or (backward and kind == "same")  # sums run over the weight's first dimension
     channels, out_channels = weight[:2] if first else weight[1::-1]
-    in_h, in_w, out_h, out_w = (*made, *given) if backward else (*given, *made)
+    in_h, in_w, out_h, out_w = (*out_size, *size) if backward else (*size, *out_size)
     return Product(
-        transpose=transpose, turned=first and not transpose, stride=1 if transpose or kind == "same" else 2,
-        kernel=weight[2], batch=batch, channels=channels, out_channels=out_channels, in_h=in_h, in_w=in_w,
-        out_h=out_h, out_w=out_w,
-    )  # fmt: skip
+        transpose=transpose,
+        turned=first and not transpose,
+        stride=1 if transpose or kind == "same" else 2,
+        kernel=weight[2],
+        batch=batch,
+        channels=channels,
+        out_channels=out_channels,
+        in_h=in_h,
+        in_w=in_w,
+        out_h=out_h,
+        out_w=out_w,
+    )
 
 
 def layer_tiles(
     x: Sequence[int], weight: Sequence[int], kind: str, dtype: torch.dtype, device: torch.device, *, backward: bool
 ) -> list[AnyTile]:
-    """The tiles worth trying for a layer of these shapes, or its input gradient; the one to use unmeasured first."""
+    """The tiles to measure for a layer of these shapes, or its input gradient. Unmeasured, the first is used."""
     descriptors = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
     return tiles_for(
         product_of(x, weight, kind, backward=backward), dtype, _capability(device), descriptors=descriptors
@@ -123,94 +134,136 @@ def layer_tiles(
 
 @on_device
 def layer(
-    x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, *, kind: str, activation: str, alpha: float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    *,
+    kind: str,
+    activation: str,
+    alpha: float,
     tile: AnyTile | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """act(conv(x) + bias + skip): x [N, C, H, W] -> [N, K, H', W'].
 
     weight is [K, C, k, k] (k 1 or 3, "same" padding), for kind "up" the folded [C, K, 4, 4]; `skip` is the phase table
     [N, 3, 3, S, S, K], for kind "up" only.
     """
     product = product_of(x.shape, weight.shape, kind, backward=False)
-    return _run(product, x, weight, bias, skip, None, activation, alpha, tile)[0]
+    epilogue = _Epilogue(_bias(bias), _skip_memory(skip), None, activation, float(alpha))
+    return _run(product, x, weight, epilogue, tile)[0]
 
 
 @on_device
 def input_gradient(
-    dz: Tensor, weight: Tensor, y_prev: Tensor | None = None, *, kind: str, size: tuple[int, int],
-    activation: str = "none", alpha: float = 1.0, tile: AnyTile | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """A layer's gradient at its input [N, C, *size] from dz; with y_prev times act'(y_prev), and its float32 sum [C].
+    dz: Tensor,
+    weight: Tensor,
+    y_prev: Tensor | None = None,
+    *,
+    kind: str,
+    size: tuple[int, int],
+    activation: str = "none",
+    alpha: float = 1.0,
+    tile: AnyTile | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient dx at a layer's input [N, C, *size] from dz; stride 2 needs a 3x3 kernel.
 
-    Stride 2 needs a 3x3 kernel.
+    With y_prev, the output of the activation before the layer: dx * act'(y_prev), and its sum over pixels [C], float32.
     """
     product = product_of((len(dz), 0, *size), weight.shape, kind, backward=True)
-    activation = "none" if y_prev is None else activation
-    return _run(product, dz, weight, None, None, y_prev, activation, alpha, tile)
+    y_prev = None if y_prev is None else _aligned(_nhwc(y_prev))
+    epilogue = _Epilogue(None, None, y_prev, "none" if y_prev is None else activation, float(alpha))
+    return _run(product, dz, weight, epilogue, tile)
 
 
-def _run(  # noqa: PLR0913
-    product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, y_prev: Tensor | None,
-    activation: str, alpha: float, tile: AnyTile | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """One matrix product with its epilogue; the second result is the bias gradient where y_prev is given."""
-    x, weight, alpha = _nhwc(x), _nhwc(weight.to(x.dtype)), float(alpha)  # an integer would be another binary
+class _Epilogue(NamedTuple):
+    """The work after a matrix product: bias, skip and activation, or with y_prev an activation's derivative."""
+
+    bias: Tensor | None
+    skip: Tensor | None  # [N, S, S, 3, 3, K]
+    y_prev: Tensor | None
+    activation: str
+    alpha: float  # a float: an integer would be another binary
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"HAS_BIAS": self.bias is not None, "ACTIVATION": self.activation, "BACKWARD": self.y_prev is not None}
+
+    @property
+    def skip_size(self) -> int:
+        return 0 if self.skip is None else self.skip.shape[1]
+
+
+def _run(
+    product: Product, x: Tensor, weight: Tensor, epilogue: _Epilogue, tile: AnyTile | None
+) -> tuple[Tensor, Tensor | None]:
+    """One matrix product with its epilogue. The second result is the bias gradient where there is y_prev."""
+    x, weight = _aligned(_nhwc(x)), _aligned(_nhwc(weight.to(x.dtype)))
     if tile is None:
         tile = tiles_for(product, x.dtype, _capability(x.device), descriptors=False)[0]
     out = _empty(x, product.out_channels, product.out_h, product.out_w)
-    x, weight = _aligned(x), _aligned(weight)
-    y_prev = None if y_prev is None else _aligned(_nhwc(y_prev))
-    programs = product.tiles(tile) * (4 if product.transpose else 1)
+    # the third axis of the grid is the phase of a transposed convolution
+    grid = (product.tiles(tile), triton.cdiv(product.out_channels, tile.block_k), 4 if product.transpose else 1)
     partial = None
-    if y_prev is not None:
-        partial = torch.empty((programs, product.out_channels), dtype=torch.float32, device=x.device)
-    if out.numel():
-        epilogue = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "BACKWARD": y_prev is not None}
-        run = _run_tma if isinstance(tile, TmaTile) else _run_pointer
-        run(product, x, weight, _bias(bias), _skip_memory(skip), y_prev, out, partial, alpha, tile, epilogue)
+    if epilogue.y_prev is not None:
+        partial = torch.empty((grid[0] * grid[2], product.out_channels), dtype=torch.float32, device=x.device)
+    if out.numel() and isinstance(tile, TmaTile):
+        _run_tma(product, x, weight, epilogue, out, partial, tile, grid)
+    elif out.numel():
+        _run_pointer(product, x, weight, epilogue, out, partial, tile, grid)
     return out, None if partial is None else _total(partial, 0)
 
 
-def _run_pointer(  # noqa: PLR0913
-    product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, y_prev: Tensor | None,
-    out: Tensor, partial: Tensor | None, alpha: float, tile: Any, epilogue: dict[str, Any],
-) -> None:  # fmt: skip
-    grid = (product.tiles(tile), triton.cdiv(product.out_channels, tile.block_k), 4 if product.transpose else 1)
-    sizes = (
-        product.rows, product.in_h, product.in_w, product.out_h, product.out_w, product.channels,
-        product.out_channels, triton.cdiv(product.channels, tile.block_c), alpha,
-    )  # fmt: skip
-    settings = epilogue | {
-        "KERNEL": product.kernel, "FULL_C": product.channels % tile.block_c == 0,
-        "ALIGNED": product.aligned, "PRECISION": "tf32" if x.is_cuda and allows_tf32() else "ieee",
-        "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "STAGES": tile.stages,
-        "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
+def _tile_settings(tile: AnyTile) -> dict[str, int]:
+    blocks = {"BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c}
+    return blocks | {"STAGES": tile.stages, "num_stages": tile.stages, "num_warps": tile.warps}
+
+
+def _run_pointer(
+    product: Product,
+    x: Tensor,
+    weight: Tensor,
+    epilogue: _Epilogue,
+    out: Tensor,
+    partial: Tensor | None,
+    tile: Tile,
+    grid: tuple[int, int, int],
+) -> None:
+    bias, skip, y_prev, _, alpha = epilogue
+    maps = (product.rows, product.in_h, product.in_w, product.out_h, product.out_w)
+    sizes = (*maps, product.channels, product.out_channels, triton.cdiv(product.channels, tile.block_c), alpha)
+    settings: dict[str, Any] = epilogue.settings | _tile_settings(tile)
+    settings |= {"KERNEL": product.kernel, "FULL_C": product.channels % tile.block_c == 0, "ALIGNED": product.aligned}
+    settings |= {"BLOCK_M": tile.block_m, "PRECISION": "tf32" if x.is_cuda and allows_tf32() else "ieee"}
     if product.transpose:
-        size = 0 if skip is None else skip.shape[1]
-        implicit_gemm._conv_transpose_kernel[grid](
-            x, weight, bias, skip, y_prev, out, partial, *sizes, SKIP_SIZE=size, **settings
-        )
+        tensors = (x, weight, bias, skip, y_prev, out, partial)
+        implicit_gemm._conv_transpose_kernel[grid](*tensors, *sizes, SKIP_SIZE=epilogue.skip_size, **settings)
     else:
-        implicit_gemm._conv_kernel[grid](
-            x, weight, bias, y_prev, out, partial, *sizes, STRIDE=product.stride, PAD=product.padding,
-            TURNED=product.turned, **settings,
-        )  # fmt: skip
+        settings |= {"STRIDE": product.stride, "PAD": product.padding, "TURNED": product.turned}
+        implicit_gemm._conv_kernel[grid](x, weight, bias, y_prev, out, partial, *sizes, **settings)
 
 
-def _run_tma(  # noqa: PLR0913
-    product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, y_prev: Tensor | None,
-    out: Tensor, partial: Tensor | None, alpha: float, tile: TmaTile, epilogue: dict[str, Any],
-) -> None:  # fmt: skip
+def _run_tma(
+    product: Product,
+    x: Tensor,
+    weight: Tensor,
+    epilogue: _Epilogue,
+    out: Tensor,
+    partial: Tensor | None,
+    tile: TmaTile,
+    grid: tuple[int, int, int],
+) -> None:
     from . import tma
 
     def image(t: Tensor, channels: int, height: int, width: int, block_c: int, halves: bool) -> Any:
         batch, area = t.shape[0], (tile.height, tile.width)
         if not halves:
             return _descriptor(t, (batch, height, width, channels), (tile.samples, *area, block_c))
+        # stride 2 as parity: [N, H / 2, 2, W / 2, 2 C], of which a block has one row parity (see tma)
         shape = (batch, height // 2, 2, width // 2, 2 * channels)
         return _descriptor(t, shape, (tile.samples, area[0], 1, area[1], block_c))
 
+    bias, skip, y_prev, _, alpha = epilogue
     first = product.transpose or product.turned
     taps = product.kernel**2
     rows, columns = (product.channels, product.out_channels) if first else (product.out_channels, product.channels)
@@ -221,27 +274,21 @@ def _run_tma(  # noqa: PLR0913
     out_desc = image(out, *written)
     y_prev_desc = None if y_prev is None else image(y_prev, *written)
     c_blocks = triton.cdiv(product.channels, tile.block_c)
-    settings = epilogue | {
-        "KERNEL": product.kernel, "SAMPLES": tile.samples, "HEIGHT": tile.height, "WIDTH": tile.width,
-        "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "STAGES": tile.stages, "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }  # fmt: skip
-    grid = (product.tiles(tile), triton.cdiv(product.out_channels, tile.block_k), 4 if product.transpose else 1)
+    settings: dict[str, Any] = epilogue.settings | _tile_settings(tile) | {"KERNEL": product.kernel}
+    settings |= {"SAMPLES": tile.samples, "HEIGHT": tile.height, "WIDTH": tile.width}
     if product.transpose:
-        tma._conv_transpose_tma_kernel[grid](
-            x_desc, w_desc, bias, skip, y_prev_desc, out_desc, partial, product.batch, product.in_h, product.in_w,
-            product.out_channels, c_blocks, alpha, SKIP_SIZE=0 if skip is None else skip.shape[1], **settings,
-        )  # fmt: skip
+        operands = (x_desc, w_desc, bias, skip, y_prev_desc, out_desc, partial)
+        sizes = (product.batch, product.in_h, product.in_w, product.out_channels, c_blocks, alpha)
+        tma._conv_transpose_tma_kernel[grid](*operands, *sizes, SKIP_SIZE=epilogue.skip_size, **settings)
     else:
-        tma._conv_tma_kernel[grid](
-            x_desc, w_desc, bias, y_prev_desc, out_desc, partial, product.batch, product.out_h, product.out_w,
-            product.channels, product.out_channels, c_blocks, alpha, STRIDE=product.stride, PAD=product.padding,
-            TURNED=product.turned, **settings,
-        )  # fmt: skip
+        operands = (x_desc, w_desc, bias, y_prev_desc, out_desc, partial)
+        sizes = (product.batch, product.out_h, product.out_w, product.channels, product.out_channels, c_blocks, alpha)
+        settings |= {"STRIDE": product.stride, "PAD": product.padding, "TURNED": product.turned}
+        tma._conv_tma_kernel[grid](*operands, *sizes, **settings)
 
 
 def _rows(y: Tensor) -> tuple[int, int, int, dict[str, int]]:
-    """Rows and channels of y as a matrix, programs over the rows, and block sizes of a row-wise kernel."""
+    """Rows and channels of y as a matrix, programs over its rows, and block sizes of a row-wise kernel."""
     rows, channels = y.shape[0] * y.shape[2] * y.shape[3], y.shape[1]
     block_k = min(128, triton.next_power_of_2(channels))
     block_m = max(1, 2048 // block_k)
@@ -249,18 +296,17 @@ def _rows(y: Tensor) -> tuple[int, int, int, dict[str, int]]:
 
 
 @on_device
-def activation(
-    y: Tensor, bias: Tensor | None, skip: Tensor | None, *, activation: str, alpha: float
-) -> Tensor:  # fmt: skip
-    """act(y + bias + skip) of a convolution's output y [N, K, H, W], written over y where that is channels_last."""
+def activation(y: Tensor, bias: Tensor | None, skip: Tensor | None, *, activation: str, alpha: float) -> Tensor:
+    """act(y + bias + skip) of a convolution's output y [N, K, H, W]; overwrites y where that is channels_last."""
     y = _nhwc(y)
     rows, channels, programs, blocks = _rows(y)
     if y.numel():
         skip = _skip_memory(skip)
+        sizes = (rows, y.shape[2], y.shape[3], channels, alpha)
+        settings: dict[str, Any] = {"HAS_BIAS": bias is not None, "SKIP_SIZE": 0 if skip is None else skip.shape[1]}
         elementwise._activation_kernel[(programs, triton.cdiv(channels, blocks["BLOCK_K"]))](
-            y, _bias(bias), skip, rows, y.shape[2], y.shape[3], channels, alpha, HAS_BIAS=bias is not None,
-            SKIP_SIZE=0 if skip is None else skip.shape[1], ACTIVATION=activation, **blocks,
-        )  # fmt: skip
+            y, _bias(bias), skip, *sizes, ACTIVATION=activation, **settings, **blocks
+        )
     return y
 
 
@@ -280,7 +326,7 @@ def activation_backward(grad: Tensor, y: Tensor, *, activation: str, alpha: floa
 
 @on_device
 def skip_gradient(dz: Tensor, size: int) -> Tensor:
-    """Sums of dz [N, K, H, W] over what each entry of the phase table [N, 3, 3, size, size, K] was added to."""
+    """The gradient of a phase table [N, 3, 3, size, size, K]: each entry sums dz [N, K, H, W] over its pixels."""
     dz = _nhwc(dz)
     batch, channels, height, width = dz.shape
     out = torch.empty((batch, size, size, 3, 3, channels), dtype=dz.dtype, device=dz.device)
@@ -293,7 +339,7 @@ def skip_gradient(dz: Tensor, size: int) -> Tensor:
 
 
 def _same_layout(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both dense, samples apart, elements in the same order inside a sample."""
+    """Both dense, sample after sample, with the same order of elements inside a sample."""
     images = prediction.dim() == 4 and prediction.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if images else torch.contiguous_format
     return prediction.contiguous(memory_format=layout), target.contiguous(memory_format=layout)
@@ -301,13 +347,18 @@ def _same_layout(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 @on_device
 def l1_reconstruction_loss(
-    prediction: Tensor, target: Tensor, scale: Tensor | None = None, *, eta: int, loss: bool = True,
+    prediction: Tensor,
+    target: Tensor,
+    scale: Tensor | None = None,
+    *,
+    eta: int,
+    loss: bool = True,
     to_target: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Per-sample means of |target - prediction|^eta, float32 [N], and what is asked for beside or instead, in one pass.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Per-sample means of |target - prediction|^eta in float32 [N], and gradients, in one pass.
 
-    With `scale`, [N] or one number, float32 on the device: the gradient of sum(scale * loss) to prediction, and
-    `to_target` that to target. Without `loss` the first result is None.
+    With `scale`, [N] or one number, float32 on the device: the gradient of sum(scale * loss) to prediction, and with
+    `to_target` the one to target. Without `loss` the first result is None.
     """
     prediction, target = _same_layout(prediction, target)
     samples, values = prediction.shape[0], prediction[:1].numel()
@@ -316,11 +367,10 @@ def l1_reconstruction_loss(
     d_prediction = None if scale is None else torch.empty_like(prediction)
     d_target = torch.empty_like(target) if to_target and scale is not None else None
     if samples and values:
-        elementwise._l1_kernel[(samples * blocks,)](
-            prediction, target, None if scale is None else scale.expand(samples).contiguous(), partial, d_prediction,
-            d_target, values, ETA=eta, LOSS=loss, GRADIENT=scale is not None, TO_TARGET=d_target is not None,
-            BLOCK=_BLOCK,
-        )  # fmt: skip
+        scales = None if scale is None else scale.expand(samples).contiguous()
+        tensors = (prediction, target, scales, partial, d_prediction, d_target)
+        settings = {"LOSS": loss, "GRADIENT": scale is not None, "TO_TARGET": d_target is not None}
+        elementwise._l1_kernel[(samples * blocks,)](*tensors, values, ETA=eta, BLOCK=_BLOCK, **settings)
     return None if partial is None else _total(partial, 1) / values, d_prediction, d_target
 
 
@@ -328,9 +378,9 @@ def l1_reconstruction_loss(
 def normalize_images(
     images: Tensor, index: Tensor | None, flip: Tensor | None, corner: Tensor | None, margin: int, dtype: torch.dtype
 ) -> Tensor:
-    """uint8 [M, H, W, C] -> [N, C, H - margin, W - margin] in [-1, 1], channels_last.
+    """A batch [N, C, H - margin, W - margin] in [-1, 1], channels_last, from uint8 images [M, H, W, C].
 
-    Indices and corners must be in range.
+    Indices and corners are not checked.
     """
     images = images.contiguous()
     height, width, channels = images.shape[1] - margin, images.shape[2] - margin, images.shape[3]
@@ -341,20 +391,28 @@ def normalize_images(
     if margin and corner is None:
         corner = torch.full((count, 2), margin // 2, device=images.device)
     if count and values:
+        tensors = (images, _dense(index), _flags(flip), _dense(corner), out)
+        settings = {"HAS_INDEX": index is not None, "HAS_FLIP": flip is not None, "HAS_MARGIN": margin > 0}
         elementwise._normalize_images_kernel[(count * triton.cdiv(values, _BLOCK),)](
-            images, _dense(index), _flags(flip), _dense(corner), out, height, width, margin, C=channels,
-            HAS_INDEX=index is not None, HAS_FLIP=flip is not None, HAS_MARGIN=margin > 0, BLOCK=_BLOCK,
-        )  # fmt: skip
+            *tensors, height, width, margin, C=channels, BLOCK=_BLOCK, **settings
+        )
     return out
 
 
 @on_device
 def equilibrium_update(
-    loss_real: Tensor, loss_fake: Tensor, k: Tensor, sums: Tensor, window: Tensor, skip: Tensor | None, *,
-    gamma: float, lambda_k: float,
-) -> None:  # fmt: skip
-    """Advance k [], sums [6] and window [2] in place from per-sample losses [N]; one launch of one program."""
+    loss_real: Tensor,
+    loss_fake: Tensor,
+    k: Tensor,
+    sums: Tensor,
+    window: Tensor,
+    skip: Tensor | None,
+    *,
+    gamma: float,
+    lambda_k: float,
+) -> None:
+    """Advance k [], sums [6] and window [2] in place from per-sample losses [N], in one launch of one program."""
+    real, fake = loss_real.contiguous(), loss_fake.contiguous()
     elementwise._equilibrium_update_kernel[(1,)](
-        loss_real.contiguous(), loss_fake.contiguous(), _flags(skip), k, sums, window,
-        loss_real.numel(), gamma, lambda_k, HAS_SKIP=skip is not None, BLOCK=256,
-    )  # fmt: skip
+        real, fake, _flags(skip), k, sums, window, real.numel(), gamma, lambda_k, HAS_SKIP=skip is not None, BLOCK=256
+    )

@@ -1,6 +1,9 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 # (Triton types constexpr parameters as constexpr, not as what one passes, and does not know its launch options)
-"""Launches of the folding kernel: a table of layers on the device, one program for a few values of one of them."""
+"""Launchers of the folding kernel.
+
+A table on the device describes the layers. Each program packs a few values of one layer.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from torch import Tensor
 
 from . import elementwise
 
-_FOLD_BLOCK = 64  # values a program writes, reading sixteen for each
+_FOLD_BLOCK = 64  # values that a program writes; it reads sixteen for each
 FOLDS = ("conv", "up", "skip")  # kinds of packed weights; see fold
-_captured: list[tuple[Tensor, Tensor]] = []  # tables that graphs read: a graph does not keep what it reads alive
+_captured: list[tuple[Tensor, Tensor]] = []  # tables of CUDA graphs, which do not keep their inputs alive
 
 
 def packed_size(shape: Sequence[int], kind: str) -> int:
@@ -31,7 +34,7 @@ def _fold_table(
 ) -> tuple[Tensor, Tensor]:
     """Table and owners of `_fold_kernel` for (address, kind, shape, strides) of each weight, on the device.
 
-    Kept, so that a captured step finds what its warm-up made: a graph cannot copy it from the host.
+    Cached, since a graph cannot copy from the host: a captured step reuses the tables of its warm-up.
     """
     rows: list[list[int]] = []
     owners: list[int] = []
@@ -53,17 +56,17 @@ def _tables(
         return _fold_table(layers, backward, device)
     misses = _fold_table.cache_info().misses
     try:
-        found = _fold_table(layers, backward, device)
+        tables = _fold_table(layers, backward, device)
     except RuntimeError as error:
         if _fold_table.cache_info().misses == misses:
             raise
         raise RuntimeError("fold met weights at new addresses during graph capture; run it once before") from error
-    _captured.append(found)
-    return found
+    _captured.append(tables)
+    return tables
 
 
 def _fold_layers(weights: Sequence[Tensor], kinds: Sequence[str], backward: bool) -> tuple[Any, ...]:
-    """What is read forward: the weights where they are; what is written backward: dense gradients in their layout."""
+    """One entry per weight for `_fold_table`: the weight itself forward, its dense gradient (address 0) backward."""
     return tuple(
         (0, kind, tuple(w.shape), torch.empty_like(w).stride())
         if backward
@@ -73,7 +76,7 @@ def _fold_layers(weights: Sequence[Tensor], kinds: Sequence[str], backward: bool
 
 
 def fold(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtype) -> Tensor:
-    """The packed forms of float32 weights, in any layout, one after another in a flat tensor."""
+    """Pack float32 weights of any memory format, one after another into a flat tensor."""
     device = weights[0].device
     sizes = [packed_size(w.shape, kind) for w, kind in zip(weights, kinds, strict=True)]
     packed = torch.empty(sum(sizes), dtype=dtype, device=device)
@@ -85,7 +88,7 @@ def fold(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtype) ->
 
 
 def fold_backward(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str]) -> Tensor:
-    """float32 gradients, flat and one after another, each as `torch.empty_like` of its weight lies in memory."""
+    """float32 gradients of the weights in a flat tensor, each with the strides of `torch.empty_like(weight)`."""
     out = torch.empty(sum(w.numel() for w in weights), dtype=torch.float32, device=grad.device)
     with torch.cuda.device_of(grad):
         table, owner = _tables(weights, kinds, grad.device, backward=True)

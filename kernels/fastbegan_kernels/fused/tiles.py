@@ -1,4 +1,4 @@
-"""Tile sizes of the matrix-product kernels, and which of them a layer can use."""
+"""Tile sizes of the matrix-product kernels, and the choice of those that suit a layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HALF_TYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Tile:
-    """A pointer kernel's: pixels, output channels and input channels at once, warps, depth of the pipeline."""
+    """A tile of a pointer kernel: pixels, output channels, input channels, warps and pipeline stages."""
 
     block_m: int
     block_k: int
@@ -26,7 +26,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class TmaTile:
-    """A descriptor kernel's: samples, height and width of a block of output pixels; the rest as `Tile`."""
+    """A tile of a descriptor kernel: samples, height and width of a block of output pixels; the rest as `Tile`."""
 
     samples: int
     height: int
@@ -51,10 +51,10 @@ AnyTile = Tile | TmaTile
 
 @dataclass(frozen=True)
 class Product:
-    """A layer, or its input gradient, as the matrix product that computes it; all sizes are those the kernel sees."""
+    """The matrix product of a layer, or of its input gradient. Sizes are those of the kernel's input and output."""
 
     transpose: bool  # a transposed convolution of stride 2, in four phases
-    turned: bool  # weights turned by 180 degrees, sums over their first dimension
+    turned: bool  # weights turned by 180 degrees; the sum runs over their first dimension
     stride: int
     kernel: int
     batch: int
@@ -71,25 +71,25 @@ class Product:
 
     @property
     def rows(self) -> int:
-        """Pixels of the product, of one phase where there are four."""
+        """Pixels of the product; with four phases, those of one."""
         return self.batch * (self.in_h * self.in_w if self.transpose else self.out_h * self.out_w)
 
     @property
     def aligned(self) -> bool:
-        """Whether rows of both factors come in runs of eight values."""
+        """Whether rows of both factors are multiples of eight values, so that 16-byte copies can load them."""
         return self.channels % 8 == 0 == self.out_channels % 8
 
     def tiles(self, tile: AnyTile) -> int:
-        """Programs needed for the pixels."""
+        """The number of programs for the pixels."""
         if isinstance(tile, Tile):
             return -(-self.rows // tile.block_m)
         height, width = (self.in_h, self.in_w) if self.transpose else (self.out_h, self.out_w)
         return -(-self.batch // tile.samples) * -(-height // tile.height) * -(-width // tile.width)
 
     def fits(self, tile: TmaTile) -> bool:
-        """Whether a descriptor kernel can compute this, and without wasting most of a tile.
+        """Whether a descriptor kernel can compute this without wasting most of a tile.
 
-        Rows must be multiples of 16 bytes; where a view joins two pixels, sizes must be even and blocks whole.
+        Rows must be multiples of 16 bytes. With stride 2 a view joins two pixels: sizes must be even and blocks whole.
         """
         height, width = (self.in_h, self.in_w) if self.transpose else (self.out_h, self.out_w)
         if not self.aligned or tile.block_k > max(64, self.out_channels):
@@ -101,8 +101,8 @@ class Product:
         return self.stride == 1 or (self.in_h % 2 == 0 == self.in_w % 2 and self.channels % tile.block_c == 0)
 
 
-# What the cross-compile gate holds to its ceilings (tests/kernels/test_cross_compile.py), the widest first.
-# None was timed on a GPU yet.
+# tests/kernels/test_cross_compile.py holds these tiles to ceilings of registers and shared memory. The widest come
+# first. None was timed on a GPU yet.
 HALF = (
     Tile(128, 128, 64, 8, 3),
     Tile(128, 64, 64, 4, 3),
@@ -124,23 +124,23 @@ _FEW_PIXELS = 8192  # under this many a 128-pixel tile leaves most of the chip i
 
 
 def pointer_tiles(dtype: torch.dtype, capability: int) -> tuple[Tile, ...]:
-    """The pointer kernels' tiles that the gate passed for an architecture (80, 90, 100, ...), the widest first."""
+    """The pointer kernels' tiles for an architecture (80, 90, 100, ...), the widest first."""
     if dtype not in HALF_TYPES:
         return FULL
     return HALF if capability < 100 else HALF[1:]  # the widest spills in up-convolutions on sm_100 (Triton 3.9)
 
 
 def tma_tiles(dtype: torch.dtype, capability: int) -> tuple[TmaTile, ...]:
-    """The descriptor kernels' tiles for an architecture: from Hopper on, and for half precision only."""
+    """The descriptor kernels' tiles for an architecture: none before Hopper, half precision only."""
     if capability < 90 or dtype not in HALF_TYPES:
         return ()
     return TMA if capability < 100 else tuple(tile for tile in TMA if tile.pixels < 256)  # those spill on sm_100
 
 
 def pick_tile(product: Product, dtype: torch.dtype, capability: int) -> Tile:
-    """The pointer tile to use unmeasured: no wider than the channels there are, and small where pixels are few.
+    """The pointer tile to use unmeasured: no wider than the channels, and small where pixels are few.
 
-    Channel counts that are no multiples of 8 are loaded one by one, which only the last tile has registers for.
+    Channels that are no multiple of 8 are loaded one by one, for which only the last tile has the registers.
     """
     table = pointer_tiles(dtype, capability)
     if not product.aligned:
@@ -154,7 +154,7 @@ def pick_tile(product: Product, dtype: torch.dtype, capability: int) -> Tile:
 
 
 def tiles_for(product: Product, dtype: torch.dtype, capability: int, *, descriptors: bool) -> list[AnyTile]:
-    """The tiles worth trying for a product, the one to use unmeasured first."""
+    """The tiles to measure for a product. Unmeasured, the first is used."""
     first = pick_tile(product, dtype, capability)
     if not product.aligned:
         return [first]
@@ -163,14 +163,14 @@ def tiles_for(product: Product, dtype: torch.dtype, capability: int, *, descript
         for tile in pointer_tiles(dtype, capability)
         if tile != first and tile.block_k in (first.block_k, first.block_k // 2) and tile.block_m <= first.block_m
     ]
-    found: list[AnyTile] = [first, *near[:2]]
+    tiles: list[AnyTile] = [first, *near[:2]]
     if descriptors:
-        found += [tile for tile in tma_tiles(dtype, capability) if product.fits(tile)]
-    return found
+        tiles += [tile for tile in tma_tiles(dtype, capability) if product.fits(tile)]
+    return tiles
 
 
 def tile_named(name: str) -> AnyTile:
-    """The shipped tile of this name. Raises ValueError where none has it."""
+    """The shipped tile of this name. Raises ValueError for another name."""
     for tile in (*HALF, *FULL, *TMA):
         if tile.name == name:
             return tile

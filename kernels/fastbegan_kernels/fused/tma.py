@@ -1,11 +1,13 @@
 # pyright: reportGeneralTypeIssues=false
 # (Triton's range is typed as never iterated)
-"""The same two loops for Hopper and newer, in half precision: tiles of images and weights come by tensor descriptors.
+"""The loops of `implicit_gemm` for Hopper and newer, in half precision: tensor descriptors load tiles.
 
 A descriptor reads zeros outside its tensor, so padding needs no mask and no address. Weights are the rows of the
-product and pixels its columns (the other way round than in `implicit_gemm`): both factors then reach the matrix units
-from shared memory. A tile is SAMPLES x HEIGHT x WIDTH output pixels. Maps of stride 2 are read, and written, through a
-five-dimensional view [N, H / 2, 2, W / 2, 2 C] whose third coordinate and half of whose channels are the parity.
+product and pixels its columns, other than in `implicit_gemm`: both factors then reach the matrix units from shared
+memory. A tile has SAMPLES x HEIGHT x WIDTH output pixels.
+
+Maps of stride 2 are read and written through a view [N, H / 2, 2, W / 2, 2 C]. The row's parity is its third
+coordinate; the column's parity is the half of its channels.
 """
 
 from __future__ import annotations
@@ -18,9 +20,19 @@ from .implicit_gemm import activate, derivative, skip_entry
 
 @triton.jit
 def _finish(  # noqa: PLR0913
-    acc, y_prev, ok, k, K, b_ptr, db_ptr, partial, alpha,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
+    acc,
+    y_prev,
+    ok,
+    k,
+    K,
+    b_ptr,
+    db_ptr,
+    partial,
+    alpha,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
     """Epilogue of acc [BLOCK_K, pixels]; y_prev [pixels, BLOCK_K] where BACKWARD."""
     k_ok = k < K
     if BACKWARD:
@@ -35,15 +47,37 @@ def _finish(  # noqa: PLR0913
 
 @triton.jit(do_not_specialize=["batch", "out_h", "out_w", "c_blocks"])
 def _conv_tma_kernel(  # noqa: PLR0913
-    x_desc, w_desc, b_ptr, y_prev_desc, out_desc, db_ptr,
-    batch, out_h, out_w, C, K, c_blocks, alpha,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, TURNED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, SAMPLES: tl.constexpr, HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """As `implicit_gemm._conv_kernel`; weights as a matrix [A, taps B].
+    x_desc,
+    w_desc,
+    b_ptr,
+    y_prev_desc,
+    out_desc,
+    db_ptr,
+    batch,
+    out_h,
+    out_w,
+    C,
+    K,
+    c_blocks,
+    alpha,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    TURNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """As `implicit_gemm._conv_kernel`, with weights as a matrix [A, taps B].
 
-    A block that runs over the end of a tap meets channels that are zero, or outputs that are not stored.
+    A block of weights may run into the next tap. There it meets channels of x that are zero, or outputs that are not
+    stored.
     """
     TAPS: tl.constexpr = KERNEL * KERNEL
     PIXELS: tl.constexpr = SAMPLES * HEIGHT * WIDTH
@@ -84,12 +118,31 @@ def _conv_tma_kernel(  # noqa: PLR0913
 
 @triton.jit(do_not_specialize=["batch", "in_h", "in_w", "c_blocks"])
 def _conv_transpose_tma_kernel(  # noqa: PLR0913
-    x_desc, w_desc, b_ptr, skip_ptr, y_prev_desc, out_desc, db_ptr,
-    batch, in_h, in_w, K, c_blocks, alpha,
-    KERNEL: tl.constexpr, HAS_BIAS: tl.constexpr, SKIP_SIZE: tl.constexpr, ACTIVATION: tl.constexpr,
-    BACKWARD: tl.constexpr, SAMPLES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x_desc,
+    w_desc,
+    b_ptr,
+    skip_ptr,
+    y_prev_desc,
+    out_desc,
+    db_ptr,
+    batch,
+    in_h,
+    in_w,
+    K,
+    c_blocks,
+    alpha,
+    KERNEL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SKIP_SIZE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """As `implicit_gemm._conv_transpose_kernel`, for even output sizes and K in whole blocks."""
     PIXELS: tl.constexpr = SAMPLES * HEIGHT * WIDTH
     tile = tl.program_id(0)
