@@ -159,15 +159,15 @@ cases.sets_beyond_cache = lambda size: 2
 device.pick_compile = lambda *_: (None, "")
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "net" in item.callspec.params:
+        if "net" in item.fixturenames:
             item.callspec.params["net"] = (32, 4, 2)
 """
 
 
-def _on_a_gpu(tmp_path: Path, name: str, *options: str) -> Row:
+def _on_a_gpu(tmp_path: Path, name: str, *options: str, tuning: str = "algebraic") -> Row:
     """The only row of a benchmark file on a pretended GPU."""
     (tmp_path / "planted.py").write_text(_ON_A_GPU)
-    variables = pretended(tmp_path / "cache")
+    variables = pretended(tmp_path / "cache", tuning=tuning)
     variables["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
     arguments = ["-m", "pytest", "-p", "planted", "-q", "-rs", "-p", "no:cacheprovider", f"bench/bench_{name}.py"]
     arguments += ["--results", tmp_path / "rows.json", *options]
@@ -189,7 +189,7 @@ def test_forms_are_raced_where_there_is_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ops_and_steps_are_raced_where_there_is_a_gpu(tmp_path: Path) -> None:
     (tmp_path / "step").mkdir()
-    row = _on_a_gpu(tmp_path / "step", "step", "-k", "64px-n64-batch16 and joint")
+    row = _on_a_gpu(tmp_path / "step", "step", "-k", "64px-n64-batch16 and joint", tuning="plain")
     assert list(row.ratios) == ["eager"] and "graph breaks" in row.counts
     row = _on_a_gpu(tmp_path, "equilibrium_update", "--quick")
     assert list(row.ratios) == ["eager", "algebraic", "fused"]

@@ -25,6 +25,7 @@ from fastbegan_kernels.fused import tiles  # noqa: E402
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 CAPABILITY = launch._capability(DEVICE)
+pytestmark = pytest.mark.skipif(CAPABILITY < 80, reason="no tile ships for this GPU")
 # the interpreter multiplies bf16 wrongly, and has no TF32
 MODES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32", "tf32": "float32"}
 MODES = {mode: name for mode, name in MODES.items() if ON_GPU or mode in ("fp16", "float32")}
