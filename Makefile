@@ -47,7 +47,8 @@ bench: $(VENV)/.dev
 #   python -m pytest tests/kernels -n 8 --timeout 300 --timeout-method thread
 #   python -m pytest bench/bench_step.py --budget 120 --results bench/results/gpu/rows.json
 #   python -m fastbegan.measure.report bench/results/gpu
-# Cross-compiling needs no GPU and is left out. A lost CUDA context ends its process: one worker of xdist, or one suite, whose rows are on disk by then.
+# Cross-compiling needs no GPU and is left out. A lost CUDA context ends its process: a worker of xdist, or one suite,
+# whose rows are on disk by then.
 OUT ?= bench/results/gpu
 BUDGET ?= 120
 WORKERS ?= 8
