@@ -18,7 +18,7 @@ from .errors import UserError
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` (or only above it) to `high`, both finite; `words` is how a message names them."""
+    """The numbers from `low` to `high`, all finite; `above` excludes `low`. `words` replaces the range in messages."""
 
     low: float
     high: float = math.inf
@@ -92,7 +92,7 @@ def from_dict(config: type[Any], values: dict[str, Any]) -> Any:
 
 
 def plain_number(value: Any, kind: Any) -> Any:
-    """`value` as Python's own number, where NumPy or 1e5 for a whole number was meant; else as it is."""
+    """`value` with NumPy scalars as Python's numbers, and 1e5-style floats as ints where the field is an int."""
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         value = value.item()
     whole = kind is int or int in typing.get_args(kind)

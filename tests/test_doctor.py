@@ -41,16 +41,16 @@ def test_a_verdict_names_times_and_faults(tmp_path: Path, monkeypatch: pytest.Mo
     """What a GPU's rows say, on the interpreter: the forms of a forced tier, tried and timed."""
     pytest.importorskip("triton")
     monkeypatch.setenv("FASTBEGAN_CACHE", str(tmp_path))
-    monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows, **_: dict.fromkeys(hows, Trial(None)))
+    monkeypatch.setattr(tuning, "survivors", lambda problem, device, forms, **_: dict.fromkeys(forms, Trial(None)))
     problem = doctor.layers("float32", 16, 4, 1)[0]
-    how, why = doctor._verdict(problem, CPU, "fused")
-    assert how in tuning.forms(problem, CPU, "fused") and why.startswith("right; ") and " us" in why
+    form, why = doctor._verdict(problem, CPU, "fused")
+    assert form in tuning.forms(problem, CPU, "fused") and why.startswith("right; ") and " us" in why
     assert doctor._verdict(Pointwise("fold", "float32"), CPU, "auto") == ("fused", "right")
     forward = tiers.forward
-    monkeypatch.setattr(tiers, "forward", lambda *a, **o: forward(*a, **o) + (o["how"] != "plain"))
-    how, why = doctor._verdict(problem, CPU, "fused")
-    assert how == "plain PyTorch" and "gave wrong values" in why
-    monkeypatch.setattr(tuning, "survivors", lambda p, d, hows, **_: dict.fromkeys(hows, Trial("crashed in a trial")))
+    monkeypatch.setattr(tiers, "forward", lambda *a, **o: forward(*a, **o) + (o["form"] != "plain"))
+    form, why = doctor._verdict(problem, CPU, "fused")
+    assert form == "plain PyTorch" and "gave wrong values" in why
+    monkeypatch.setattr(tuning, "survivors", lambda p, d, forms, **_: dict.fromkeys(forms, Trial("crashed in a trial")))
     assert "crashed in a trial" in doctor._verdict(problem, CPU, "fused")[1]
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastbegan_kernels import conv_stage
+from fastbegan_kernels import conv_stage, reference
 from fastbegan_kernels.reference import plain_layer
 
 from .follow import Followed, hooked
@@ -82,7 +82,7 @@ class Chain:
     words: list[str] = field(default_factory=list)
     """By place, the description in the report."""
     not_by_itself: str | None = None
-    """Why this chain is used only as the continuation of an earlier one; None if it may stand by itself."""
+    """Why this chain is dropped unless it continues an earlier one; None if it may stand by itself."""
 
 
 def find(followed: Followed) -> tuple[list[Chain], dict[str, str]]:
@@ -345,11 +345,12 @@ def _may_join(before: Chain, after: Chain, writes: Writes) -> bool:
     """Whether one stage can compute both: it has one alpha, and biases in all layers or in none."""
     pair = (before, after)
     one_alpha = len({chain.alpha for chain in pair if chain.alpha is not None}) < 2
-    silu = "silu" in before.activations + after.activations  # a stage would run its layers one by one
+    # a stage runs layers with other activations one by one
+    kept_apart = not {*before.activations, *after.activations} <= {*reference.FROM_OUTPUT}
     all_biased = all(None not in chain.biases for chain in pair)
     none_biased = all(chain.biases.count(None) == len(chain.biases) for chain in pair)
     unchanged = not writes.between([*before.nodes, *after.nodes])
-    return one_alpha and not silu and unchanged and (all_biased or none_biased)
+    return one_alpha and not kept_apart and unchanged and (all_biased or none_biased)
 
 
 def put(followed: Followed, chains: list[Chain]) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
 """Watches over all ranks: if one dies or hangs, all end within a minute or two, and the message names it.
 
 A thread of each rank writes a beat into the ranks' store once a second. The beat holds a serial number and the count
-of the rank's meetings with the others (`ticks`). A rank whose number stays the same is dead. If a rank waits for too
-long, the others wait for the rank with the fewest ticks. States of a rank, as its beat gives them:
+of the rank's meetings with the others (`ticks`). A rank whose number stays the same is dead. If the lowest count of
+ticks does not rise for `patience` seconds, the ranks that hold it are blamed. States of a rank, as its beat gives them:
 
     starting --settle()--> settled --close()--> closed
         |  <--settle(False)--  |
@@ -133,7 +133,7 @@ class Watch:
         self._ticks += 1
 
     def settle(self, settled: bool = True) -> None:
-        """Steps take their usual time from now on, or longer."""
+        """Steps take their usual time from now on: normal patience. False: ten times as much."""
         self._settled = settled
 
     def close(self) -> None:

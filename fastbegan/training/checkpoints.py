@@ -50,7 +50,7 @@ class Checkpoints:
         def write() -> None:
             self._folder.write_weights(copy["modules"])
             save_checkpoint(self._folder.checkpoints, step, copy, self._keep)
-            self._folder.nonfinite_file.unlink(missing_ok=True)  # the run got over it
+            self._folder.nonfinite_file.unlink(missing_ok=True)  # the run has passed that step
 
         if self._writer.busy:
             self._display.say(f"warning: step {step:,}: the checkpoint before is still being written; waiting for it")

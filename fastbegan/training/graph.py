@@ -25,8 +25,8 @@ class GraphedStep:
         work: One step. It must read its inputs from tensors at fixed addresses and never wait for the device.
         device: Where `work` runs.
         enabled: False calls `work` as it is from the start, as on a CPU.
-        agree: Tells whether its argument is true on all ranks. One rank without a graph means none for all, since a sum
-            over ranks cannot match one inside a graph with one outside.
+        agree: Tells whether its argument is true on all ranks. If one rank cannot capture, none uses a graph: sums over
+            ranks inside and outside of graphs cannot meet.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class GraphedStep:
     ) -> None:
         self.work, self.device, self._agree = work, device, agree
         self.enabled = enabled and device.type == "cuda"
-        self._runs_left = _WARM_UP if self.enabled else None
+        self._runs_left = _WARM_UP if self.enabled else None  # None: no graph any more
         self._graph: torch.cuda.CUDAGraph | None = None
         # capture is not possible on the default stream; one stream for warm-up too, as each has its own cached memory
         self._stream = torch.cuda.Stream(device) if self.enabled else None

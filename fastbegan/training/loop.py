@@ -197,7 +197,7 @@ class Training:
             )
         self.step.load_training_state(state)
         self.schedule.load_state_dict(state["schedule"])
-        # the checkpoint's rate, where it knows it, not config.json's: a kill may have come between the two
+        # the rate of the checkpoint: a process may die after config.json is written, before the next checkpoint
         if state.get("asked_lr", stored.train.lr) != self.config.train.lr:
             self.schedule.lr = self.config.train.lr * self.config.train.scale
         self.step.set_lr(self.schedule.lr)

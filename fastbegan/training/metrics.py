@@ -28,7 +28,7 @@ class Metrics:
         self._waited = 0.0  # seconds for batches, since the row before
 
     def open(self, progress: Progress, tensorboard: Any) -> None:
-        """Continue the rows of the folder, if it has some; `tensorboard` is a SummaryWriter or None."""
+        """Show the folder's earlier rows to the health monitor; `tensorboard` is a SummaryWriter or None."""
         self._tensorboard = tensorboard
         for row in self._folder.read_metrics():
             self._health.after_log(row["k"])
@@ -37,7 +37,7 @@ class Metrics:
                 self._health.after_sheet(row["diversity"], row["images"], fraction)
 
     def begin(self, progress: Progress) -> None:
-        """A sitting begins."""
+        """Start the clock: this process trains from now on."""
         self._clock, self._images, self._waited = time.monotonic(), progress.images, 0.0
 
     def close(self) -> None:
@@ -60,12 +60,18 @@ class Metrics:
         self._waited += time.monotonic() - before
 
     def catch_up(self, progress: Progress) -> bool:
-        """Write the row on its way, if it has arrived or something comes that waits; whether all is finite so far."""
+        """Write the pending row, if it arrived or this step waits anyway.
+
+        Returns whether all numbers are finite so far.
+        """
         finite = self._write(progress, wait=progress.log_due or progress.waits)
         return finite and not (progress.waits and bool(self._step.found_bad.item()))
 
     def log(self, progress: Progress, lr: float, diversity: float | None) -> bool:
-        """Begin a row where one is due; whether all is finite so far. `diversity` is that of a sheet of this step."""
+        """Begin a row where one is due; `diversity` is that of a sheet of this step.
+
+        Returns whether all numbers are finite so far.
+        """
         if diversity is not None:
             self._warn(self._health.after_sheet(diversity, progress.images, progress.fraction()), progress.done)
         if progress.log_due:
@@ -77,7 +83,7 @@ class Metrics:
         return self._write(progress, wait=progress.waits)
 
     def _write(self, progress: Progress, *, wait: bool) -> bool:
-        """Write the row on its way, if it has arrived or `wait`; False if its numbers are not finite."""
+        """Write the pending row, if it arrived or `wait`; False if its numbers are not finite."""
         # several ranks look at the same step, not whenever a row has arrived
         if self._row is None or not (wait or (self._ranks.alone and self._row[0].arrived())):
             return True

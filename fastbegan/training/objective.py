@@ -3,8 +3,8 @@
 All ways give the same gradients. They differ in how often D runs:
 - `Textbook`: the formulas as written, on plain PyTorch modules, D three times. The specification and the yardstick.
 - `SinglePass`: D runs once per image. Both players need gradients of the same two losses. One backward of L(G(z))
-  leaves G's gradient on G and a gradient F on D; D's gradient is that of L(x) minus k F. Nothing is divided by k,
-  which starts at 0.
+  leaves G's gradient on G and a gradient F on D; D's gradient is that of L(x) minus k F. It is formed by
+  subtraction: recovering F by a division would fail at k = 0.
 - `JointPass`: as `SinglePass`, with x and G(z) as one batch, whose halves' weight gradients are kept apart.
 G's pass through D is a separate one where z_D and z_G are different draws, or where D is updated in between.
 """
@@ -173,8 +173,9 @@ class Leaves:
     """A net's packed weights as leaves: graphs of passes end there, and their gradients go back to the parameters once.
 
     Why not let autograd go through the packing: D runs several times on the same packed weights, and a graph through
-    them would be freed by the first backward. It would also unfold the gradients of each pass, where one unfolding of
-    their sum is enough. The net's parameters must have no `.grad`.
+    them would be freed by the first backward. It would also unpack the gradients of each pass, where unpacking
+    their weighted sum once is enough; only half precision unpacks each (`_combined`). The net's parameters must have no
+    `.grad`.
     """
 
     def __init__(
@@ -315,7 +316,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _minus(gradients: list[Tensor], k: Tensor, others: list[Tensor]) -> list[Tensor]:
-    """gradients - k * others, in place."""
+    """gradients - k * others, in the memory of `gradients`; `others` is overwritten."""
     torch._foreach_mul_(others, k.to(others[0].dtype))
     torch._foreach_sub_(gradients, others)
     return gradients

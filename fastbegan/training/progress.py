@@ -13,7 +13,7 @@ from .step import TrainStep
 
 
 class Progress:
-    """Steps, images and seconds of a run over all its sittings; `last` says whether the step just done is the last."""
+    """Steps, images and seconds of a run, resumed runs included; `last` says whether the step just done is the last."""
 
     def __init__(self, train: TrainConfig, step: TrainStep, ranks: Ranks) -> None:
         self.done, self.images, self.seconds = 0, 0, 0.0
@@ -23,7 +23,7 @@ class Progress:
         self._clock = time.monotonic()
 
     def begin(self) -> None:
-        """A sitting begins."""
+        """Start the clock: this process trains from now on."""
         self._clock = time.monotonic()
         self.last = self.fraction() >= 1
 
@@ -41,9 +41,10 @@ class Progress:
         wish = stop.signal is not None or self.fraction() >= 1
         if self._ranks.alone:
             return wish
-        # a wish travels with the sums of the next step; clocks differ between ranks, counts do not
+        # ranks must stop together: a wish is summed with the next step's losses and read one step later
         self._step.wish.fill_(wish)
         before, self._wishes = self._wishes, Reading(self._step.wished[None])
+        # minutes do not count here: clocks differ between ranks
         return self._fraction(None) >= 1 or (before is not None and before.values()[0] > 0)
 
     def fraction(self) -> float:
@@ -60,7 +61,7 @@ class Progress:
         return max(0.0, self.seconds / max(self.fraction(), 1e-9) - self.seconds)
 
     def due(self, every: int) -> bool:
-        """Whether something that comes every so many steps, and after the last, comes after this one."""
+        """True after every `every` steps, and after the last."""
         return self.last or self.done % every == 0
 
     @property

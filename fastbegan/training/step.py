@@ -40,6 +40,9 @@ class TrainStep(nn.Module):
     Call it with a batch and one draw of z for each player. It updates D and G, moves k by lambda_k (gamma L(x) -
     L(G(z))), clamped to [0, 1], and the averaged generator. Nothing is read back from the device.
 
+    After the first step with a loss, gradient or k that is not finite, every call changes nothing: read `found_bad`.
+    Halving the learning rate is the caller's (`set_lr`). `equilibrium.read()` gives the means since the last reading.
+
     Several ranks each call it with their part of the batch and do the same step: gradients and losses are means over
     all parts.
 
@@ -146,7 +149,7 @@ class TrainStep(nn.Module):
 
         Args:
             real: Images [N, 3, size, size], floating-point, in [-1, 1]; N a multiple of `config.accumulate`.
-            z_d: Latents of D's generated images, [N, latent], floating-point.
+            z_d: Latents of D's generated images, [N, latent], floating-point, uniform in [-1, 1] in the paper (§3.3).
             z_g: Latents of G's, of the same shape; the same tensor where the config's latents are shared.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The parent's side of `trial`: one long-lived child process for all problems, and a new one where it died."""
+"""Starts the process that runs `trial`, talks to it, and replaces it where it died. One process serves all problems."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, tiers, tuning
@@ -103,15 +102,16 @@ def conv_stage(  # noqa: PLR0913
     output_last = is_channels_last(x, *weights)
     gradient_last = is_channels_last(x, weights[0])
     stage = _Stage(" ".join(kinds), " ".join(activations), alpha, mode, copies)
-    if "silu" not in activations:
+    if all(name in reference.FROM_OUTPUT for name in activations):
         return _run(x, weights, biases, skip, stage, output_last, gradient_last)
-    # silu's derivative needs its input: such a layer runs alone, without activation, and its output is kept
+    # silu's derivative needs its input: a layer with it runs alone, without activation, and its output is kept
     for number, (kind, name) in enumerate(zip(kinds, activations, strict=True)):
         of_layer, last = slice(number, None, len(kinds)), number == len(kinds) - 1
-        layer = stage._replace(kinds=kind, activations="none" if name == "silu" else name)
+        inside = name if name in reference.FROM_OUTPUT else "none"
+        layer = stage._replace(kinds=kind, activations=inside)
         bias, table = None if biases is None else biases[of_layer], skip if last else None
         x = _run(x, weights[of_layer], bias, table, layer, output_last or not last, gradient_last or number > 0)
-        x = F.silu(x) if name == "silu" else x
+        x = x if inside == name else reference.activate(x, name, alpha)
     return x
 
 
@@ -206,7 +206,8 @@ def _gradients(
 
     A library op returns one flat list of tensors, so gradients come flat: all copies' weights, then all copies' biases,
     copy by copy. `needs` has the same order, without biases where the stage has none. `weights` are one copy's, packed,
-    and weight gradients are those of packed weights. All maps are channels_last, but for `grad` and the last output.
+    and weight gradients are those of packed weights. All maps are channels_last. Only `grad` and the last
+    output, at the border, have the format that nn.Conv2d would give.
     """
     kinds, activations, copies = stage.kinds.split(), stage.activations.split(), stage.copies
     count = len(kinds)
@@ -217,7 +218,7 @@ def _gradients(
     x = x.contiguous(memory_format=torch.channels_last)
     pointwise = _pointwise("activation_backward", grad, stage.impl)
     grad = lay_out(grad, is_channels_last(outputs[-1]))
-    dz, total = tiers.activation_backward(
+    dz, bias_sum = tiers.activation_backward(
         grad, outputs[-1], activation=activations[-1], alpha=stage.alpha, form=pointwise
     )
     if needs[1]:
@@ -228,9 +229,10 @@ def _gradients(
         for copy, (part, below) in enumerate(zip(dz.chunk(copies), before.chunk(copies), strict=True)):
             index = copy * count + number
             if need_b[index]:
-                db[index] = total if copies == 1 else tiers.bias_gradient(part)
+                db[index] = bias_sum if copies == 1 else tiers.bias_gradient(part)
             if need_w[index]:
                 dw[index] = tiers.weight_gradient(part, below, weight, kind=kind)
+        # layers further down get nothing: their input gradient is not needed
         if not (needs[0] or any(_lower(need_w, count, number)) or any(_lower(need_b, count, number))):
             break
         if stage.impl == "fused" and (kind == "down_end" or (kind == "down" and weight.shape[2] != 3)):
@@ -238,11 +240,13 @@ def _gradients(
         else:
             form = _form(before, weight, stage, number, backward=True, bias=has_bias)
         act = activations[number - 1] if number else None
-        dz, partial = tiers.input_gradient(dz, before, weight, kind=kind, activation=act, alpha=stage.alpha, form=form)
-        if partial is None:
+        dz, below_sum = tiers.input_gradient(
+            dz, before, weight, kind=kind, activation=act, alpha=stage.alpha, form=form
+        )
+        if below_sum is None:
             dx = dz
         else:
-            total = partial
+            bias_sum = below_sum
     return [dx, d_skip, *dw, *(db if has_bias else ())]
 
 

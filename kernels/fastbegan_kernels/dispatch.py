@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the argument `impl`, else FASTBEGAN_IMPL, else an automatic choice.
 
-This module decides without looking at a device, so that torch.compile can trace it. On a GPU, an op then asks `tuning`
-at run time for the fastest form that was verified there.
+This module reads devices and dtypes of tensors only, so that torch.compile can trace it. On a GPU, an op then asks
+`tuning` at run time for the fastest form that was verified there.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ class ConvStage(nn.Sequential):
         for number, layer in enumerate(layers):
             if not isinstance(layer, Conv2dELU):
                 raise ValueError(f"layer {number} is a {type(layer).__name__}; accepted: Conv2dELU and its kinds")
-        alphas = {layer.alpha for layer in layers if layer.activation in ("elu", "leaky_relu")}
+        alphas = {layer.alpha for layer in layers if layer.activation in reference.WITH_ALPHA}
         if not layers or len(alphas) > 1 or len({layer.bias is None for layer in layers}) > 1:
             stage = f"{len(layers)} layers with alpha {sorted(alphas)}, biases {[x.bias is not None for x in layers]}"
             raise ValueError(f"a stage of {stage}; accepted: one or more, of one alpha, all with a bias or none")

@@ -179,7 +179,7 @@ def draw(device: torch.device, dtype: torch.dtype, seed: int, *shape: int) -> Te
 @checks("activation_backward")
 def _activation_backward(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Tensor]:
     results: list[Tensor] = []
-    for shape, activation in itertools.product(SHAPES, ("elu", "relu", "leaky_relu", "none")):
+    for shape, activation in itertools.product(SHAPES, reference.FROM_OUTPUT):
         grad, y = (draw(device, dtype, seed, *shape) for seed in (0, 1))
         y = reference.activate(y, activation, 0.25).to(torch.bfloat16).to(torch.float16).to(dtype)
         form = "algebraic" if fused else "plain"

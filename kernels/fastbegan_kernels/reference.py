@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = ("elu", "relu", "leaky_relu", "silu", "none")
+FROM_OUTPUT = ("elu", "relu", "leaky_relu", "none")
+"""Activations whose derivative follows from their output, so that a backward keeps nothing else."""
+WITH_ALPHA = ("elu", "leaky_relu")
 KINDS = ("same", "down", "down_end", "up")
 END = (0, 1, 0, 1)
 """F.pad's argument for one column to the right and one row below."""

@@ -1,7 +1,7 @@
 """Chooses the form of a kernel on this machine: verified there first, then the fastest.
 
-A form is "plain" (PyTorch's operations), "algebraic", "fused" or the name of a tile (see `tiers`). A layer is met when
-its shape first comes on a GPU outside graph capture. Then:
+A form is "plain" (PyTorch's operations), "algebraic", "fused" or the name of a tile (see `tiers`). The choice
+comes with the first call of a shape on a GPU, outside graph capture:
 
 1. Forms that never ran on this kind of machine run in a child process (`child`): an illegal access kills its process.
 2. Every form runs on random data. Those that differ from float64 by too much are dropped with a warning.
@@ -38,7 +38,7 @@ Problem = Layer | Pointwise
 Asked = tuple[torch.device, Problem, str]
 _chosen: dict[Asked, str] = {}  # the key ends with a tier and torch's flags (`_tier`)
 _adopted: dict[str, str] = {}
-_passing: set[Asked] = set()  # choices that another process might make otherwise
+_passing: set[Asked] = set()  # choices that a passing fault influenced: they are not cached
 _lock = threading.RLock()  # autograd has a thread for each device
 _warned: set[str] = set()
 _observed: dict[Asked, None] | None = None

@@ -39,11 +39,12 @@ def upsample_conv2d_elu(
         weight: [K, C, 3, 3], or folded once for many calls (`fold`, kind "up") [C, K, 4, 4]; in x's dtype (any under
             autocast) and any memory format.
         bias: [K] in x's dtype or float32, or None.
-        skip: Phase table [N, 3, 3, S, S, K] of `skip_phase_table`, or None. It stands for a map [N, K, 2H, 2W] that is
-            added before the activation. S divides 2H and 2W into cells of at least 2x2 pixels.
+        skip: Phase table [N, 3, 3, S, S, K] of `skip_phase_table` in x's dtype, or None. It stands for a map
+            [N, K, 2H, 2W] that is added before the activation: one value per cell of the map and place in the cell
+            (first, inner or last row and column). S divides 2H and 2W into cells of at least 2x2 pixels.
         activation: "elu", "relu", "leaky_relu", "silu" or "none".
         alpha: Scale of ELU or negative slope of leaky_relu, from 0; others ignore it.
-        carry: A tensor with one number, or None. It needs K = C.
+        carry: A tensor with one number, in [0, 1] for a blend, or None. It needs K = C.
         impl: "reference", "algebraic" or "fused" forces a tier. None takes FASTBEGAN_IMPL from the environment, else
             the fastest form verified on this machine.
 
@@ -54,7 +55,7 @@ def upsample_conv2d_elu(
     Raises:
         ValueError: Shapes or dtypes do not match, or an argument is not among those above.
         RuntimeError: The fused tier is forced where it cannot run: no GPU, no Triton or float64. Or a gradient with
-            create_graph=True is taken with `skip`.
+            create_graph=True is taken with `skip`. Or a tensor kept for the backward was changed in place.
     """
     if asked_for(impl) == "reference":
         return reference.upsample_conv2d_elu(

@@ -248,8 +248,8 @@ def _fold_kernel(table_ptr, owner_ptr, packed_ptr, gradient_ptr, BACKWARD: tl.co
     - 6 to 9: strides of the weight [K, C, h, w];
     - 10 and 11: offsets of its packed weight and of its gradient.
 
-    Each result is a sum of at most nine values of the other side. A program holds them in a row of 16 `step`s, of which
-    step 3 u + v (or 3 a + b) is the value in row u and column v, and masks the rest.
+    Each output sums at most nine inputs. A program holds them as a row of 16: column `step` is input (step // 3,
+    step % 3), and columns that are not used are masked.
     """
     program = tl.program_id(0)
     row = table_ptr + tl.load(owner_ptr + program) * 12
