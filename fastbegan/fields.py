@@ -53,7 +53,7 @@ def require(ok: bool, field: str, value: object, accepted: str) -> None:
 def require_seed(seed: int) -> None:
     """Raise UserError for a seed that torch does not take."""
     value = plain_number(seed, int)
-    require(fits(value, int) and SEED.holds(value), "seed", seed, SEED.accepted(int))
+    require(fits(value, int) and SEED.holds(value), "seed", value, SEED.accepted(int))
 
 
 def check_fields(config: Any) -> None:

@@ -51,13 +51,15 @@ def _compare(call: Callable[[Tensor], Tensor], net: nn.Module, inputs: list[Tens
 
 
 ELSEWHERE = """
-import sys
+import sys, typing
 for name in ("fastbegan", "fastbegan_kernels", "safetensors", "safetensors.torch"):
     sys.modules[name] = None  # importing it fails
 sys.path.insert(0, sys.argv[1])
 import torch
 from model import load
 inputs = torch.load(sys.argv[2], weights_only=True)
+hints = typing.get_type_hints(sys.modules[load.__module__].ModelConfig)  # every name in it is defined
+assert hints["filters"] is int and hints["widths"] == tuple[int, ...] | None
 with torch.no_grad():
     torch.save({name: [load(name)(x) for x in batches] for name, batches in inputs.items()}, sys.argv[3])
 """

@@ -357,3 +357,17 @@ def test_cudnns_search_is_given_up_where_it_does_not_fit(monkeypatch: pytest.Mon
 
 def _no_memory(*_: Tensor) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_k_is_the_equilibriums_own_after_buffers_were_replaced() -> None:
+    filled, loaded = _step(), _step()
+    filled.equilibrium.k.fill_(1)
+    state = {name: value.clone() for name, value in loaded.state_dict().items()}
+    state["equilibrium.k"].fill_(1)
+    loaded.load_state_dict(state, assign=True)
+    loaded.optimizer_d, loaded.optimizer_g = loaded._adam(loaded.discriminator), loaded._adam(loaded.generator)
+    real, z = _batch()
+    for step in (filled, loaded):
+        step(real, z, z)
+    for a, b in zip(filled.discriminator.parameters(), loaded.discriminator.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import tempfile
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ _HEADER = f'''\
 from __future__ import annotations
 
 import json
+import typing
 from pathlib import Path
 from typing import NamedTuple
 '''
@@ -207,7 +209,9 @@ def _plain_files(nets: dict[str, nn.Module], config: ModelConfig) -> dict[str, b
 
 def _source() -> str:
     """The text of model.py: the source of `plain`, the part of `ModelConfig` that it uses, and `load`."""
-    fields = [f"    {field.name}: {field.type}\n" for field in dataclasses.fields(ModelConfig)]
+    hints = typing.get_type_hints(ModelConfig)  # without the ranges, which model.py does not know
+    kinds = {name: hint.__name__ if isinstance(hint, type) else hint for name, hint in hints.items()}
+    fields = [f"    {field.name}: {kinds[field.name]}\n" for field in dataclasses.fields(ModelConfig)]
     channels = ModelConfig.level_channels.fget
     assert channels is not None
     _, _, source = inspect.getsource(plain).partition("from __future__ import annotations\n")

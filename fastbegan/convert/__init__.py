@@ -1,5 +1,5 @@
 """`accelerate(model)` puts the fast layers under a model that was written without them; `restore` takes them out."""
 
-from .shell import Report, accelerate, restore
+from .shell import FastForward, Report, accelerate, restore
 
-__all__ = ["Report", "accelerate", "restore"]
+__all__ = ["FastForward", "Report", "accelerate", "restore"]  # FastForward: saved models refer to it here

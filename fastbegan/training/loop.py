@@ -248,7 +248,8 @@ class Training:
         self.advance.close()
         if self.ranks.first:
             self.checkpoints.finish()  # before the dump, which a checkpoint removes
-            self._dump(step)
+            with self.ranks.patient():  # slow storage is no reason to end without a word
+                self._dump(step)
         self.ranks.gather(None)  # torchrun kills the other ranks, once one has ended
         return NOT_FINITE
 

@@ -217,6 +217,7 @@ class TrainStep(nn.Module):
             optimizer.zero_grad(set_to_none=True)
         for bucket in self._buckets.values():
             bucket.begin()
+        self.objective.k = self.equilibrium.k  # `to` and load_state_dict(assign=True) replace buffers
         compute = getattr(self.objective, players)
         parts = self.config.accumulate
         losses = [compute(*part) for part in zip(*(value.chunk(parts) for value in batch), strict=True)]
