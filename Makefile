@@ -28,7 +28,7 @@ test-compat:
 	$(COMPAT)/bin/python -m pytest -q -n auto --dist loadgroup -m core
 
 # Modules whose public functions document every argument.
-STEMS := conv2d_elu conv_stage equilibrium_update fold l1_reconstruction_loss layers losses normalize_images \
+STEMS := conv2d_elu conv_stage equilibrium_update fold group_norm_silu l1_reconstruction_loss layers losses normalize_images \
 	skip_phase_table upsample_conv2d_elu
 DOCUMENTED := $(STEMS:%=kernels/fastbegan_kernels/%.py) \
 	$(patsubst %,fastbegan/%.py,layers plain nets/models nets/hub convert/shell training/step)
@@ -53,7 +53,7 @@ OUT ?= bench/results/gpu
 BUDGET ?= 120
 WORKERS ?= 8
 TESTS ?= tests/kernels --ignore tests/kernels/test_cross_compile.py
-SUITES ?= step conv_stage forms upsample_conv2d_elu conv2d_elu l1_reconstruction_loss normalize_images fold \
+SUITES ?= step conv_stage forms upsample_conv2d_elu conv2d_elu group_norm_silu l1_reconstruction_loss normalize_images fold \
 	skip_phase_table equilibrium_update accelerate train data startup
 GPU_PYTEST := $(PYTHON) -m pytest -q -p no:cacheprovider --timeout 300 --timeout-method thread
 gpu: export PYTHONPATH := .:kernels

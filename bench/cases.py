@@ -13,6 +13,7 @@ from fastbegan_kernels import (
     conv_stage,
     equilibrium_update,
     fold,
+    group_norm_silu,
     l1_reconstruction_loss,
     l1_reconstruction_loss_with_gradients,
     normalize_images,
@@ -49,8 +50,8 @@ class Case:
     @property
     def differentiable(self) -> int:
         """How many of the inputs want a gradient, from the first on."""
-        count = {"l1_reconstruction_loss": 2, "skip_phase_table": 2, "fold": len(network(1))}.get(self.op, 0)
-        return 2 * len(self.kinds) + 1 if self.kinds else count
+        counts = {"group_norm_silu": 3, "l1_reconstruction_loss": 2, "skip_phase_table": 2, "fold": len(network(1))}
+        return 2 * len(self.kinds) + 1 if self.kinds else counts.get(self.op, 0)
 
     def inputs(self) -> list[Tensor]:
         """In the order in which the op takes them."""
@@ -74,6 +75,8 @@ class Case:
             return [draw(n, dtype=torch.float32).abs() for _ in range(2)]
         if self.op == "skip_phase_table":
             return [draw(n, c, h, w), draw(k, c, 3, 3, scale=(9 * c) ** -0.5)]
+        if self.op == "group_norm_silu":
+            return [draw(n, c, h, w), draw(c), draw(c)]
         pair = [draw(n, c, h, w), draw(n, c, h, w)]
         return pair if self.op == "l1_reconstruction_loss" else [*pair, draw(n, dtype=torch.float32)]
 
@@ -112,6 +115,8 @@ class Case:
             return lambda *inputs: [normalize_images(*inputs, dtype=DTYPE, impl=impl)]
         if self.op == "equilibrium_update":
             return _controller(impl)
+        if self.op == "group_norm_silu":  # K of the shape is the number of groups
+            return lambda x, *affine: [group_norm_silu(x, self.shape[4], *affine, impl=impl)]
         if self.op == "skip_phase_table":
             return lambda h, weight: [skip_phase_table(h, weight, impl=impl)]
         if self.op == "l1_reconstruction_loss":

@@ -9,6 +9,7 @@ from fastbegan_kernels.layers import (
     ConvStage,
     DownsampleConv2dELU,
     Equilibrium,
+    GroupNormSiLU,
     UpsampleConv2dELU,
 )
 from fastbegan_kernels.losses import (
@@ -25,6 +26,7 @@ __all__ = [
     "ConvStage",
     "DownsampleConv2dELU",
     "Equilibrium",
+    "GroupNormSiLU",
     "HingeLoss",
     "L1ReconstructionLoss",
     "L2ReconstructionLoss",

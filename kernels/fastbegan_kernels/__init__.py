@@ -9,6 +9,7 @@ from .conv2d_elu import conv2d_elu
 from .conv_stage import conv_stage
 from .equilibrium_update import equilibrium_update
 from .fold import fold
+from .group_norm_silu import group_norm_silu
 from .l1_reconstruction_loss import l1_reconstruction_loss, l1_reconstruction_loss_with_gradients
 from .normalize_images import normalize_images
 from .skip_phase_table import skip_phase_table
@@ -19,6 +20,7 @@ __all__ = [
     "conv_stage",
     "equilibrium_update",
     "fold",
+    "group_norm_silu",
     "l1_reconstruction_loss",
     "l1_reconstruction_loss_with_gradients",
     "layers",

@@ -18,6 +18,7 @@ from . import reference
 from .conv2d_elu import conv2d_elu
 from .conv_stage import conv_stage
 from .equilibrium_update import equilibrium_update
+from .group_norm_silu import group_norm_silu
 from .upsample_conv2d_elu import upsample_conv2d_elu
 
 
@@ -209,6 +210,50 @@ class ConvStage(nn.Sequential):
 
 # DCGAN's initialisation looks for "Conv" in class names, and then expects a weight
 ConvStage.__name__ = "Stage"
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """Group normalisation and SiLU, the module of `group_norm_silu`; its state dict is that of nn.GroupNorm."""
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        activation: str = "silu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        """Create the layer with nn.GroupNorm's initial weights.
+
+        Args:
+            num_groups: A divisor of `num_channels`.
+            num_channels: C.
+            eps: Added to the variance, above 0.
+            affine: Whether there are a weight and a bias per channel.
+            activation: "silu" or "none". Raises ValueError for others.
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
+        """
+        super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        reference.check_group_norm(torch.empty(1, num_channels, 1, 1), num_groups, None, None, eps, activation)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise, scale, shift and activate.
+
+        Args:
+            input: [N, C, H, W].
+
+        Returns:
+            [N, C, H, W] in the input's dtype (float32 under autocast), channels_last if the input is.
+        """
+        return group_norm_silu(input, self.num_groups, self.weight, self.bias, eps=self.eps, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
 
 
 class Equilibrium(nn.Module):

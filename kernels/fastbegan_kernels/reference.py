@@ -69,6 +69,38 @@ def derivative(y: Tensor, activation: str = "elu", alpha: float = 1.0) -> Tensor
     return torch.where(y > 0, ones, below)
 
 
+def check_group_norm(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str
+) -> None:
+    """Raises ValueError for what `group_norm_silu` does not accept."""
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}; accepted: floating-point [N, C, H, W]")
+    channels = x.shape[1]
+    if groups < 1 or channels % groups or not channels:
+        raise ValueError(f"groups is {groups} for {channels} channels; accepted: divisors of the channels")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.shape != (channels,):
+            raise ValueError(f"{name} is {list(value.shape)}; accepted: [{channels}] or None")
+    require_number("eps", eps, "numbers above 0", lambda number: number > 0)
+    if activation not in ("silu", "none"):
+        raise ValueError(f"activation is {activation!r}; accepted: silu, none")
+
+
+def group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    """Plain twin of `group_norm_silu`."""
+    check_group_norm(x, groups, weight, bias, eps, activation)
+    y = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(y) if activation == "silu" else y
+
+
 def check_layer(
     x: Tensor,
     weight: Tensor,

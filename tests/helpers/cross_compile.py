@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastbegan_kernels.fused import elementwise, implicit_gemm
+from fastbegan_kernels.fused import elementwise, group_norm_silu, implicit_gemm
 from fastbegan_kernels.fused import tma as tma_kernels
 from fastbegan_kernels.fused.tiles import AnyTile, TmaTile, pointer_tiles, tma_tiles
 
@@ -172,6 +172,26 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
         )
 
 
+def _group_norm_cases(dtype: str) -> Iterator[Case]:
+    data = f"*{dtype}"
+    statistics = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "weight_ptr": data, "bias_ptr": data}
+    numbers = dict.fromkeys(("pixels", "splits", "C", "depth"), "i32")
+    maps = {"x_ptr": data, "y_ptr": data, "grad_ptr": data, "dx_ptr": data}
+    tile, split = {"M": group_norm_silu._PIXELS, "K": group_norm_silu._CHANNELS}, {"ROWS": group_norm_silu._ROWS}
+    flags = {"HAS_WEIGHT": True, "HAS_BIAS": True, "SILU": True} | tile
+    parts = dict.fromkeys(("square_ptr", "group_mean_ptr", "group_rstd_ptr", "bias_sum_ptr", "weight_sum_ptr"), "*fp32")
+    parts |= {"along_one_ptr": "*fp32", "along_x_ptr": "*fp32", "eps": "fp32"}
+    given = maps | statistics | parts | numbers
+    for name, kernel, constants in (
+        ("moments", group_norm_silu._moments_kernel, tile | split),
+        ("combine", group_norm_silu._combine_kernel, split | {"BLOCK": group_norm_silu._PARTS}),
+        ("apply", group_norm_silu._apply_kernel, flags),
+        ("gradient sums", group_norm_silu._gradient_sums_kernel, flags | split),
+        ("gradient", group_norm_silu._gradient_kernel, flags),
+    ):
+        yield f"group norm {name} {dtype}", kernel, given, constants, {}, ("C",)
+
+
 def cases(capability: int) -> Iterator[Case]:
     """All shipped kernels for an architecture: elementwise ones everywhere, matrix products from Ampere on."""
     yield (
@@ -194,6 +214,7 @@ def cases(capability: int) -> Iterator[Case]:
     )
     for dtype in ("fp32",) if capability < 80 else ("fp32", "bf16"):
         yield from _elementwise_cases(dtype)
+        yield from _group_norm_cases(dtype)
     if capability < 80:
         return
     pointer = pointer_tiles(torch.bfloat16, capability)

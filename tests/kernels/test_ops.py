@@ -14,6 +14,7 @@ from fastbegan_kernels import (
     conv_stage,
     dispatch,
     fold,
+    group_norm_silu,
     l1_reconstruction_loss,
     normalize_images,
     reference,
@@ -173,7 +174,7 @@ def test_a_float32_bias_beside_half_precision(impl: str) -> None:
         assert torch.autograd.grad(output.float().sum(), leaf)[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("op", [*LAYERS, conv_stage, l1_reconstruction_loss, fold])
+@pytest.mark.parametrize("op", [*LAYERS, conv_stage, l1_reconstruction_loss, fold, group_norm_silu])
 def test_compiles_without_graph_breaks(op: Callable[..., Tensor]) -> None:
     if op is l1_reconstruction_loss:
         leaves = [random_tensor(2, 3, 4, 4, seed=s).requires_grad_() for s in (1, 2)]
@@ -181,6 +182,9 @@ def test_compiles_without_graph_breaks(op: Callable[..., Tensor]) -> None:
     elif op is fold:
         leaves = [random_tensor(2, 3, 3, 3, seed=s).requires_grad_() for s in (1, 2)]
         run = lambda: fold(leaves, ["conv", "up"], impl="fused")[1]  # noqa: E731
+    elif op is group_norm_silu:
+        _, leaves = _layer(conv2d_elu)
+        run = lambda: op(leaves[0], 3, leaves[0].mean((0, 2, 3)), impl="fused")  # noqa: E731
     elif op is conv_stage:
         _, leaves = _layer(conv2d_elu)
 
@@ -210,7 +214,7 @@ def test_opcheck(every: bool) -> None:
     images = torch.randint(0, 256, (3, 4, 4, 3), dtype=torch.uint8, device=DEVICE)
     y, up = (torch.rand(2, 5, size, size, device=DEVICE) for size in (4, 8))
     still = [value.detach() for value in (x, weight, folded)]
-    losses = torch.rand(4, device=DEVICE)
+    losses, mean = torch.rand(4, device=DEVICE), torch.rand(2, 3, device=DEVICE)
     k, sums = torch.zeros((), device=DEVICE), torch.zeros(6, device=DEVICE)
     window = torch.zeros(2, dtype=torch.float64, device=DEVICE)
     elu, two = ("elu", 1.0, "fused"), ("elu elu", 1.0, "fused")
@@ -226,6 +230,8 @@ def test_opcheck(every: bool) -> None:
         (ops.conv_stage_backward, (y, still[0], [still[1]], [y], 0, True, "same", *elu, 2, [True, False, *[True] * 4])),
         (ops.fold, ([weight, weight], "conv up", torch.float16, "fused")),
         (ops.fold_backward, (torch.rand(750, device=DEVICE), [still[1], still[1]], "conv up", "fused")),
+        (ops.group_norm_silu, (x, 3, None, x.detach()[0, :, 0, 0].requires_grad_(), 1e-5, "silu", "fused")),
+        (ops.group_norm_silu_backward, (still[0], still[0], mean, mean + 1, None, None, 1e-5, "none", "fused")),
         (ops.l1_reconstruction_loss, (x, x.detach() + 1, 1, "fused")),
         (ops.l1_reconstruction_loss_with_gradients, (still[0], still[0] + 1, losses[:2], 1, True, "fused")),
         (ops.l1_reconstruction_loss_with_gradients, (still[0], still[0] + 1, losses[:1], 2, False, "fused")),
