@@ -67,6 +67,13 @@ def test_a_large_mean_costs_no_digits() -> None:
     assert error < 2e-4  # float32 has 6e-5 between two numbers at 1000
 
 
+def test_weights_with_gaps_in_memory() -> None:
+    x, weight, bias = _inputs((2, 12, 5, 7), torch.float32)
+    apart = [torch.stack((value, torch.full_like(value, float("nan"))), 1)[:, 0] for value in (weight, bias)]
+    y, expected = (group_norm_silu(x, 4, *affine, impl="fused") for affine in (apart, (weight, bias)))
+    assert torch.equal(y, expected)
+
+
 def test_no_samples() -> None:
     x = torch.zeros(0, 8, 4, 4, device=DEVICE, requires_grad=True)
     weight = torch.ones(8, device=DEVICE, requires_grad=True)

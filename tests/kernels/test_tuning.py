@@ -558,12 +558,13 @@ def test_every_pointwise_kernel_passes_its_check(op: str) -> None:
 
 @pytest.mark.parametrize("op", problems.POINTWISE)
 def test_checks_run_the_kernel_that_they_check(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastbegan_kernels.fused import launch, packing
+    from fastbegan_kernels.fused import group_norm_silu, launch, packing
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("this is the kernel")
 
-    monkeypatch.setattr(packing if op == "fold" else launch, op, broken)
+    places = {"fold": (packing, "fold"), "group_norm_silu": (group_norm_silu, "forward")}
+    monkeypatch.setattr(*places.get(op, (launch, op)), broken)
     problem = Pointwise(op, "float32")
     own, exact = problem.expected(DEVICE)
     assert "this is the kernel" in (tuning._checked(problem, DEVICE, "fused", own, exact).fault or "")

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 _ROWS = 1024  # pixels of a split: 256 splits for a map of 512 x 512
-_PIXELS, _CHANNELS, _PARTS = 64, 64, 1024
+_PIXELS, _CHANNELS, _PARTS = 32, 64, 1024
 
 
 @triton.jit
@@ -247,11 +247,16 @@ def _sizes(x: Tensor) -> tuple[int, int, int, int, int]:
     return pixels, splits, samples * splits, samples * triton.cdiv(pixels, _PIXELS), triton.cdiv(channels, _CHANNELS)
 
 
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def forward(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, *, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [N, C, H, W] channels_last, and each group's mean and 1 / standard deviation, float32 [N, groups]."""
     x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = _dense(weight), _dense(bias)
     samples, channels = x.shape[:2]
     pixels, splits, by_split, by_block, by_channel = _sizes(x)
     depth = channels // groups
@@ -275,6 +280,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [N, C, H, W] channels_last in x's dtype; the gradients of weight and bias, float32 [C]."""
     grad, x = (value.contiguous(memory_format=torch.channels_last) for value in (grad, x))
+    weight, bias = _dense(weight), _dense(bias)
     samples, channels = x.shape[:2]
     groups, (pixels, splits, by_split, by_block, by_channel) = mean.shape[1], _sizes(x)
     depth = channels // groups
