@@ -108,7 +108,7 @@ def conv_stage(  # noqa: PLR0913
     for number, (kind, name) in enumerate(zip(kinds, activations, strict=True)):
         of_layer, last = slice(number, None, len(kinds)), number == len(kinds) - 1
         inside = name if name in reference.FROM_OUTPUT else "none"
-        layer = stage._replace(kinds=kind, activations=inside)
+        layer = _Stage(kind, inside, alpha, mode, copies)  # no _replace, which Dynamo of torch 2.7 does not trace
         bias, table = None if biases is None else biases[of_layer], skip if last else None
         x = _run(x, weights[of_layer], bias, table, layer, output_last or not last, gradient_last or number > 0)
         x = x if inside == name else reference.activate(x, name, alpha)

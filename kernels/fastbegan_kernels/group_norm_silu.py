@@ -112,14 +112,17 @@ def _group_norm_silu_backward(  # noqa: PLR0913
 
         dx, d_weight, d_bias = fused.backward(grad, x, mean, rstd, weight, bias, silu=activation == "silu")
         return lay_out(dx, is_channels_last(x)), d_weight, d_bias
-    ones, zeros = torch.ones_like(x[:1, :, 0, 0][0]), torch.zeros_like(x[:1, :, 0, 0][0])
-    leaves = [x.detach(), (ones if weight is None else weight).detach(), (zeros if bias is None else bias).detach()]
-    with torch.enable_grad():
-        for leaf in leaves:
-            leaf.requires_grad_()
-        y = reference.group_norm_silu(leaves[0], groups, *leaves[1:], eps=eps, activation=activation)
-        dx, d_weight, d_bias = torch.autograd.grad(y, leaves, grad)
-    return lay_out(dx, is_channels_last(x)), d_weight.float(), d_bias.float()
+    samples = len(x)
+    xhat = ((x.float().reshape(samples, groups, -1) - mean[..., None]) * rstd[..., None]).reshape(x.shape)
+    scale = 1.0 if weight is None else weight.float()[:, None, None]
+    dz = grad.float()
+    if activation == "silu":
+        dz = torch.ops.aten.silu_backward(dz, xhat * scale + (0.0 if bias is None else bias.float()[:, None, None]))
+    d_weight, d_bias = (dz * xhat).sum((0, 2, 3)), dz.sum((0, 2, 3))
+    # what moves mean and variance is taken out
+    along, flat = (dz * scale).reshape(samples, groups, -1), xhat.reshape(samples, groups, -1)
+    dx = rstd[..., None] * (along - along.mean(2, True) - flat * (along * flat).mean(2, True))
+    return lay_out(dx.reshape(x.shape).to(x.dtype), is_channels_last(x)), d_weight, d_bias
 
 
 @_group_norm_silu_backward.register_fake

@@ -97,6 +97,8 @@ def group_norm_silu(
 ) -> Tensor:
     """Plain twin of `group_norm_silu`."""
     check_group_norm(x, groups, weight, bias, eps, activation)
+    if weight is None and bias is not None:  # torch 2.7 cannot differentiate that
+        weight = torch.ones_like(bias)
     y = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(y) if activation == "silu" else y
 

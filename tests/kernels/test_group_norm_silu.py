@@ -74,6 +74,18 @@ def test_weights_with_gaps_in_memory() -> None:
     assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("activation", ["silu", "none"])
+def test_without_the_kernel_the_op_is_right_too(activation: str) -> None:
+    """On a GPU where the kernel is not verified, plain operations run inside the same op."""
+    x, weight, bias = (value.requires_grad_() for value in _inputs((2, 12, 5, 7), torch.float32))
+    y = torch.ops.fastbegan.group_norm_silu(x, 4, weight, bias, 1e-5, activation, "algebraic")[0]
+    expected = reference.group_norm_silu(x, 4, weight, bias, activation=activation)
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(y)
+    for got, want in zip(*(torch.autograd.grad(out, (x, weight, bias), grad) for out in (y, expected)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_no_samples() -> None:
     x = torch.zeros(0, 8, 4, 4, device=DEVICE, requires_grad=True)
     weight = torch.ones(8, device=DEVICE, requires_grad=True)
