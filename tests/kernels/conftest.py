@@ -32,9 +32,9 @@ class _Poisoning:
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the launchers get such memory: torch's own functions would keep what they were patched with."""
     if HAS_TRITON:
-        from fastbegan_kernels.fused import launch, packing
+        from fastbegan_kernels.fused import group_norm_silu, launch, packing
 
-        for module in (launch, packing):
+        for module in (group_norm_silu, launch, packing):
             monkeypatch.setattr(module, "torch", _Poisoning())
 
 

@@ -260,8 +260,8 @@ def forward(
     samples, channels = x.shape[:2]
     pixels, splits, by_split, by_block, by_channel = _sizes(x)
     depth = channels // groups
-    means, squares = x.new_empty(2, samples, splits, channels, dtype=torch.float32)
-    mean, rstd = (x.new_empty(samples, groups, dtype=torch.float32) for _ in range(2))  # a library op's results
+    means, squares = torch.empty((2, samples, splits, channels), dtype=torch.float32, device=x.device)
+    mean, rstd = (torch.empty((samples, groups), dtype=torch.float32, device=x.device) for _ in range(2))  # a library op's results
     y = torch.empty_like(x)
     if not x.numel():
         return y, mean, rstd
@@ -288,7 +288,7 @@ def backward(
     if not x.numel():
         d_weight, d_bias = (x.new_zeros(channels, dtype=torch.float32) for _ in range(2))
         return dx, d_weight, d_bias
-    sums = x.new_empty(2, samples, splits, channels, dtype=torch.float32)
+    sums = torch.empty((2, samples, splits, channels), dtype=torch.float32, device=x.device)
     statistics = (mean, rstd, weight, bias)
     flags = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "SILU": silu}
     flags |= {"M": _PIXELS, "K": _CHANNELS}
