@@ -261,7 +261,7 @@ def forward(
     pixels, splits, by_split, by_block, by_channel = _sizes(x)
     depth = channels // groups
     means, squares = torch.empty((2, samples, splits, channels), dtype=torch.float32, device=x.device)
-    mean, rstd = (torch.empty((samples, groups), dtype=torch.float32, device=x.device) for _ in range(2))  # a library op's results
+    mean, rstd = (torch.empty((samples, groups), dtype=torch.float32, device=x.device) for _ in range(2))
     y = torch.empty_like(x)
     if not x.numel():
         return y, mean, rstd
