@@ -108,14 +108,30 @@ def _combine_kernel(  # noqa: PLR0913
 
 
 @triton.jit
-def _affine(weight_ptr, bias_ptr, c, C, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, K: tl.constexpr):
+def _of_channels(  # noqa: PLR0913
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    n,
+    c,
+    C,
+    depth,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Mean and 1 / standard deviation of each channel's group in sample n, its weight and its bias."""
+    group = n * (C // depth) + c // depth
+    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
     weight = tl.full((K,), 1.0, tl.float32)
     bias = tl.zeros((K,), tl.float32)
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    return weight, bias
+    return mean, rstd, weight, bias
 
 
 @triton.jit
@@ -141,10 +157,9 @@ def _apply_kernel(  # noqa: PLR0913
     m = tl.program_id(0) % blocks * M + tl.arange(0, M)
     c = tl.program_id(1) * K + tl.arange(0, K)
     ok = (m < pixels)[:, None] & (c < C)[None, :]
-    group = n * (C // depth) + c // depth
-    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
-    weight, bias = _affine(weight_ptr, bias_ptr, c, C, HAS_WEIGHT, HAS_BIAS, K)
+    mean, rstd, weight, bias = _of_channels(
+        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n, c, C, depth, HAS_WEIGHT, HAS_BIAS, K
+    )
     offset = (n * pixels + m)[:, None] * C + c[None, :]
     x = tl.load(x_ptr + offset, mask=ok, other=0.0).to(tl.float32)
     z = tl.where(ok, x - mean[None, :], 0.0) * (rstd * weight)[None, :] + bias[None, :]
@@ -177,10 +192,9 @@ def _gradient_sums_kernel(  # noqa: PLR0913
     start = tl.program_id(0) % splits * ROWS
     stop = tl.minimum(start + ROWS, pixels)
     c = tl.program_id(1) * K + tl.arange(0, K)
-    group = n * (C // depth) + c // depth
-    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
-    weight, bias = _affine(weight_ptr, bias_ptr, c, C, HAS_WEIGHT, HAS_BIAS, K)
+    mean, rstd, weight, bias = _of_channels(
+        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n, c, C, depth, HAS_WEIGHT, HAS_BIAS, K
+    )
     bias_sum = tl.zeros((K,), tl.float32)
     weight_sum = tl.zeros((K,), tl.float32)
     for first in range(start, stop, M):
@@ -224,12 +238,12 @@ def _gradient_kernel(  # noqa: PLR0913
     m = tl.program_id(0) % blocks * M + tl.arange(0, M)
     c = tl.program_id(1) * K + tl.arange(0, K)
     ok = (m < pixels)[:, None] & (c < C)[None, :]
+    mean, rstd, weight, bias = _of_channels(
+        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n, c, C, depth, HAS_WEIGHT, HAS_BIAS, K
+    )
     group = n * (C // depth) + c // depth
-    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
     along_one = tl.load(along_one_ptr + group, mask=c < C, other=0.0)
     along_x = tl.load(along_x_ptr + group, mask=c < C, other=0.0)
-    weight, bias = _affine(weight_ptr, bias_ptr, c, C, HAS_WEIGHT, HAS_BIAS, K)
     offset = (n * pixels + m)[:, None] * C + c[None, :]
     x = tl.load(x_ptr + offset, mask=ok, other=0.0).to(tl.float32)
     xhat = tl.where(ok, x - mean[None, :], 0.0) * rstd[None, :]
