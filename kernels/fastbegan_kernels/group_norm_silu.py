@@ -1,4 +1,4 @@
-"""group_norm_silu: group normalisation and the activation behind it, in one pass over channels_last maps."""
+"""group_norm_silu: group normalisation and the activation behind it, without a map stored between them."""
 
 from __future__ import annotations
 
