@@ -1,29 +1,37 @@
-"""Finds [Upsample] -> Conv2d -> [activation] in a followed forward and puts it on the fast layers.
+"""Finds [nearest x2] -> conv2d -> [activation] and GroupNorm -> SiLU in a graph of torch's functions.
 
-`find` first makes a chain of every convolution with its neighbours, then joins chains that follow each other. `put`
-replaces the nodes of each chain by one call of `run`.
+The graph is Dynamo's: modules are resolved into functions, and every value has an example with shape, dtype and
+strides. `find` makes a chain of each convolution with its neighbours, and of each GroupNorm; `joined` merges chains
+that follow each other.
 """
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch import Tensor, fx
 
-from fastbegan_kernels import conv_stage, reference
-from fastbegan_kernels.reference import plain_layer
+from fastbegan_kernels import reference
 
-from .follow import Followed, hooked
 from .writes import Writes
 
 _INTERPOLATE = "input size scale_factor mode align_corners recompute_scale_factor antialias".split()
 _CONV = "input weight bias stride padding dilation groups".split()
 _PAD = "input pad mode value".split()
+_NORM = "input num_groups weight bias eps".split()
+CONVOLUTIONS = (torch.conv2d, F.conv2d)
+_OTHERS = {torch.conv_transpose2d: "a transposed convolution"}
+_NORMS = (F.group_norm, torch.group_norm)
+_PADS = (F.pad, torch._C._nn.pad)
+_RESIZES = (F.interpolate, F.upsample, F.upsample_nearest)
+_SIGMOIDS = (torch.sigmoid, F.sigmoid, "sigmoid")
+_PRODUCTS = (operator.mul, torch.mul, "mul")
 # by function: name, parameters, and the default of alpha (None where there is no alpha)
 _ACTIVATIONS: dict[Any, tuple[str, str, float | None]] = {
     F.elu: ("elu", "input alpha inplace", 1.0),
@@ -38,13 +46,6 @@ _ACTIVATIONS: dict[Any, tuple[str, str, float | None]] = {
     "relu": ("relu", "input", None),
     "relu_": ("relu", "input", None),
 }
-# by module: name, and the attribute that is alpha
-_ACTIVATION_MODULES: dict[type, tuple[str, str | None]] = {
-    nn.ELU: ("elu", "alpha"),
-    nn.ReLU: ("relu", None),
-    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
-    nn.SiLU: ("silu", None),
-}
 # by stride and padding: two numbers where the convolution pads by itself, four where a layer before it does
 _KINDS = {
     ((1, 1), (1, 1)): "same",
@@ -54,68 +55,91 @@ _KINDS = {
     ((2, 2), (0, 1, 0, 1)): "down_end",
 }
 _KINDS_1X1 = {((1, 1), (0, 0)): "same", ((2, 2), (0, 0)): "down"}
-_CONFIG = "stride padding dilation groups padding_mode transposed kernel_size".split()
+_NO_NEIGHBOUR = "it has neither an upsampling before nor an activation behind it"
 
 
 class _NotTakenError(Exception):
-    """The reason why a convolution is left."""
+    """The reason why a layer is left."""
 
 
 @dataclass
 class Chain:
-    """Layers that become one call. It replaces `nodes`; its value is that of the last one."""
+    """Layers that become one call. It replaces `nodes`; its value is that of the last one.
+
+    Convolutions have one entry in each list per layer. A GroupNorm has the kind "norm", its groups and its epsilon.
+    """
 
     x: fx.Node
     nodes: list[fx.Node]
-    weights: list[Any]
-    """Each a node, or the path of the convolution that owns the weight."""
-    biases: list[Any]
+    weights: list[fx.Node | None]
+    biases: list[fx.Node | None]
     kinds: list[str]
-    paddings: list[int]
-    """Rows and columns of zeros, added by the convolution, or for "down_end" by the layer before it."""
     activations: list[str]
-    alpha: float | None
-    """None where no activation has one."""
     places: list[str]
-    modules: list[nn.Module] = field(default_factory=list)
-    """Modules that the chain computes, so that their forward is no longer called."""
-    words: list[str] = field(default_factory=list)
+    words: list[str]
     """By place, the description in the report."""
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    """Kind (a key of `report.PAIRS`) and place of each pair of operations that the chain joins."""
+    paddings: list[int] = field(default_factory=list)
+    """Rows and columns of zeros, added by the convolution, or for "down_end" by the layer before it."""
+    alpha: float | None = None
+    """None where no activation has one."""
+    groups: int = 0
+    eps: float = 0.0
     not_by_itself: str | None = None
     """Why this chain is dropped unless it continues an earlier one; None if it may stand by itself."""
 
+    @property
+    def value(self) -> fx.Node:
+        """The node whose value the chain computes."""
+        return self.nodes[-1]
 
-def find(followed: Followed) -> tuple[list[Chain], dict[str, str]]:
-    """The chains in the order of the forward, neighbours joined, and by place why a convolution is left."""
-    modules = dict(followed.root.named_modules(remove_duplicate=False))
-    writes = Writes(followed.graph, modules)
+
+def find(graph: fx.Graph, owners: dict[fx.Node, str], writes: Writes) -> tuple[list[Chain], dict[str, str]]:
+    """The chains of single layers in the order of the graph, and by place why a layer is left.
+
+    `owners` maps inputs that are parameters to the paths of their modules.
+    """
     chains: list[Chain] = []
     left: dict[str, str] = {}
-    for node in followed.graph.nodes:
-        if not _is_convolution(node, modules):
+    calls: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in (*CONVOLUTIONS, *_OTHERS, *_NORMS):
             continue
-        place = str(node.target) if node.op == "call_module" else _place(node)
+        place = _place(node, owners)
+        calls[place] += 1
+        again = f"{place}, call {calls[place]}" if calls[place] > 1 else place
         try:
-            chains.append(_chain(node, place, modules, writes))
+            if node.target in _OTHERS:
+                raise _NotTakenError(_OTHERS[node.target])
+            make = _norm if node.target in _NORMS else _layer
+            chain = make(node, place, writes)
+            chain.pairs = [(kind, again) for kind, _ in chain.pairs]
+            chains.append(chain)
         except _NotTakenError as error:
             left[place] = str(error)
-    joined = _joined(chains, writes)
-    taken = {place for chain in joined for place in chain.places}
-    left |= {place: chain.not_by_itself for chain in chains for place in chain.places if chain.not_by_itself}
-    return joined, {place: why for place, why in left.items() if place not in taken}
+    return chains, left
 
 
-def _is_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return isinstance(modules[str(node.target)], nn.Conv2d)
-    return node.op == "call_function" and node.target in (F.conv2d, torch.conv2d)
+def example(node: fx.Node) -> Tensor | None:
+    """The fake tensor that stands for a node's value."""
+    value = node.meta.get("example_value")
+    return value if isinstance(value, Tensor) else None
 
 
-def _place(node: fx.Node) -> str:
-    """The path of the module that calls the function."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return paths[-1] if paths and paths[-1] else node.name
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    value = example(node)
+    return () if value is None else tuple(value.shape)
+
+
+def _place(node: fx.Node, owners: dict[fx.Node, str]) -> str:
+    """The path of the module that owns the weight, else of the module that calls the function."""
+    weight = _arguments(node, _NORM if node.target in _NORMS else _CONV).get("weight")
+    if weight in owners:
+        return owners[weight]
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0].partition("']")[2] if stack else ""  # "L['self'].decoder.conv"
+    return path.replace("._modules['", ".").replace("']", "").strip(".") or node.name
 
 
 def _arguments(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
@@ -126,102 +150,49 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else value
 
 
-@dataclass
-class _Convolution:
-    x: fx.Node
-    weight: Any
-    bias: Any
-    window: tuple[int, int] | None
-    stride: Any
-    padding: Any
-    words: str
-    modules: list[nn.Module]
-
-
-def _convolution(node: fx.Node, place: str, modules: dict[str, nn.Module]) -> _Convolution:
-    if node.op == "call_module":
-        conv = modules[place]
-        assert isinstance(conv, nn.Conv2d)
-        if isinstance(conv, LazyModuleMixin):
-            raise _NotTakenError("a lazy module that has not run yet: run the model once, then accelerate it")
-        parametrized = nn.utils.parametrize.is_parametrized(conv)
-        if type(conv) is not nn.Conv2d and not (parametrized and type(conv).__mro__[1] is nn.Conv2d):
-            raise _NotTakenError(f"a {type(conv).__module__}.{type(conv).__name__}, not torch's own")
-        if hooked(conv):
-            raise _NotTakenError("it has hooks")
-        if conv.padding_mode != "zeros":
-            raise _NotTakenError(f"its padding mode is {conv.padding_mode}")
-        values: dict[str, Any] = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
-        values |= {"input": _arguments(node, ["input"])["input"], "weight": place}
-        values["bias"] = place if _has_bias(conv) else None
-        window, owners = (conv.kernel_size[0], conv.kernel_size[1]), [cast(nn.Module, conv)]
-        words = f"{conv.in_channels} -> {conv.out_channels}"
-    else:
-        values = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1} | _arguments(node, _CONV)
-        window, words, owners = None, "weights made by the forward", []
+def _layer(node: fx.Node, place: str, writes: Writes) -> Chain:
+    values = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1} | _arguments(node, _CONV)
+    x, weight, window = values["input"], values["weight"], _shape(values["weight"])[2:]
     if _pair(values["dilation"]) != (1, 1) or values["groups"] != 1:
         raise _NotTakenError("it is dilated or in groups")
-    if window is not None and window not in ((3, 3), (1, 1)):
-        raise _NotTakenError(f"its kernel is {window[0]}x{window[1]}")
+    if window not in ((3, 3), (1, 1)):
+        raise _NotTakenError(f"its kernel is {'x'.join(map(str, window))}")
+    if len(_shape(x)) != 4:
+        raise _NotTakenError("its input has no batch")
+    is_1x1, stride, nodes = window == (1, 1), _pair(values["stride"]), [node]
     padding = values["padding"]
-    if padding == "same":
-        padding = (1, 1) if window == (3, 3) else (0, 0) if window == (1, 1) else padding
-    padding = (0, 0) if padding == "valid" else _pair(padding)
-    if not isinstance(values["input"], fx.Node):
-        raise _NotTakenError("its input is not a tensor of the forward")
-    return _Convolution(
-        x=values["input"],
-        weight=values["weight"],
-        bias=values["bias"],
-        window=window,
-        stride=_pair(values["stride"]),
-        padding=padding,
-        words=words,
-        modules=owners,
-    )
-
-
-def _has_bias(conv: nn.Module) -> bool:
-    """Looks at names only: reading a parametrized bias computes it."""
-    return conv._parameters.get("bias") is not None or nn.utils.parametrize.is_parametrized(conv, "bias")
-
-
-def _chain(node: fx.Node, place: str, modules: dict[str, nn.Module], writes: Writes) -> Chain:
-    conv = _convolution(node, place, modules)
-    x, nodes, owners = conv.x, [node], list(conv.modules)
-    is_1x1 = conv.window == (1, 1)
-    padding: Any = conv.padding
-    padded = _zero_padding(x, modules) if padding == (0, 0) and not is_1x1 else None
-    if padded:
-        padding, nodes = padded.numbers, [x, node]
-        x, owners = padded.x, owners + padded.owners
-    kind = (_KINDS_1X1 if is_1x1 else _KINDS).get((conv.stride, padding))
+    padding = (window[0] // 2, window[1] // 2) if padding == "same" else (0, 0) if padding == "valid" else padding
+    padding = _pair(padding)
+    padded = _zero_padding(x) if padding == (0, 0) and not is_1x1 else None
+    if padded is not None:
+        (x, padding), nodes = padded, [x, node]
+    kind = (_KINDS_1X1 if is_1x1 else _KINDS).get((stride, padding))
     if kind is None:
-        raise _NotTakenError(f"no fast layer has stride {conv.stride} and padding {padding}")
-    words = [f"{'1x1' if is_1x1 else '3x3'} convolution {conv.words}"]
-    words[0] += "" if kind == "same" else ", stride 2"
-    left = None
-    if kind == "same" and not is_1x1:
-        doubled = _doubling(x, modules)
+        other = x.target in _PADS and _arguments(x, _PAD).get("mode", "constant")
+        why = f"no fast layer has stride {stride} and padding {padding}"
+        raise _NotTakenError(f"its padding is {other}" if other and other != "constant" else why)
+    outputs, inputs = _shape(weight)[:2]
+    words = [f"{'1x1' if is_1x1 else '3x3'} convolution {inputs} -> {outputs}" + ("" if kind == "same" else ", stride 2")]
+    pairs: list[tuple[str, str]] = []
+    left: str | None = _NO_NEIGHBOUR
+    if kind == "same" and not is_1x1 and (doubled := _doubling(x)) is not None:
         # the backward would read the changed input; without a chain, autograd keeps the upsampled copy
-        if isinstance(doubled, _Absorbed) and writes.later(doubled.x, x):
-            left = "the upsampling's input is changed in place later"
-        elif isinstance(doubled, _Absorbed):
-            kind, nodes, words = "up", [x, *nodes], ["nearest x2", *words]
-            x, owners = doubled.x, owners + doubled.owners
-        else:
+        if isinstance(doubled, str):
             left = doubled
+        elif writes.later(doubled, x):
+            left = "the upsampling's input is changed in place later"
+        else:
+            kind, nodes, words, x = "up", [x, *nodes], ["nearest x2", *words], doubled
+            pairs.append(("up", place))
     activation, alpha = "none", None
-    user = next(iter(node.users)) if _used_once(node) else None
-    after = None if user is None else _activation(user, node, modules)
+    after = _activation(node, writes)
     # the backward reads the activation's output, so nothing may change it in place
-    if user is not None and after is not None and not writes.later(user, user):
-        activation, alpha, modules_after = after
-        nodes, owners = [*nodes, user], owners + modules_after
+    if after is not None and not writes.later(after.nodes[-1], after.nodes[-1]):
+        activation, alpha = after.name, after.alpha
+        nodes = [*nodes, *after.nodes]
         words.append(activation)
-    if activation == "none" and kind in ("same", "down"):
-        left = left or "it has neither an upsampling before nor an activation behind it"
-    else:
+        pairs.append(("activation", place))
+    if kind in ("up", "down_end") or activation != "none":
         left = None
     if padded and kind != "up" and writes.later(x, nodes[0]):
         raise _NotTakenError("the padding's input is changed in place later")
@@ -230,26 +201,47 @@ def _chain(node: fx.Node, place: str, modules: dict[str, nn.Module], writes: Wri
     return Chain(
         x,
         nodes,
-        weights=[conv.weight],
-        biases=[conv.bias],
+        weights=[weight],
+        biases=[values["bias"]],
         kinds=[kind],
         paddings=[0 if is_1x1 else 1],
         activations=[activation],
         alpha=alpha,
         places=[place],
-        modules=owners,
         words=[", ".join(words)],
+        pairs=pairs,
         not_by_itself=left,
     )
 
 
-@dataclass
-class _Absorbed:
-    """A padding (its four `numbers`) or an upsampling that a chain computes: its input and its modules."""
-
-    x: fx.Node
-    owners: list[nn.Module]
-    numbers: tuple[int, ...] = ()
+def _norm(node: fx.Node, place: str, writes: Writes) -> Chain:
+    values = {"weight": None, "bias": None, "eps": 1e-5} | _arguments(node, _NORM)
+    x, groups, eps = values["input"], values["num_groups"], values["eps"]
+    shape = _shape(x)
+    if len(shape) != 4:
+        raise _NotTakenError("its input is not [N, C, H, W]")
+    if not isinstance(groups, int) or not isinstance(eps, int | float):
+        raise _NotTakenError("its groups or its epsilon are not constant")
+    nodes, activation, pairs = [node], "none", []
+    after = _activation(node, writes)
+    if after is not None and after.name == "silu" and not writes.between([node, *after.nodes]):
+        nodes, activation, pairs = [node, *after.nodes], "silu", [("norm", place)]
+    words = f"GroupNorm of {groups} groups, {shape[1]} channels" + (", silu" if activation == "silu" else "")
+    return Chain(
+        x,
+        nodes,
+        weights=[values["weight"]],
+        biases=[values["bias"]],
+        kinds=["norm"],
+        activations=[activation],
+        places=[place],
+        words=[words],
+        pairs=pairs,
+        groups=groups,
+        eps=float(eps),
+        # the op keeps its input for the backward, as torch's own does
+        not_by_itself=None,
+    )
 
 
 def _used_once(node: fx.Node) -> bool:
@@ -257,93 +249,94 @@ def _used_once(node: fx.Node) -> bool:
     return len(node.users) == 1
 
 
-def _owner(node: fx.Node, modules: dict[str, nn.Module], kinds: tuple[type, ...]) -> nn.Module | None:
-    if node.op != "call_module" or type(modules[str(node.target)]) not in kinds or hooked(modules[str(node.target)]):
+def _zero_padding(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]] | None:
+    """Input and four numbers of a padding by zeros that only the convolution reads."""
+    if node.target not in _PADS:
         return None
-    return modules[str(node.target)]
-
-
-def _zero_padding(node: fx.Node, modules: dict[str, nn.Module]) -> _Absorbed | None:
-    owners: list[nn.Module] = []
-    if owner := _owner(node, modules, (nn.ZeroPad2d, nn.ConstantPad2d)):
-        values = {"pad": owner.padding, "value": getattr(owner, "value", 0.0), "mode": "constant"}
-        values["input"], owners = _arguments(node, ["input"])["input"], [owner]
-    elif node.op == "call_function" and node.target is F.pad:
-        values = {"mode": "constant", "value": None} | _arguments(node, _PAD)
-    else:
-        return None
-    x, pad = values["input"], values["pad"]
+    values = {"mode": "constant", "value": None} | _arguments(node, _PAD)
+    x, numbers = values["input"], values["pad"]
     zeros = values["mode"] == "constant" and values["value"] in (None, 0)
-    if not (zeros and _used_once(node) and isinstance(x, fx.Node) and isinstance(pad, list | tuple)):
+    if not (zeros and _used_once(node) and isinstance(x, fx.Node) and isinstance(numbers, list | tuple)):
         return None
-    numbers = tuple(number for number in pad if isinstance(number, int))
-    return _Absorbed(x, owners, numbers) if len(numbers) == len(pad) == 4 else None
+    whole = all(isinstance(number, int) for number in numbers)
+    return (x, tuple(numbers)) if whole and len(numbers) == 4 else None
 
 
-def _doubling(node: fx.Node, modules: dict[str, nn.Module]) -> _Absorbed | str | None:
-    """A nearest upsampling by 2; of another resizing, why it is not taken; None if `node` is no resizing."""
-    if owner := _owner(node, modules, (nn.Upsample, nn.UpsamplingNearest2d)):
-        values = {"size": owner.size, "scale_factor": owner.scale_factor, "mode": owner.mode}
-        values["input"], owners = _arguments(node, ["input"])["input"], [owner]
-    elif node.op == "call_function" and node.target in (F.interpolate, F.upsample, F.upsample_nearest):
-        values = {"size": None, "scale_factor": None, "mode": "nearest"} | _arguments(node, _INTERPOLATE)
-        owners = []
-    else:
+def _doubling(node: fx.Node) -> fx.Node | str | None:
+    """The input of a nearest upsampling by 2; of another resizing, why it is not taken; None if it is no resizing."""
+    if node.target not in _RESIZES:
         return None
+    values = {"size": None, "scale_factor": None, "mode": "nearest"} | _arguments(node, _INTERPOLATE)
     if values["mode"] not in ("nearest", "nearest-exact"):
         return f"the upsampling before it is {values['mode']}"
-    factor = values["scale_factor"]
+    x, factor = values["input"], values["scale_factor"]
     factors = factor if isinstance(factor, list | tuple) else (factor, factor)
-    if values["size"] is not None or any(not isinstance(number, int | float) or number != 2 for number in factors):
-        return "the upsampling before it is not by a scale_factor of 2"
-    if not _used_once(node):
-        return "the upsampled tensor before it is used elsewhere too"
-    return _Absorbed(values["input"], owners) if isinstance(values["input"], fx.Node) else None
+    doubles = all(isinstance(number, int | float) and number == 2 for number in factors)
+    if values["size"] is not None:
+        sizes = [*_shape(x)[2:], *_shape(node)[2:]]
+        doubles = all(isinstance(size, int) for size in sizes) and sizes[2:] == [2 * size for size in sizes[:2]]
+    if not doubles:
+        return "the upsampling before it is not by a factor of 2"
+    return x if _used_once(node) else "the upsampled tensor before it is used elsewhere too"
 
 
-def _activation(
-    node: fx.Node, x: fx.Node, modules: dict[str, nn.Module]
-) -> tuple[str, float | None, list[nn.Module]] | None:
-    """Name, alpha (None where it has none) and modules of the activation of `x` at `node`; None if it is none."""
-    owners: list[nn.Module] = []
-    if owner := _owner(node, modules, tuple(_ACTIVATION_MODULES)):
-        (name, attribute), owners = _ACTIVATION_MODULES[type(owner)], [owner]
-        alpha = None if attribute is None else getattr(owner, attribute)
-    elif node.op in ("call_function", "call_method") and node.target in _ACTIVATIONS:
-        name, names, alpha = _ACTIVATIONS[node.target]
-        values = _arguments(node, names.split())
-        alpha = values.get("alpha", values.get("negative_slope", alpha))
-        if not {*names.split()} >= {*values} or values.get("input") is not x:
-            return None
-    else:
+@dataclass
+class _Activation:
+    name: str
+    alpha: float | None
+    nodes: list[fx.Node]
+
+
+def _activation(x: fx.Node, writes: Writes) -> _Activation | None:
+    """The activation that alone reads `x`; None if there is none of ours."""
+    users = list(x.users)
+    if len(users) == 2:
+        return _swish(x, users, writes)
+    if len(users) != 1 or users[0].op not in ("call_function", "call_method") or users[0].target not in _ACTIVATIONS:
+        return None
+    name, names, alpha = _ACTIVATIONS[users[0].target]
+    values = _arguments(users[0], names.split())
+    alpha = values.get("alpha", values.get("negative_slope", alpha))
+    if not {*names.split()} >= {*values} or values.get("input") is not x:
         return None
     if alpha is None:
-        return name, None, owners
-    return (name, float(alpha), owners) if isinstance(alpha, int | float) and alpha >= 0 else None
+        return _Activation(name, None, users)
+    return _Activation(name, float(alpha), users) if isinstance(alpha, int | float) and alpha >= 0 else None
 
 
-def _joined(chains: list[Chain], writes: Writes) -> list[Chain]:
-    """Merge each chain into the one whose value only it reads; drop those that may not stand by themselves."""
-    joined: list[Chain] = []
+def _swish(x: fx.Node, users: list[fx.Node], writes: Writes) -> _Activation | None:
+    """x * sigmoid(x), where both read the same value."""
+    sigmoid, product = users if users[0].target in _SIGMOIDS else reversed(users)
+    is_swish = (
+        sigmoid.target in _SIGMOIDS
+        and product.target in _PRODUCTS
+        and not product.kwargs
+        and set(product.args) == {x, sigmoid}
+        and _used_once(sigmoid)
+        and not writes.between([x, sigmoid, product])
+    )
+    return _Activation("silu", None, [sigmoid, product]) if is_swish else None
+
+
+def joined(chains: Sequence[Chain], taken: Callable[[Chain], bool], writes: Writes) -> list[Chain]:
+    """The taken chains, each merged into the one whose value only it reads."""
+    merged: list[Chain] = []
     for chain in chains:
-        for number, before in enumerate(joined):
-            if before.nodes[-1] is chain.x and _used_once(chain.x) and _may_join(before, chain, writes):
-                merged = {
-                    name: getattr(before, name) + getattr(chain, name)
-                    for name in "nodes weights biases kinds paddings activations places modules words".split()
-                }
-                alpha = chain.alpha if before.alpha is None else before.alpha
-                joined[number] = Chain(before.x, alpha=alpha, **merged)
-                break
-        else:
-            if not chain.not_by_itself:
-                joined.append(chain)
-    return joined
+        before = next((before for before in merged if before.value is chain.x), None)
+        if before is not None and _used_once(chain.x) and _may_join(before, chain, writes) and taken(chain):
+            for name in "nodes weights biases kinds paddings activations places words pairs".split():
+                getattr(before, name).extend(getattr(chain, name))
+            before.alpha = chain.alpha if before.alpha is None else before.alpha
+        elif chain.not_by_itself is None and taken(chain):
+            merged.append(chain)
+    return merged
 
 
 def _may_join(before: Chain, after: Chain, writes: Writes) -> bool:
     """Whether one stage can compute both: it has one alpha, and biases in all layers or in none."""
     pair = (before, after)
+    if "norm" in (*before.kinds, *after.kinds):
+        return False
     one_alpha = len({chain.alpha for chain in pair if chain.alpha is not None}) < 2
     # a stage runs layers with other activations one by one
     kept_apart = not {*before.activations, *after.activations} <= {*reference.FROM_OUTPUT}
@@ -351,77 +344,3 @@ def _may_join(before: Chain, after: Chain, writes: Writes) -> bool:
     none_biased = all(chain.biases.count(None) == len(chain.biases) for chain in pair)
     unchanged = not writes.between([*before.nodes, *after.nodes])
     return one_alpha and not kept_apart and unchanged and (all_biased or none_biased)
-
-
-def put(followed: Followed, chains: list[Chain]) -> Callable[..., Any]:
-    """The forward with `chains` as calls of `run`: a function of the module and its arguments."""
-    graph = followed.graph
-    calls: dict[Any, fx.Node] = {}  # by the last node of a chain, which its call replaces
-    for chain in chains:
-        last = chain.nodes[-1]
-        with graph.inserting_before(last):
-            # an input or a computed weight may be the value of an earlier chain
-            weights = [_value(graph, calls.get(source, source), "weight") for source in chain.weights]
-            biases = [_value(graph, calls.get(source, source), "bias") for source in chain.biases]
-            arguments = (
-                calls.get(chain.x, chain.x),
-                weights,
-                biases,
-                chain.kinds,
-                chain.paddings,
-                chain.activations,
-                1.0 if chain.alpha is None else chain.alpha,
-            )
-            call = graph.call_function(run, arguments)
-        last.replace_all_uses_with(call)
-        calls[last] = call
-        for node in reversed(chain.nodes):
-            graph.erase_node(node)
-    code = graph.python_code("self")
-    space: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, f"<{type(followed.root).__name__}.forward on fast layers>", "exec"), space)
-    return space["forward"]
-
-
-def _value(graph: fx.Graph, source: Any, name: str) -> Any:
-    return graph.get_attr(f"{source}.{name}") if isinstance(source, str) else source
-
-
-def settings(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """The attributes of a module in a chain that the chain's result depends on, with their values."""
-    names = [*_CONFIG, "size", "scale_factor", "mode", "value", "alpha", "negative_slope"]
-    values = [(module, name, vars(module)[name]) for name in names if name in vars(module)]
-    if isinstance(module, nn.Conv2d) and not _has_bias(module):
-        values.append((module, "bias", None))
-    return values
-
-
-def run(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    kinds: Sequence[str],
-    paddings: Sequence[int],
-    activations: Sequence[str],
-    alpha: float,
-) -> Tensor:
-    """Compute a chain as one stage, or in torch's operations where the fast layers do not take the arguments."""
-    layers = zip(weights, biases, kinds, paddings, activations, strict=True)
-    if torch.jit.is_tracing() or not _fits(x, weights, biases, paddings):
-        for weight, bias, kind, padding, activation in layers:
-            x = plain_layer(x, weight, bias, kind=kind, padding=padding, activation=activation, alpha=alpha)
-        return x
-    present = [bias for bias in biases if bias is not None]
-    return conv_stage(x, weights, present or None, kinds=kinds, activation=activations, alpha=alpha)
-
-
-def _fits(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], paddings: Sequence[int]) -> bool:
-    """Whether the fast layers take these shapes, types and devices."""
-    sizes = [(2 * padding + 1, 2 * padding + 1) for padding in paddings]
-    sizes_fit = all(tuple(weight.shape[2:]) == size for weight, size in zip(weights, sizes, strict=True))
-    floating = x.is_floating_point() and all(weight.is_floating_point() for weight in weights)
-    device_fits = x.device.type in ("cpu", "cuda")
-    autocast = device_fits and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    one_dtype = autocast or all(weight.dtype == x.dtype for weight in weights)
-    biased = sum(bias is not None for bias in biases)
-    return x.dim() == 4 and sizes_fit and floating and one_dtype and device_fits and biased in (0, len(weights))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,15 +43,33 @@ def values(model: nn.Module, example: Any) -> dict[str, Tensor]:
     The gradients are those of one fixed random weighted sum of all outputs. Buffers and the random state are put back;
     no `.grad` is changed.
     """
-    inputs = example if isinstance(example, tuple) else (example,)
+    inputs = _arguments(example)
+    with _unchanged(model, inputs), torch.enable_grad():
+        torch.manual_seed(0)
+        return _values(model, tree_map(_leaf, inputs))
+
+
+def called(model: nn.Module, example: Any) -> None:
+    """Call the model with `example`. Buffers and the random state are put back."""
+    inputs = _arguments(example)
+    with _unchanged(model, inputs):
+        model(*inputs)
+
+
+def _arguments(example: Any) -> tuple[Any, ...]:
+    return example if isinstance(example, tuple) else (example,)
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Put buffers and the random state back afterwards."""
     devices = sorted(
         {leaf.device.index or 0 for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_cuda}
     )
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            torch.manual_seed(0)
-            return _values(model, tree_map(_leaf, inputs))
+        with torch.random.fork_rng(devices=devices):
+            yield
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():

@@ -1,161 +1,152 @@
 """`accelerate(model)` puts the fast layers under a model that was written without them; `restore` takes them out.
 
-`follow` traces the model's forward with torch.fx. `chains` replaces each [nearest x2] -> convolution -> [activation] in
-it by one call of `fastbegan_kernels`. The model's instance gets the new forward; modules, parameters and state dict
-stay the same objects. `compare` checks outputs and gradients.
+Each module with parts of its own gets a shell, a `forward` of the instance that runs the class's forward as Dynamo
+follows it (`follow`). What Dynamo makes of it is rewritten (`rewrite`) and runs in eager mode. Modules, parameters and
+state dict stay the same objects. `compare` checks outputs and gradients.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import inspect
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
-from unittest import mock
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch import Tensor, fx, nn
+from torch._dynamo import OptimizedModule
 
-from . import chains, compare
-from .follow import MISSING, CannotFollowError, Followed, follow, hooked, unlike
+from . import compare, follow
+from .report import UNSEEN, Report
+from .rewrite import rewrite, run
 
 Model = TypeVar("Model", bound=nn.Module)
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.GroupNorm)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `accelerate` did with each convolution of a model. `print` shows it as a table."""
+def accelerate(model: Model, *, example: Any = None, check: Any = None, compile: bool = False) -> Model:
+    """Put the layers of `model` on the fast layers, in place.
 
-    replaced: dict[str, str] = field(default_factory=dict)
-    """By path: the operations that are one call now."""
-    left: dict[str, str] = field(default_factory=dict)
-    """By path: why the convolution runs as before."""
-    checked: str = "not checked"
-    """The largest errors that `check` found."""
-    forwards: list[FastForward] = field(default_factory=list, repr=False, compare=False)
-
-    def __str__(self) -> str:
-        width = max(map(len, [*self.replaced, *self.left]), default=0)
-        lines = [f"fast  {place:{width}}  {what}" for place, what in self.replaced.items()]
-        lines += [f"left  {place:{width}}  {why}" for place, why in self.left.items()]
-        count = f"{len(self.replaced)} of {len(self.replaced) + len(self.left)} convolutions on fast layers"
-        return "\n".join([*lines, f"{count}; {self.checked}"])
-
-
-def accelerate(model: Model, *, check: Any = None) -> Model:
-    """Put the convolutions of `model` on the fast layers, in place.
-
-    The forward is traced with torch.fx. Where the forward of the whole model cannot be traced, those of its largest
-    submodules that can be are used.
+    TorchDynamo follows the forward, and what it finds is specialised as torch.compile specialises it: branches, loops
+    and attributes are followed as they are, and each change of them is followed anew. No compiler is needed: the rest
+    of the forward runs in eager mode, or on Inductor with `compile=True`.
 
     Taken are these chains in [N, C, H, W], with zero padding, without dilation and groups:
 
-    - nearest x2 (`nn.Upsample`, `F.interpolate` with `scale_factor=2`), 3x3 convolution of stride 1, then ELU, ReLU,
-      LeakyReLU, SiLU or nothing;
+    - nearest x2 (`nn.Upsample`, `F.interpolate`), 3x3 convolution of stride 1, then ELU, ReLU, LeakyReLU, SiLU
+      (x * sigmoid(x) too) or nothing;
     - 3x3 or 1x1 convolution of stride 1 or 2, then one of these activations;
     - zero padding (0, 1, 0, 1), 3x3 convolution of stride 2, then one of these activations or nothing;
-    - one of the above but SiLU's, then a 3x3 or 1x1 convolution of stride 1 or 2 without activation.
+    - one of the above but SiLU's, then a 3x3 or 1x1 convolution of stride 1 or 2 without activation;
+    - GroupNorm, then SiLU or nothing.
 
-    All other layers run as before, among them
-
-    - other kernel sizes, padding modes and resizings, and transposed convolutions;
-    - modules with hooks, and subclasses of `nn.Conv2d`;
-    - modules whose forward branches on values or shapes, draws random numbers, keeps values, or switches autocast or
-      gradients.
-
-    Normalisation layers stay where they are. `torch.nn.utils.parametrizations` (weight norm, spectral norm) are
-    computed as before.
-
-    `print(model.fastbegan_report)` shows each convolution and the errors of the check. Its `replaced` maps the path of
-    a convolution to the operations that are fast now, its `left` to the reason.
+    On a GPU all of them are taken. On a CPU a chain is taken where it is faster (`gains`): up-convolutions from about
+    256 input pixels N * H * W, and convolutions to an image behind them. Between fast layers maps stay channels_last.
+    All other layers run as before.
 
     The model's class, modules, parameters, hooks and state dict are not changed, and optimizers made before stay valid.
-    Only the instance's `forward` is new. It falls back to the class's own forward, with one warning, when
+    Only `forward` of the model and of its inner modules is new, on the instances. So `encode`, `decode` and inner
+    blocks are fast too. Hooks fire, also those that are registered later. Gradient checkpointing stays what it is.
 
-    - a layer, class, hook, patched forward, or attribute that the forward reads is no longer the same;
-    - it is called with anything but one tensor per argument without default.
+    The first call is followed, which takes seconds for a large model, and so is the first call of each variant: grad
+    mode, autocast, dtype, values that the forward reads, and the first change of sizes. After 32 variants of one
+    forward, further ones run as before, with a warning. Where Dynamo fails the forward runs as before, and the report
+    gives the reason.
 
-    Inputs that are not 4-dimensional, of mixed types, or on devices other than CPU and CUDA run on torch's operations,
-    without a warning.
+    `print(model.fastbegan_report)` shows what was taken, and what was left and why.
 
     `restore` undoes everything. `copy.deepcopy`, `pickle`, `torch.save` and DistributedDataParallel keep the fast
-    layers; an unpickled model is traced again at its first call. `copy.copy` and `nn.DataParallel` are not supported.
-    Call `accelerate` before `torch.compile`. `torch.export` and `torch.jit.trace` record torch's operations only.
-    Second derivatives (`create_graph=True`) are exact, from torch's operations, and not faster than before. For
-    `torch.func` and forward-mode differentiation, restore the model or set FASTBEGAN_IMPL=reference.
-
-    Limits: globals and files that a forward reads are fixed when it is traced. Methods other than `forward` (`encode`,
-    `decode`) and separately called inner modules stay as they are. Output and input gradient are channels_last if and
-    only if input or weight is; `model.to(memory_format=torch.channels_last)` avoids copies.
+    layers. `copy.copy` and `nn.DataParallel` are not supported. Under an outer `torch.compile`, `torch.export`,
+    `torch.jit.trace`, `torch.func` and forward-mode differentiation the model's own forward runs, as it does inside of
+    a TorchDispatchMode. Second derivatives (`create_graph=True`) are exact, from torch's operations, and not faster
+    than before.
 
     Args:
-        model: Any nn.Module. Lazy modules in it must have run once, or they are left.
-        check: The forward's argument (a tensor or a dict) or a tuple of all arguments. Outputs and all gradients for it
-            are computed before and after, and both are compared with float64. An error may be four times as large as
-            before; a gradient's error is relative to the largest gradient of its layer. A gradient that fails must pass
-            at two of three inputs moved by a thousandth: on the kink of a ReLU, rounding decides. None checks nothing.
+        model: Any nn.Module.
+        example: The forward's argument (a tensor or a dict) or a tuple of all arguments. The model is called with it
+            once, without gradients if they are off, so that the report is filled. Buffers and the random state are put
+            back. None waits for the first call.
+        check: The same, and outputs and all gradients are computed before and after. Both are compared with float64. An
+            error may be four times as large as before; a gradient's error is relative to the largest gradient of its
+            layer. A gradient that fails must pass at two of three inputs moved by a thousandth: on the kink of a ReLU,
+            rounding decides. None checks nothing.
+        compile: Whether Inductor compiles what was rewritten. It needs a C++ compiler.
 
     Returns:
-        `model` itself. A warning is given if no convolution was replaced.
+        `model` itself. A warning is given if `example` or `check` found nothing to take.
 
     Raises:
         RuntimeError: The check failed, and the model was restored. Or the model or a part of it is accelerated or
-            compiled already, or the model is a torch.jit script, or hooks on all modules are registered.
-        TypeError: `model` is no nn.Module, or `check` is of another type.
+            compiled already, or the model is a torch.jit script.
+        TypeError: `model` is no nn.Module, or `example` or `check` is of another type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; accepted: an nn.Module")
-    if check is not None and not isinstance(check, Tensor | dict | tuple):
-        accepted = "a tensor, a dict, or a tuple of the forward's arguments"
-        raise TypeError(f"check is a {type(check).__name__}; accepted: {accepted}")
+    for name, given in (("example", example), ("check", check)):
+        if given is not None and not isinstance(given, Tensor | dict | tuple):
+            accepted = "a tensor, a dict, or a tuple of the forward's arguments"
+            raise TypeError(f"{name} is a {type(given).__name__}; accepted: {accepted}")
+    _require_untouched(model)
+    before, exact = (None, None) if check is None else (compare.values(model, check), compare.truth(model, check))
+    shells = _put(model, compile=compile)
+    report = shells[0].report
+    try:
+        if example is not None:
+            compare.called(model, example)
+        if before is not None and exact is not None:
+            words = _checked(model, check, before, exact, shells)
+            report.checked = words if report.replaced else f"{words}; no fast layer ran"
+    except BaseException:
+        restore(model)
+        raise
+    if (example is not None or check is not None) and not report.replaced:
+        warnings.warn("no layer was put on the fast layers; print(model.fastbegan_report) tells why", stacklevel=2)
+    return model
+
+
+def _require_untouched(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise RuntimeError("the model is a torch.jit script, whose forward cannot be replaced")
     for path, module in model.named_modules():
         what = f"{path or 'the model'} ({type(module).__name__})"
-        if _fast(module) is not None:
+        if _shell(module) is not None:
             raise RuntimeError(f"{what} is accelerated already; restore(model) takes that back")
-        if getattr(module, "_compiled_call_impl", None) or isinstance(module, torch._dynamo.OptimizedModule):
+        if getattr(module, "_compiled_call_impl", None) or isinstance(module, OptimizedModule):
             raise RuntimeError(f"{what} is compiled already; accelerate the model first, then compile it")
-    if any(getattr(torch.nn.modules.module, name, None) for name in _GLOBAL_HOOKS):
-        raise RuntimeError("hooks on all modules are registered (register_module_forward_hook); remove them first")
-    before, exact = (None, None) if check is None else (compare.values(model, check), compare.truth(model, check))
-    try:
-        report = _put(model)
-        model.fastbegan_report = report  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-        if before is not None and exact is not None:
-            with mock.patch.object(chains, "conv_stage", side_effect=chains.conv_stage) as counted:
-                words = _checked(model, check, before, exact, report.forwards)
-            words = words if counted.called else "the check ran no fast layer: the model's original forward ran"
-            model.fastbegan_report = dataclasses.replace(report, checked=words)  # pyright: ignore
-    except BaseException:
-        model.fastbegan_report = Report()  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-        restore(model)
-        raise
-    if not report.replaced:
-        warnings.warn("no convolution was replaced; model.fastbegan_report says why", stacklevel=2)
-    return model
+
+
+def _put(model: nn.Module, *, compile: bool) -> list[FastForward]:
+    """Give `model` and its inner modules their shells."""
+    report = Report()
+    shells: list[FastForward] = []
+    for path, module in model.named_modules():
+        if module is model or _has_parts(module):
+            shells.append(FastForward(module, path, report, compile=compile))
+        if isinstance(module, _LAYERS):
+            report.left[path] = UNSEEN
+    for shell in shells:
+        shell.module.forward = shell.forward
+    model.fastbegan_report = report  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    return shells
+
+
+def _has_parts(module: nn.Module) -> bool:
+    """Whether a module is called for itself, and calls others."""
+    own = type(module).__module__.split(".")[0] != "torch" or isinstance(module, nn.Sequential)
+    plain = "forward" not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule)
+    return own and plain and bool(module._modules) and not nn.utils.parametrize.is_parametrized(module)
 
 
 def _checked(
-    model: nn.Module, example: Any, before: dict[str, Tensor], exact: dict[str, Tensor], forwards: list[FastForward]
+    model: nn.Module, example: Any, before: dict[str, Tensor], exact: dict[str, Tensor], shells: list[FastForward]
 ) -> str:
     """The largest errors in words. Raises RuntimeError where one is too large and no kink excuses it."""
 
     def compare_at(draw: int) -> compare.Comparison:
         moved = compare.moved(example, draw)
-        with _original_forwards(forwards):
+        with _original_forwards(shells):
             slow, truth = compare.values(model, moved), compare.truth(model, moved)
         return compare.compare(slow, compare.values(model, moved), truth)
 
@@ -170,32 +161,15 @@ def _checked(
 
 
 @contextlib.contextmanager
-def _original_forwards(forwards: list[FastForward]) -> Iterator[None]:
+def _original_forwards(shells: list[FastForward]) -> Iterator[None]:
     """Inside, the model runs its original forwards."""
-    removed = [(fast.root, fast.root.__dict__.pop("forward")) for fast in forwards]
+    for shell in shells:
+        shell.module.__dict__.pop("forward")
     try:
         yield
     finally:
-        for root, forward in removed:
-            root.forward = forward
-
-
-def _put(model: nn.Module) -> Report:
-    """Give the followed parts of `model` their fast forwards, and report on every convolution."""
-    replaced, left, forwards = {}, {}, []
-    for part in _parts(model):
-        prefix = f"{part.path}." if part.path else ""
-        for chain in part.chains:
-            replaced |= {prefix + place: words for place, words in zip(chain.places, chain.words, strict=True)}
-        left |= {prefix + place: reason for place, reason in part.left.items()}
-        if part.chains:
-            assert part.followed is not None
-            forwards.append(FastForward(part.followed, part.chains))
-            part.followed.root.forward = forwards[-1].forward
-    for path, module in model.named_modules():
-        if "Conv" in type(module).__name__ and path not in replaced and _has_weight(module):
-            left.setdefault(path, _reason(module))
-    return Report(replaced, {path: why for path, why in left.items() if path not in replaced}, forwards=forwards)
+        for shell in shells:
+            shell.module.forward = shell.forward
 
 
 def restore(model: Model) -> Model:
@@ -211,200 +185,83 @@ def restore(model: Model) -> Model:
         RuntimeError: The model is not accelerated.
     """
     report = model.__dict__.pop("fastbegan_report", None)
-    accelerated = [module for module in model.modules() if _fast(module) is not None]
+    accelerated = [module for module in model.modules() if _shell(module) is not None]
     if not accelerated and report is None:
         raise RuntimeError("the model is not accelerated; nothing was changed")
-    forwards = report.forwards if isinstance(report, Report) else []
-    for fast in (*forwards, *(module.__dict__.pop("forward").__self__ for module in accelerated)):
-        fast.function = _removed  # a wrapper somewhere may still hold and call this forward
+    for module in accelerated:
+        module.__dict__.pop("forward")
+    if isinstance(report, Report):
+        report.restored = True  # a wrapper somewhere may still hold and call a shell
     return model
 
 
-def _fast(module: nn.Module) -> FastForward | None:
+def _shell(module: nn.Module) -> FastForward | None:
     owner = getattr(module.__dict__.get("forward"), "__self__", None)
     return owner if isinstance(owner, FastForward) else None
 
 
-def _has_weight(module: nn.Module) -> bool:
-    """Looks at names only: reading a parametrized weight computes it, and spectral norm counts its computations."""
-    names = {*module._parameters, *module._buffers, *vars(module)}
-    return "weight" in names or "_packed_params" in names or nn.utils.parametrize.is_parametrized(module, "weight")
-
-
-def _reason(module: nn.Module) -> str:
-    if isinstance(module, LazyModuleMixin):
-        return "a lazy module that has not run yet: run the model once, then accelerate it"
-    if isinstance(module, nn.Conv2d):
-        return "no forward that could be followed calls it"
-    return f"a {type(module).__module__}.{type(module).__name__}, and only nn.Conv2d is taken"
-
-
-class _Part(NamedTuple):
-    """A module at `path`, followed or not, its chains, and by path below it why other convolutions are left."""
-
-    path: str
-    followed: Followed | None
-    chains: list[chains.Chain]
-    left: dict[str, str]
-
-
-def _parts(model: nn.Module) -> Iterator[_Part]:
-    """The largest modules whose forward can be followed, and those above them, which cannot."""
-    seen: set[nn.Module] = set()
-    waiting: list[tuple[str, nn.Module]] = [("", model)]
-    while waiting:
-        path, module = waiting.pop(0)
-        if module in seen:
-            continue
-        seen.add(module)
-        children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
-        if type(module).__module__.split(".")[0] == "torch" and not isinstance(module, nn.Sequential):
-            waiting += children  # lists and dicts of modules, and what wraps a model
-            continue
-        try:
-            if "forward" in module.__dict__:
-                raise CannotFollowError("its forward was replaced by somebody")
-            followed = follow(module, _with_hooks(module))
-        except CannotFollowError as error:
-            why = f"{path or 'the model'} ({type(module).__name__}) cannot be followed: {error}"
-            inner = [name for name, child in module.named_modules() if isinstance(child, nn.Conv2d)]
-            yield _Part(path, None, [], dict.fromkeys(inner, why))
-            waiting += children
-            continue
-        yield _Part(path, followed, *chains.find(followed))
-        inlined = {module, *followed.inlined}
-        seen |= inlined
-        for parent in inlined:
-            prefix = next(name for name, other in model.named_modules() if other is parent)
-            waiting += [
-                (f"{prefix}.{name}" if prefix else name, child)
-                for name, child in parent.named_children()
-                if child not in inlined
-            ]
-
-
-def _with_hooks(root: nn.Module) -> dict[nn.Module, str]:
-    """Modules under `root` that are not to be inlined: a hook fires only if its module is called."""
-    return {module: "it has hooks" for module in root.modules() if module is not root and hooked(module)}
-
-
 class FastForward:
-    """The forward of an accelerated module. It runs the original one once the module has changed.
+    """The forward of an accelerated module: its class's forward, followed, on fast layers.
 
     Args:
-        followed: The traced forward of `followed.root`.
-        layers: The chains in it, from `chains.find`.
+        module: The module.
+        path: Its path in the accelerated model.
+        report: The model's report, which all its shells fill.
+        compile: Whether Inductor compiles what was rewritten.
     """
 
-    def __init__(self, followed: Followed, layers: Sequence[chains.Chain]) -> None:
-        self.root, self.warned = followed.root, False
-        self.names = followed.arguments
-        self.function: Callable[..., Any] | None = chains.put(followed, list(layers))
-        # modules inside a chain are no longer called, so nothing but these guards would notice their changes
-        silent = {module: None for chain in layers for module in chain.modules}
-        watched = dict.fromkeys((*followed.inlined, *silent))
-        paths = [path for path, module in self.root.named_modules(remove_duplicate=False) if module in watched and path]
-        above = {path.rsplit(".", number)[0] for path in paths for number in range(1, path.count(".") + 1)}
-        parents = dict.fromkeys((self.root, *followed.inlined, *map(self.root.get_submodule, above)))
-        self.links = [(parent, list(parent._modules.items())) for parent in parents]
-        self.kinds = [(module, type(module), type(module).forward) for module in dict.fromkeys((self.root, *watched))]
-        self.settings = list(followed.reads)
-        self.settings += [setting for module in silent for setting in chains.settings(module)]
+    def __init__(self, module: nn.Module, path: str, report: Report, *, compile: bool) -> None:
+        self.module, self.path, self.report, self.compile = module, path, report, compile
+        self.own = type(module).forward
 
     @property
     def forward(self) -> types.MethodType:
         """The value of the instance's `forward`: a method, so that copies and pickles of the module copy this too."""
         if "method" not in self.__dict__:
-            # with its own code object: torch.compile gives up on one that is compiled too often
+            # with its own code object: Dynamo counts compilations by code
             function = types.FunctionType(_forward.__code__.replace(), globals(), "forward")
-            function.__signature__ = inspect.signature(type(self.root).forward)  # pyright: ignore
+            function.__signature__ = inspect.signature(type(self.module).forward)  # pyright: ignore
             self.method = function
         return types.MethodType(self.method, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        original = type(self.root).forward
-        if self.function is None:
-            self._follow_again()  # pyright: ignore[reportCallIssue]
-        if self.function is _removed:
-            return original(self.root, *args, **kwargs)
-        rest = self.names[len(args) :]
-        inputs = (*args, *(kwargs[name] for name in rest if name in kwargs))
-        changed = self._changed()
-        exactly = len(inputs) == len(self.names) and len(kwargs) == len(rest)
-        if not exactly or not all(isinstance(value, Tensor) for value in inputs):
-            changed = "it was called with other arguments than one tensor for each that has no default"
-        if changed is not None:
-            self._warn(changed)
-            return original(self.root, *args, **kwargs)
-        assert self.function is not None
-        return self.function(self.root, *inputs)
+        if follow.is_watched() or self.report.restored:
+            return self.own(self.module, *args, **kwargs)
+        if not follow.is_inside():
+            for shell in self._shells():
+                shell.own = type(shell.module).forward  # a class may have changed, and Dynamo watches this attribute
+        if self.__dict__.get("followed") is not self.own:
+            self.followed, self.function = self.own, follow.function_of(self.own)
+        return follow.call(self, self.function, self.module, *args, **kwargs)
 
-    def _changed(self) -> str | None:
-        """The first difference between the module now and when it was followed."""
-        for parent, children in self.links:
-            current = parent._modules
-            if len(current) != len(children):
-                return f"{type(parent).__name__} has other modules"
-            for name, child in children:
-                if current.get(name) is not child:
-                    return f"{type(parent).__name__}.{name} is another module"
-        for module, kind, forward in self.kinds:
-            if type(module) is not kind or kind.forward is not forward:
-                return f"a {kind.__name__} has another class or forward"
-            if module is not self.root and getattr(module.forward, "__func__", None) is not forward:
-                return f"a {kind.__name__} has a forward of its own"
-            hooks = module._forward_hooks or module._forward_pre_hooks
-            if module is not self.root and (hooks or module._backward_hooks or module._backward_pre_hooks):
-                return f"a {kind.__name__} has hooks"
-        for name in _GLOBAL_HOOKS:
-            if getattr(torch.nn.modules.module, name):
-                return "all modules have hooks"
-        for module, name, value in self.settings:
-            if unlike(getattr(module, name, MISSING), value):
-                before = "missing" if value is MISSING else repr(value)
-                return f"{type(module).__name__}.{name} is no longer {before}"
-        return None
+    def _shells(self) -> list[FastForward]:
+        """Those of this module and of all inside."""
+        if "inner" not in self.__dict__:
+            self.inner = [shell for module in self.module.modules() if (shell := _shell(module)) is not None]
+        return self.inner
 
-    def _warn(self, changed: str) -> None:
-        if not self.warned and not torch.compiler.is_compiling():
-            self.warned = True
-            warnings.warn(
-                f"{changed}: {type(self.root).__name__} runs its own forward; to accelerate it as it is now, "
-                "restore(model) and accelerate(model) again",
-                stacklevel=4,
-            )
+    def graph(self, module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """Rewrite a graph of this forward (`follow.Follower`)."""
+        prefix = f"{self.path}." if self.path else ""
+        paths = {id(value): prefix + name.rpartition(".")[0] for name, value in self.module.named_parameters()}
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        owners = {
+            node: paths[id(value)] for node, value in zip(placeholders, inputs, strict=True) if id(value) in paths
+        }
+        rewrite(module, owners, self.report, compiled=self.compile)
+        return run(module, inputs, compiled=self.compile)
 
-    @torch.compiler.disable
-    def _follow_again(self) -> None:
-        """After unpickling, `function` is missing: code is not pickled."""
-        del self.root.__dict__["forward"]
-        try:
-            followed = follow(self.root, _with_hooks(self.root))
-            self.__init__(followed, chains.find(followed)[0])
-        except CannotFollowError as error:
-            self.function = _removed
-            self._warn(f"it can no longer be followed ({error})")
-        finally:
-            self.root.forward = self.forward
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FastForward:
-        copied = FastForward.__new__(FastForward)
-        memo[id(self)] = copied
-        for name in ("root", "links", "kinds"):
-            copied.__dict__[name] = copy.deepcopy(self.__dict__.get(name), memo)
-        copied.names, copied.warned, copied.function = self.names, False, self.function
-        # the values are not copied: attributes are compared with them by identity
-        settings = self.__dict__.get("settings", [])
-        copied.settings = [(copy.deepcopy(module, memo), name, value) for module, name, value in settings]
-        return copied
+    def note(self, reason: str) -> None:
+        """Why a part of this forward is not followed (`follow.Follower`)."""
+        self.report.breaks[reason] = self.report.breaks.get(reason, 0) + 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "names": self.names, "function": None, "warned": False}
+        # code is not pickled or copied: a copy is followed anew
+        return {name: self.__dict__[name] for name in ("module", "path", "report", "compile")}
 
-
-def _removed(*_: Any) -> Any:
-    """Marks a `FastForward` that `restore` has removed; it is compared with, never called."""
-    raise AssertionError
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.own = type(self.module).forward
 
 
 def _forward(fast: FastForward, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,76 @@
+"""Which chains are faster than what they replace, by device.
+
+On a CPU a fixed rule decides, from measurements of one layer at a time (`bench/bench_accelerate_rule.py` holds it): an
+up-convolution pays from about 256 pixels of its input, more for few or many channels, and a convolution to an image
+pays in channels_last. All else is as fast in torch's own operations. On a GPU every chain is taken.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .chains import Chain, example
+
+_LEAST = 256
+_FEW_PIXELS, _FEW_VALUES = 1 << 10, 1 << 18
+
+
+def least_pixels(inputs: int, outputs: int) -> int:
+    """The number N * H * W of input pixels from which an up-convolution on a CPU is faster.
+
+    Below 64 channels the products no longer fill the processor. Above 256 folding the weights takes longer.
+    """
+    narrow = min(inputs, outputs, 64)
+    return max(_LEAST, (_LEAST * 64 * 64) // narrow**2, inputs, outputs)
+
+
+def why_left(chain: Chain, channels_last: bool) -> str | None:
+    """Why a chain of one layer would not be faster; None if it is."""
+    x = example(chain.x)
+    if x is None or x.device.type not in ("cpu", "cuda"):
+        return f"it runs on {'nothing known' if x is None else x.device.type}; fast layers run on cpu and cuda"
+    return None if x.device.type == "cuda" else _on_cpu(chain, x, channels_last)
+
+
+def _on_cpu(chain: Chain, x: torch.Tensor, channels_last: bool) -> str | None:
+    if chain.kinds == ["norm"]:
+        return "torch's own GroupNorm is as fast on a CPU"
+    weight = example(chain.weights[0]) if chain.weights[0] is not None else None
+    assert weight is not None
+    pixels = _hint(x.shape[0]) * _hint(x.shape[2]) * _hint(x.shape[3])
+    outputs, inputs = _hint(weight.shape[0]), _hint(weight.shape[1])
+    if chain.kinds == ["up"]:
+        least = least_pixels(inputs, outputs)
+        words = f"its input has {pixels} pixels, and {inputs} -> {outputs} channels are faster from {least} on a CPU"
+        return None if pixels >= least else words
+    if chain.kinds == ["same"] and to_few(chain):
+        if not channels_last:
+            return "a convolution to few channels is faster in channels_last only, on a CPU"
+        enough = pixels >= _FEW_PIXELS and pixels * inputs >= _FEW_VALUES
+        return None if enough else f"its input has too few values to be faster on a CPU ({pixels} x {inputs})"
+    return "torch's own convolution is as fast on a CPU"
+
+
+def to_few(chain: Chain) -> bool:
+    """Whether the chain is a 3x3 convolution to an image, for which a CPU has another way (`tiers`)."""
+    weight = example(chain.weights[0]) if chain.weights[0] is not None else None
+    if chain.kinds != ["same"] or chain.paddings != [1] or weight is None or weight.dtype != torch.float32:
+        return False
+    return 3 * _hint(weight.shape[0]) <= 16 < _hint(weight.shape[1])
+
+
+def _hint(size: Any) -> int:
+    """A size; of one that may change, that of the call that is followed."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def least_at_run_time(chain: Chain) -> int:
+    """The fewest pixels with which a chain is worth it, for graphs whose sizes may change; 0 for any."""
+    x = example(chain.x)
+    if x is None or x.device.type != "cpu" or all(isinstance(size, int) for size in x.shape) or chain.kinds[0] != "up":
+        return 0
+    weight = example(chain.weights[0]) if isinstance(chain.weights[0], fx.Node) else None
+    return 0 if weight is None else least_pixels(_hint(weight.shape[1]), _hint(weight.shape[0]))

@@ -1,0 +1,120 @@
+"""Puts the fast layers into a followed graph and notes in the report what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import calls, chains, gains, regions
+from .chains import Chain
+from .report import Report
+from .writes import Writes
+
+_CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
+Verdict = Callable[[Chain, bool], "str | None"]
+
+
+def rewrite(module: fx.GraphModule, owners: dict[fx.Node, str], report: Report, *, compiled: bool) -> None:
+    """Replace each chain that pays in a graph, and in the parts of it that are recomputed in the backward.
+
+    Args:
+        module: Dynamo's graph; it is changed.
+        owners: For inputs that are parameters, the paths of their modules.
+        report: Gets what was taken and what was left.
+        compiled: Whether a compiler gets the graph, which treats recomputed parts itself.
+    """
+    graph = module.graph
+    for node in graph.nodes:
+        if getattr(node.target, "__name__", "") in _CHECKPOINTS:
+            _enter(module, node, owners, report, compiled=compiled)
+    writes = Writes(graph)
+    found, left = chains.find(graph, owners, writes)
+    why = {place: reason for place, reason in left.items()}
+    taken = _taken(found, writes, why)
+    regions.lay_out(graph, set(_put(graph, taken)))
+    _note(found, taken, why, report)
+    graph.lint()
+    module.recompile()
+
+
+def _enter(
+    module: fx.GraphModule, node: fx.Node, owners: dict[fx.Node, str], report: Report, *, compiled: bool
+) -> None:
+    body, *inputs = node.args
+    assert isinstance(body, fx.Node)
+    inner = module.get_submodule(str(body.target))
+    assert isinstance(inner, fx.GraphModule)
+    placeholders = [place for place in inner.graph.nodes if place.op == "placeholder"]
+    inner_owners = {
+        place: owners[given]
+        for place, given in zip(placeholders, inputs, strict=True)
+        if isinstance(given, fx.Node) and given in owners
+    }
+    rewrite(inner, inner_owners, report, compiled=compiled)
+    if not compiled:
+        node.target = calls.recompute
+        if "_checkpoint_context_fn" in inner.meta:
+            node.kwargs = {**node.kwargs, "context_fn": inner.meta["_checkpoint_context_fn"]}
+
+
+def _taken(found: list[Chain], writes: Writes, why: dict[str, str]) -> list[Chain]:
+    """The chains that pay, joined. A convolution to an image pays only behind one that does, or in channels_last."""
+    values: set[fx.Node] = set()
+
+    def pays(chain: Chain) -> bool:
+        reason = gains.why_left(chain, chain.x in values or regions.is_last(chain.x))
+        if reason is None:
+            values.add(chain.value)
+        else:
+            why.setdefault(chain.places[0], reason)
+        return reason is None
+
+    return chains.joined(found, pays, writes)
+
+
+def _note(found: list[Chain], taken: list[Chain], why: dict[str, str], report: Report) -> None:
+    for chain in taken:
+        for place, words in zip(chain.places, chain.words, strict=True):
+            report.take(place, words)
+    for chain in found:
+        place = chain.places[0]
+        if not any(place in other.places for other in taken):
+            report.leave(place, why.get(place) or chain.not_by_itself or "")
+        for kind, pair in chain.pairs:
+            report.meet(kind, [pair], any(chain.value in other.nodes for other in taken))
+    for place, reason in why.items():
+        report.leave(place, reason)
+
+
+def _put(graph: fx.Graph, taken: list[Chain]) -> list[fx.Node]:
+    """Replace the nodes of each chain by one call."""
+    values: dict[Any, fx.Node] = {}  # by the last node of a chain, which its call replaces
+    for chain in taken:
+        with graph.inserting_before(chain.value):
+            # an input or a computed weight may be the value of an earlier chain
+            x = values.get(chain.x, chain.x)
+            weights = [values.get(weight, weight) for weight in chain.weights]
+            biases = [values.get(bias, bias) for bias in chain.biases]
+            if chain.kinds == ["norm"]:
+                options: tuple[Any, ...] = (chain.groups, weights[0], biases[0], chain.eps, chain.activations[0])
+                call = graph.call_function(calls.norm, (x, *options))
+            else:
+                layers: tuple[Any, ...] = (weights, biases, chain.kinds, chain.paddings, chain.activations)
+                alpha, least = 1.0 if chain.alpha is None else chain.alpha, gains.least_at_run_time(chain)
+                call = graph.call_function(calls.stage, (x, *layers, alpha, least))
+        call.meta = {"example_value": chain.value.meta.get("example_value")}
+        chain.value.replace_all_uses_with(call)
+        values[chain.value] = call
+        for node in reversed(chain.nodes):
+            graph.erase_node(node)
+    return [*values.values()]
+
+
+def run(module: fx.GraphModule, inputs: list[Any], *, compiled: bool) -> Callable[..., Any]:
+    """What Dynamo calls from now on: the graph as it is, or what Inductor makes of it."""
+    if not compiled:
+        return module.forward
+    return torch._inductor.compile(module, inputs)
