@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastbegan.convert import accelerate
 from fastbegan.layers import Conv2dELU, UpsampleConv2dELU
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("take_all")]
 BEFORE: dict[str, Callable[[], nn.Module]] = {
     **{
         kind.__name__: kind
@@ -128,9 +128,9 @@ def test_gradients_before_an_accelerated_layer(name: str, batch: int, memory_for
     parts = (first, before, nn.Upsample(scale_factor=2), nn.Conv2d(channels, 6, 3, padding=1), nn.ELU())
     plain: Any = nn.Sequential(*parts).double()
     plain.to(memory_format=memory_format)
-    fast = accelerate(copy.deepcopy(plain))
-    assert "3" in fast.fastbegan_report.replaced
     x = torch.randn(batch, 4, 8, 8, dtype=torch.float64).contiguous(memory_format=memory_format)
+    fast = accelerate(copy.deepcopy(plain), example=x)
+    assert "3" in fast.fastbegan_report.replaced
     for got, expected in zip(_gradients(fast, x), _gradients(plain, x), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastbegan.convert import accelerate, chains, compare
 from tests.helpers.gans import GANS, seeded
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("take_all")]
 EVERY = pytest.mark.parametrize("name", GANS)
 
 

@@ -21,6 +21,7 @@ from tests.helpers.gans import seeded
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 pytestmark = [
     pytest.mark.core,
+    pytest.mark.usefixtures("take_all"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo of torch 2.7
 ]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastbegan.convert import accelerate, chains, compare, restore
 from tests.helpers.families import Interpolating, images, made
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("take_all")]
 Forward = Callable[[Any, Tensor], Any]
 X = images(2, 3, 6, 6)
 

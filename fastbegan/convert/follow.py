@@ -6,6 +6,7 @@ modules, hooks. One compiled function a module keeps modules of one class apart.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import types
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch._dynamo.callback
 import torch._dynamo.utils
 from torch import fx
 from torch.autograd import forward_ad
@@ -46,6 +48,7 @@ class _Running(threading.local):
 
     follower: Follower | None = None
     settings: Any = None
+    quiet: Any = None
 
 
 _running = _Running()
@@ -56,12 +59,16 @@ def function_of(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     It has a code object of its own, where Dynamo keeps what it compiled. With it everything is freed.
     """
-    if isinstance(forward, types.FunctionType):
+    if isinstance(forward, types.FunctionType) and forward.__module__.partition(".")[0] != "torch":
         code, space = forward.__code__.replace(), forward.__globals__
         own = types.FunctionType(code, space, forward.__name__, forward.__defaults__, forward.__closure__)
         own.__kwdefaults__ = forward.__kwdefaults__
-    else:
-        own = forward
+    else:  # Dynamo would wrap torch's functions by one that all of them share
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        own = types.FunctionType(inner.__code__.replace(), globals(), "forward", None, inner.__closure__)
     return torch.compile(own, backend=_backend)
 
 
@@ -76,7 +83,7 @@ def call(follower: Follower, function: Callable[..., Any], *args: Any, **kwargs:
             _running.follower = before
     if _running.settings is None:
         _running.settings = torch._dynamo.config.patch(**_SETTINGS)
-        _log.addFilter(_overhear)
+        _listen()
     _running.follower = follower
     breaks = sum(_breaks().values())
     try:
@@ -114,7 +121,26 @@ def _backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     return module.forward if follower is None else follower.graph(module, inputs)
 
 
-_log = logging.getLogger("torch._dynamo.convert_frame")
+@functools.cache
+def _listen() -> None:
+    """Once a process: hear what Dynamo tells of its work. Without a follower of ours nothing changes."""
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_overhear)
+    torch._dynamo.callback.on_compile_start(_hush)
+    torch._dynamo.callback.on_compile_end(_speak)
+
+
+def _hush(*_: object) -> None:
+    """Looking at inputs, Dynamo makes torch warn of what no user did; with warnings as errors it would fail."""
+    if _running.follower is not None:
+        _running.quiet = warnings.catch_warnings()
+        _running.quiet.__enter__()
+        warnings.simplefilter("ignore")
+
+
+def _speak(*_: object) -> None:
+    if _running.quiet is not None:
+        _running.quiet.__exit__(None, None, None)
+        _running.quiet = None
 
 
 def _overhear(record: logging.LogRecord) -> bool:

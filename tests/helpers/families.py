@@ -211,10 +211,10 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "unet": (UNet, (2, 3, 8, 12), 6),
     "normalised": (Normalised, (3, 6, 4, 4), 3),
     "reparametrised": (Reparametrised, (2, 4, 6, 6), 3),
-    "latent": (Latent, (2, 3, 8, 8), 2),
+    "latent": (Latent, (2, 3, 8, 8), 7),
     "equalised": (Equalised, (2, 4, 6, 6), 2),
 }
-"""How a family is made, the shape of its input, and how many of its convolutions are taken."""
+"""How a family is made, the shape of its input, and how many of its layers are taken."""
 
 
 class Base(nn.Module):
