@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastbegan.convert import accelerate, chains, compare
+from fastbegan.convert import accelerate, calls, compare
 from tests.helpers.gans import GANS, seeded
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("take_all")]
@@ -96,7 +96,7 @@ FAULTS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_refused(net: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where, change = FAULTS[fault]
-    real = chains.conv_stage
+    real = calls.conv_stage
 
     def faulty(x: Tensor, weights: Any, biases: Any, **options: Any) -> Tensor:
         x = _Faulty.apply(x, change) if where == "x" else x
@@ -105,7 +105,7 @@ def test_planted_faults_are_refused(net: str, fault: str, monkeypatch: pytest.Mo
         y = real(x, weights, biases, **options)
         return change(y) if where == "y" else y
 
-    monkeypatch.setattr(chains, "conv_stage", faulty)
+    monkeypatch.setattr(calls, "conv_stage", faulty)
     for seed in range(3):
         model, x = seeded(net, 2 * seed)
         if where == "bias" and net == "EBGAN's generator":
@@ -209,8 +209,8 @@ def test_nothing_is_left_of_a_check_that_was_cut_off(
 
 def test_a_fault_of_special_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moved inputs have none of them: an output is never excused."""
-    real = chains.conv_stage
-    monkeypatch.setattr(chains, "conv_stage", lambda x, *a, **o: real(x, *a, **o) * (2 if x.abs().min() == 0 else 1))
+    real = calls.conv_stage
+    monkeypatch.setattr(calls, "conv_stage", lambda x, *a, **o: real(x, *a, **o) * (2 if x.abs().min() == 0 else 1))
     with pytest.raises(RuntimeError, match="the check failed: the error of output 0"):
         accelerate(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ELU()), check=torch.rand(1, 3, 8, 8).round())
 

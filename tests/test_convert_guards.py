@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbegan.convert import accelerate, chains, compare, restore
+from fastbegan.convert import accelerate, calls, compare, restore
 from tests.helpers.families import Interpolating, images, made
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("take_all")]
@@ -137,9 +137,7 @@ def _plain_end_written(m: Any, x: Tensor) -> Tensor:
 def test_the_same_whatever_a_forward_does(forward: Forward) -> None:
     model = made(forward)
     own = copy.deepcopy(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no convolution was replaced
-        accelerate(model)
+    accelerate(model)
     assert model._modules.keys() == own._modules.keys()
     compare.compare(compare.values(own, X), compare.values(model, X), compare.truth(own, X)).require_near()
 
@@ -191,7 +189,7 @@ def test_changed_afterwards(change: str, compiled: bool) -> None:
     if compiled and "hook" in change:
         pytest.skip("torch.compile looks at hooks when it compiles, not afterwards")
     model = made(_all_parts)
-    accelerate(model)
+    accelerate(model, example=X)
     assert len(model.fastbegan_report.replaced) == 6
     run: Any = torch.compile(model, backend="eager") if compiled else model
     before = run(X)
@@ -200,12 +198,11 @@ def test_changed_afterwards(change: str, compiled: bool) -> None:
     for one in (model, own):
         torch.manual_seed(1)
         CHANGES[change](one)
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
+    with mock.patch.object(calls, "conv_stage", side_effect=calls.conv_stage) as counted:
         found, expected = run(X), own(X)
     torch.testing.assert_close(found, expected)
-    if not compiled and change != "no bias":
-        assert [str(one.message) for one in seen if "runs its own forward" in str(one.message)]
+    if not compiled:
+        assert counted.called and not model.fastbegan_report.breaks
         for output in (found, expected):
             output.sum().backward()
         for one, other in zip(model.parameters(), own.parameters(), strict=True):
@@ -220,7 +217,7 @@ def test_a_copy_is_as_fast() -> None:
     model = accelerate(made(_reads_much))
     one = copy.deepcopy(copy.deepcopy(model))
     assert "forward" in vars(one) and one.forward.__self__ is not model.forward.__self__
-    with mock.patch.object(chains, "conv_stage", side_effect=chains.conv_stage) as counted:
+    with mock.patch.object(calls, "conv_stage", side_effect=calls.conv_stage) as counted:
         torch.testing.assert_close(one(X), restore(model)(X))  # and a warning would be an error
     assert counted.called
 
@@ -230,16 +227,16 @@ def test_hooks_and_patches_from_before_are_respected() -> None:
     model.acts["e"].forward = lambda x: 5 * x
     own = copy.deepcopy(model)
     accelerate(model)
-    assert model.fastbegan_report.replaced["convs.0"] == "nearest x2, 3x3 convolution 3 -> 3"
     torch.testing.assert_close(model(X), own(X))
-    handle = nn.modules.module.register_module_forward_hook(lambda *given: None)
+    assert model.fastbegan_report.replaced["convs.0"] == "nearest x2, 3x3 convolution 3 -> 3"
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda *given: seen.append(type(given[0]).__name__))
     try:
-        with pytest.raises(RuntimeError, match="hooks on all modules are registered"):
-            accelerate(made(_all_parts))
-        with pytest.warns(UserWarning, match="all modules have hooks: Made runs its own forward"):
-            model(X)
+        torch.testing.assert_close(model(X), own(X))
     finally:
         handle.remove()
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :] and "Conv2d" in seen
+    torch.testing.assert_close(model(X), own(X))
 
 
 def test_what_is_left_is_not_looked_at_too_closely() -> None:
@@ -270,25 +267,28 @@ def test_check_takes_ordinary_models() -> None:
     assert "largest relative error" in str(accelerate(first, check=X).fastbegan_report)
 
 
-def test_check_says_where_nothing_fast_ran() -> None:
+def test_arguments_of_any_kind() -> None:
     def of_a_batch(m: Any, batch: Any) -> Tensor:
         return F.elu(m.conv(batch["x"]))
 
-    model = made(of_a_batch)
-    with pytest.warns(UserWarning, match="called with other arguments"):
-        accelerate(model, check={"x": X})
-    assert model.fastbegan_report.checked.startswith("the check ran no fast layer")
+    model = accelerate(made(of_a_batch), check={"x": X})
+    assert list(model.fastbegan_report.replaced) == ["conv"]
 
 
-def test_unpickled_where_it_can_no_longer_be_followed() -> None:
-    model = accelerate(made(_all_parts))
-    one = pickle.loads(pickle.dumps(_Pickled()))
-    assert isinstance(one, _Pickled)
-    restore(model)
+def test_check_says_where_nothing_fast_ran() -> None:
+    with pytest.warns(UserWarning, match="no layer was put on the fast layers"):
+        model = accelerate(nn.Sequential(nn.Conv2d(3, 3, 5), nn.ELU()), check=X)
+    assert str(model.fastbegan_report).endswith("without fast layers 0.0e+00; no fast layer ran") or (
+        "no fast layer ran" in str(model.fastbegan_report)
+    )
+
+
+def test_unpickled_it_is_followed_anew() -> None:
     fast = accelerate(_Pickled().eval())
     again = pickle.loads(pickle.dumps(fast)).train()
-    with pytest.warns(UserWarning, match="it can no longer be followed .it branches on values"):
-        assert torch.equal(again(X), type(again).forward(again, X))
+    with mock.patch.object(calls, "conv_stage", side_effect=calls.conv_stage) as counted:
+        torch.testing.assert_close(again(X), type(again).forward(again, X))
+    assert counted.call_count == 1
 
 
 class _Pickled(nn.Module):
@@ -307,7 +307,7 @@ def test_a_wrapped_forward_goes_back_too() -> None:
     fast = model.forward
     model.forward = lambda x: 2 * fast(x)
     restore(model)
-    with mock.patch.object(chains, "conv_stage", side_effect=AssertionError):
+    with mock.patch.object(calls, "conv_stage", side_effect=AssertionError):
         assert torch.equal(model(X), 2 * type(model).forward(model, X))
 
 

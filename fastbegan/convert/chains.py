@@ -8,6 +8,7 @@ that follow each other.
 from __future__ import annotations
 
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ _KINDS = {
     ((2, 2), (0, 1, 0, 1)): "down_end",
 }
 _KINDS_1X1 = {((1, 1), (0, 0)): "same", ((2, 2), (0, 0)): "down"}
+_ROOT = re.compile(r"^L\['\w+'\](\[\d+\])?\.?")  # in "L['self'].decoder.conv"
 _NO_NEIGHBOUR = "it has neither an upsampling before nor an activation behind it"
 
 
@@ -138,8 +140,7 @@ def _place(node: fx.Node, owners: dict[fx.Node, str]) -> str:
     if weight in owners:
         return owners[weight]
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = stack[-1][0].partition("']")[2] if stack else ""  # "L['self'].decoder.conv"
-    return path.replace("._modules['", ".").replace("']", "").strip(".") or node.name
+    return _ROOT.sub("", stack[-1][0]) if stack and _ROOT.sub("", stack[-1][0]) else node.name
 
 
 def _arguments(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ modules, hooks. One compiled function a module keeps modules of one class apart.
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import types
@@ -83,7 +82,7 @@ def call(follower: Follower, function: Callable[..., Any], *args: Any, **kwargs:
             _running.follower = before
     if _running.settings is None:
         _running.settings = torch._dynamo.config.patch(**_SETTINGS)
-        _listen()
+    _listen()
     _running.follower = follower
     breaks = sum(_breaks().values())
     try:
@@ -121,12 +120,16 @@ def _backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     return module.forward if follower is None else follower.graph(module, inputs)
 
 
-@functools.cache
+_log = logging.getLogger("torch._dynamo.convert_frame")
+
+
 def _listen() -> None:
-    """Once a process: hear what Dynamo tells of its work. Without a follower of ours nothing changes."""
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(_overhear)
-    torch._dynamo.callback.on_compile_start(_hush)
-    torch._dynamo.callback.on_compile_end(_speak)
+    """Hear what Dynamo tells of its work. Without a follower of ours nothing changes."""
+    handler = torch._dynamo.callback.callback_handler
+    if _hush not in handler.start_callbacks:  # the first time, and after torch.compiler.reset()
+        _log.addFilter(_overhear)
+        handler.register_start_callback(_hush)
+        handler.register_end_callback(_speak)
 
 
 def _hush(*_: object) -> None:

@@ -23,7 +23,6 @@ from .report import UNSEEN, Report
 from .rewrite import rewrite, run
 
 Model = TypeVar("Model", bound=nn.Module)
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.GroupNorm)
 
 
 def accelerate(model: Model, *, example: Any = None, check: Any = None, compile: bool = False) -> Model:
@@ -124,12 +123,20 @@ def _put(model: nn.Module, *, compile: bool) -> list[FastForward]:
     for path, module in model.named_modules():
         if module is model or _has_parts(module):
             shells.append(FastForward(module, path, report, compile=compile))
-        if isinstance(module, _LAYERS):
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.GroupNorm):
             report.left[path] = UNSEEN
+        elif "Conv" in kind and kind.startswith("torch.") and _has_weight(module):
+            report.left[path] = f"a {kind}, and only nn.Conv2d is taken"
     for shell in shells:
         shell.module.forward = shell.forward
     model.fastbegan_report = report  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     return shells
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Looks at names only: reading a parametrized weight computes it, and spectral norm counts its computations."""
+    return not {"weight", "_packed_params"}.isdisjoint({*module._parameters, *module._buffers, *vars(module)})
 
 
 def _has_parts(module: nn.Module) -> bool:
