@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference, tiers, tuning
 from .dispatch import allows_tf32, asked_for, autocast, op_impl
-from .fold import fold, pack, unpack_gradient
+from .fold import fold, kept, pack, unpack_gradient
 from .layout import is_channels_last, lay_out
 from .problems import Layer
 from .recorded import recorded_gradients
@@ -127,6 +127,12 @@ def _run(
     """A stage without silu; `stage.impl` is "plain" or from `op_impl`."""
     skip = None if skip is None else skip.to(x.dtype)
     if stage.impl == "plain":
+        tensors = [value for value in (x, skip, *weights, *(biases or ())) if value is not None]
+        watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not watched and not (torch.is_grad_enabled() and any(value.requires_grad for value in tensors)):
+            layers = zip(weights, stage.kinds.split(), strict=False)
+            packed = [kept(weight, _packing(weight, kind), x.dtype) for weight, kind in layers]
+            return lay_out(_outputs(x, packed, biases or (), skip, stage)[-1], output_last)
         return _Plain.apply(x, skip, *stage, output_last, gradient_last, len(weights), *weights, *(biases or ()))
     weights = list(weights)
     for number, (weight, kind) in enumerate(zip(weights, stage.kinds.split() * stage.copies, strict=True)):

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import problems, tuning
 from .dispatch import op_impl
@@ -115,6 +116,32 @@ def unpack_gradient(gradient: Tensor, kind: str, dtype: torch.dtype, *, channels
     return lay_out(_TRANSPOSES[kind](gradient.to(dtype), channels_last), channels_last)
 
 
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def kept(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """Pack a weight for a call that needs no gradient, and keep the result as long as the weight is the same.
+
+    Values are compared: torch counts no writes through `.data`, which averages of weights are often made with. Nothing
+    is kept on other devices than a CPU, where comparing waits for the device, and of tensors that are no parameters.
+
+    Args:
+        weight: [K, C, k, k].
+        kind: One of KINDS.
+        dtype: Dtype of the result.
+
+    Returns:
+        The packed weight, channels_last. It is shared, so nobody may write into it.
+    """
+    if kind == "conv" or weight.device.type != "cpu" or not isinstance(weight, nn.Parameter):
+        return pack(weight, kind, dtype)
+    source, packed = _kept.get(weight, (None, None))
+    if source is None or packed is None or packed.dtype != dtype or not torch.equal(source, weight):
+        source, packed = weight.detach().clone(), pack(weight, kind, dtype)
+        _kept[weight] = source, packed
+    return packed
+
+
 class _PlainFold(torch.autograd.Function):
     """`pack` with its transpose written out. Autograd's own, slice by slice, takes several times as long."""
 
@@ -202,15 +229,16 @@ def _fold_taps(weight: Tensor, dim: int) -> Tensor:
 
 
 def _unfold_upsample(grad: Tensor, channels_last: bool = True) -> Tensor:
-    """The transpose of `fold_upsample`, computed in the memory order of its result."""
-    if not channels_last:
-        return _unfold_taps(_unfold_taps(grad.transpose(0, 1), 2), 3)
-    return _unfold_taps(_unfold_taps(grad.permute(1, 2, 3, 0), 1), 2).permute(0, 3, 1, 2)
-
-
-def _unfold_taps(grad: Tensor, dim: int) -> Tensor:
-    a, b, c, d = grad.unbind(dim)
-    return torch.stack((c + d, b + c, a + b), dim)
+    """The transpose of `fold_upsample`; the last copy is a transposition of two dimensions, which torch does fast."""
+    channels, outputs = grad.shape[:2]
+    taps = grad.permute(0, 2, 3, 1)
+    for dim in (1, 2):  # tap t of the weight is in the sums 2 - t and 3 - t
+        taps = taps.narrow(dim, 0, 3) + taps.narrow(dim, 1, 3)
+    taps = taps.flip(1, 2)
+    if channels_last:
+        flat = taps.permute(1, 2, 0, 3).reshape(-1, outputs).t().contiguous()
+        return flat.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)
+    return taps.reshape(-1, outputs).t().contiguous().view(outputs, channels, 3, 3)
 
 
 def _unfold_skip(grad: Tensor, channels_last: bool = True) -> Tensor:
