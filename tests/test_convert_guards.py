@@ -200,13 +200,14 @@ def test_changed_afterwards(change: str, compiled: bool) -> None:
         CHANGES[change](one)
     with mock.patch.object(calls, "conv_stage", side_effect=calls.conv_stage) as counted:
         found, expected = run(X), own(X)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
     if not compiled:
         assert counted.called and not model.fastbegan_report.breaks
         for output in (found, expected):
             output.sum().backward()
         for one, other in zip(model.parameters(), own.parameters(), strict=True):
-            torch.testing.assert_close(one.grad, other.grad)
+            atol = 1e-5 * float(other.grad.abs().max()) if other.grad is not None else 0.0
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=atol)
 
 
 def _reads_much(m: Any, x: Tensor) -> Tensor:
@@ -216,7 +217,7 @@ def _reads_much(m: Any, x: Tensor) -> Tensor:
 def test_a_copy_is_as_fast() -> None:
     model = accelerate(made(_reads_much))
     one = copy.deepcopy(copy.deepcopy(model))
-    assert "forward" in vars(one) and one.forward.__self__ is not model.forward.__self__
+    assert "forward" in vars(one) and one.forward.module is one
     with mock.patch.object(calls, "conv_stage", side_effect=calls.conv_stage) as counted:
         torch.testing.assert_close(one(X), restore(model)(X))  # and a warning would be an error
     assert counted.called

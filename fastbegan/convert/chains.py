@@ -140,7 +140,8 @@ def _place(node: fx.Node, owners: dict[fx.Node, str]) -> str:
     if weight in owners:
         return owners[weight]
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return _ROOT.sub("", stack[-1][0]) if stack and _ROOT.sub("", stack[-1][0]) else node.name
+    path = _ROOT.sub("", stack[-1][0]).replace("_modules['", "").replace("']", "") if stack else ""
+    return path or node.name
 
 
 def _arguments(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
@@ -182,13 +183,16 @@ def _layer(node: fx.Node, place: str, writes: Writes) -> Chain:
             left = doubled
         elif writes.later(doubled, x):
             left = "the upsampling's input is changed in place later"
+        elif writes.between([x, *nodes]):
+            left = "a tensor is changed, or gradients are switched, between the upsampling and it"
         else:
             kind, nodes, words, x = "up", [x, *nodes], ["nearest x2", *words], doubled
             pairs.append(("up", place))
     activation, alpha = "none", None
     after = _activation(node, writes)
     # the backward reads the activation's output, so nothing may change it in place
-    if after is not None and not writes.later(after.nodes[-1], after.nodes[-1]):
+    overwritten = after is not None and writes.later(after.nodes[-1], after.nodes[-1])
+    if after is not None and not overwritten and not writes.between([*nodes, *after.nodes]):
         activation, alpha = after.name, after.alpha
         nodes = [*nodes, *after.nodes]
         words.append(activation)

@@ -41,16 +41,25 @@ class Follower(Protocol):
         """Why a forward, or a part of it, is not followed."""
         ...
 
+    def begin_anew(self) -> None:
+        """Forget what was followed."""
+        ...
+
 
 class _Running(threading.local):
     """The follower whose forward runs in this thread."""
 
     follower: Follower | None = None
     settings: Any = None
-    quiet: Any = None
+    failures: list[str]
+
+    def __init__(self) -> None:
+        self.failures = []
 
 
 _running = _Running()
+_quiet: warnings.catch_warnings | None = None
+_SHARED = "'__call__'"
 
 
 def function_of(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,30 +82,36 @@ def function_of(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def call(follower: Follower, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a function of `function_of` for a follower."""
-    before = _running.follower
-    if before is not None:  # inside of a forward that is followed in parts
+    outer = _running.follower
+    if outer is not None:  # inside of a forward that is followed in parts
         _running.follower = follower
         try:
             return function(*args, **kwargs)
         finally:
-            _running.follower = before
+            _running.follower = outer
     if _running.settings is None:
         _running.settings = torch._dynamo.config.patch(**_SETTINGS)
     _listen()
     _running.follower = follower
-    breaks = sum(_breaks().values())
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    before = dict(breaks)
     try:
         with _running.settings:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+    except Exception:
+        follower.begin_anew()  # the user's error, after which Dynamo may pass by this forward for good
+        raise
+    else:
+        for reason in _running.failures:
+            follower.note(reason)
+        return result
     finally:
         _running.follower = None
-        if sum(_breaks().values()) > breaks:
-            for reason in _breaks():
-                follower.note(reason.splitlines()[0])
-
-
-def _breaks() -> dict[str, int]:
-    return torch._dynamo.utils.counters["graph_break"]
+        _running.failures = []
+        if breaks != before:
+            for reason in breaks:
+                if breaks[reason] > before.get(reason, 0):
+                    follower.note(reason.splitlines()[0])
 
 
 def is_inside() -> bool:
@@ -107,7 +122,8 @@ def is_inside() -> bool:
 def is_watched() -> bool:
     """Whether torch.compile, export, jit.trace, torch.func or forward-mode differentiation look at what runs."""
     return (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()  # of this thread; is_compiling() tells of others, too
+        or torch.compiler.is_exporting()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -134,16 +150,19 @@ def _listen() -> None:
 
 def _hush(*_: object) -> None:
     """Looking at inputs, Dynamo makes torch warn of what no user did; with warnings as errors it would fail."""
-    if _running.follower is not None:
-        _running.quiet = warnings.catch_warnings()
-        _running.quiet.__enter__()
+    global _quiet
+    if _running.follower is not None and _quiet is None:
+        _quiet = warnings.catch_warnings()
+        _quiet.__enter__()
         warnings.simplefilter("ignore")
 
 
 def _speak(*_: object) -> None:
-    if _running.quiet is not None:
-        _running.quiet.__exit__(None, None, None)
-        _running.quiet = None
+    # the last of the threads that compile may be another than the first
+    global _quiet
+    if _quiet is not None:
+        _quiet.__exit__(None, None, None)
+        _quiet = None
 
 
 def _overhear(record: logging.LogRecord) -> bool:
@@ -153,10 +172,12 @@ def _overhear(record: logging.LogRecord) -> bool:
         return True
     error = record.exc_info[1] if record.exc_info else None
     if error is not None:
-        if not isinstance(error, torch._dynamo.exc.TorchRuntimeError):  # those are the user's; his own forward raises them
-            follower.note(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+        cause = getattr(error, "inner_exception", None) or error
+        _running.failures.append(f"{type(cause).__name__}: {next(iter(str(cause).strip().splitlines()), '')}")
         return False
     if "recompile_limit" in record.getMessage():
+        if _SHARED in record.getMessage():  # the frame of a shell, whose forward has a limit of its own
+            return False
         warnings.warn(
             f"a forward has more than {VARIANTS} variants (grad mode, autocast, dtypes, shapes, values that it reads): "
             "further ones run without fast layers",

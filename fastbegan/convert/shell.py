@@ -23,6 +23,7 @@ from .report import UNSEEN, Report
 from .rewrite import rewrite, run
 
 Model = TypeVar("Model", bound=nn.Module)
+_ERRORS = 8  # calls of a forward that raise, after each of which it is followed anew
 
 
 def accelerate(model: Model, *, example: Any = None, check: Any = None, compile: bool = False) -> Model:
@@ -129,7 +130,7 @@ def _put(model: nn.Module, *, compile: bool) -> list[FastForward]:
         elif "Conv" in kind and kind.startswith("torch.") and _has_weight(module):
             report.left[path] = f"a {kind}, and only nn.Conv2d is taken"
     for shell in shells:
-        shell.module.forward = shell.forward
+        shell.module.forward = shell
     model.fastbegan_report = report  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     return shells
 
@@ -176,7 +177,7 @@ def _original_forwards(shells: list[FastForward]) -> Iterator[None]:
         yield
     finally:
         for shell in shells:
-            shell.module.forward = shell.forward
+            shell.module.forward = shell
 
 
 def restore(model: Model) -> Model:
@@ -203,12 +204,14 @@ def restore(model: Model) -> Model:
 
 
 def _shell(module: nn.Module) -> FastForward | None:
-    owner = getattr(module.__dict__.get("forward"), "__self__", None)
-    return owner if isinstance(owner, FastForward) else None
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, FastForward) else None
 
 
 class FastForward:
     """The forward of an accelerated module: its class's forward, followed, on fast layers.
+
+    It is an object and no function, so that copies and pickles of the module copy it too.
 
     Args:
         module: The module.
@@ -218,18 +221,7 @@ class FastForward:
     """
 
     def __init__(self, module: nn.Module, path: str, report: Report, *, compile: bool) -> None:
-        self.module, self.path, self.report, self.compile = module, path, report, compile
-        self.own = type(module).forward
-
-    @property
-    def forward(self) -> types.MethodType:
-        """The value of the instance's `forward`: a method, so that copies and pickles of the module copy this too."""
-        if "method" not in self.__dict__:
-            # with its own code object: Dynamo counts compilations by code
-            function = types.FunctionType(_forward.__code__.replace(), globals(), "forward")
-            function.__signature__ = inspect.signature(type(self.module).forward)  # pyright: ignore
-            self.method = function
-        return types.MethodType(self.method, self)
+        self.__setstate__({"module": module, "path": path, "report": report, "compile": compile})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if follow.is_watched() or self.report.restored:
@@ -241,10 +233,16 @@ class FastForward:
             self.followed, self.function = self.own, follow.function_of(self.own)
         return follow.call(self, self.function, self.module, *args, **kwargs)
 
+    @property
+    def __code__(self) -> types.CodeType:
+        """The code of the class's forward, which torch.export looks at."""
+        return self.own.__code__
+
     def _shells(self) -> list[FastForward]:
         """Those of this module and of all inside."""
         if "inner" not in self.__dict__:
-            self.inner = [shell for module in self.module.modules() if (shell := _shell(module)) is not None]
+            shells = [_shell(module) for module in self.module.modules()]
+            self.inner = [shell for shell in shells if shell is not None]
         return self.inner
 
     def graph(self, module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -262,14 +260,17 @@ class FastForward:
         """Why a part of this forward is not followed (`follow.Follower`)."""
         self.report.breaks[reason] = self.report.breaks.get(reason, 0) + 1
 
+    def begin_anew(self) -> None:
+        """Forget what was followed, unless that becomes a habit (`follow.Follower`)."""
+        self.errors = self.__dict__.get("errors", 0) + 1
+        if self.errors <= _ERRORS:
+            self.followed = None
+
     def __getstate__(self) -> dict[str, Any]:
         # code is not pickled or copied: a copy is followed anew
         return {name: self.__dict__[name] for name in ("module", "path", "report", "compile")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.own = type(self.module).forward
-
-
-def _forward(fast: FastForward, *args: Any, **kwargs: Any) -> Any:
-    return fast(*args, **kwargs)
+        self.__dict__ |= state
+        self.own: Callable[..., Any] = type(self.module).forward
+        self.__signature__ = inspect.signature(self.own.__get__(self.module))
