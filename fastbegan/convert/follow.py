@@ -6,11 +6,12 @@ modules, hooks. One compiled function a module keeps modules of one class apart.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +52,7 @@ class _Running(threading.local):
 
     follower: Follower | None = None
     settings: Any = None
+    idle: bool = False
     failures: list[str]
 
     def __init__(self) -> None:
@@ -117,6 +119,21 @@ def call(follower: Follower, function: Callable[..., Any], *args: Any, **kwargs:
 def is_inside() -> bool:
     """Whether this thread runs a forward that is followed."""
     return _running.follower is not None
+
+
+def is_idle() -> bool:
+    """Whether this thread runs a forward in which nothing is faster."""
+    return _running.idle
+
+
+@contextlib.contextmanager
+def idle() -> Iterator[None]:
+    """Inside, nothing is followed."""
+    before, _running.idle = _running.idle, True
+    try:
+        yield
+    finally:
+        _running.idle = before
 
 
 def is_watched() -> bool:

@@ -17,7 +17,7 @@ _CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
 Verdict = Callable[[Chain, bool], "str | None"]
 
 
-def rewrite(module: fx.GraphModule, owners: dict[fx.Node, str], report: Report, *, compiled: bool) -> None:
+def rewrite(module: fx.GraphModule, owners: dict[fx.Node, str], report: Report, *, compiled: bool) -> int:
     """Replace each chain that pays in a graph, and in the parts of it that are recomputed in the backward.
 
     Args:
@@ -25,24 +25,29 @@ def rewrite(module: fx.GraphModule, owners: dict[fx.Node, str], report: Report, 
         owners: For inputs that are parameters, the paths of their modules.
         report: Gets what was taken and what was left.
         compiled: Whether a compiler gets the graph, which treats recomputed parts itself.
+
+    Returns:
+        The number of calls that replace something.
     """
     graph = module.graph
+    inner = 0
     for node in graph.nodes:
         if getattr(node.target, "__name__", "") in _CHECKPOINTS:
-            _enter(module, node, owners, report, compiled=compiled)
+            inner += _enter(module, node, owners, report, compiled=compiled)
     writes = Writes(graph)
     found, left = chains.find(graph, owners, writes)
-    why = {place: reason for place, reason in left.items()}
+    why = dict(left)
     taken = _taken(found, writes, why)
     regions.lay_out(graph, set(_put(graph, taken)))
     _note(found, taken, why, report)
     graph.lint()
     module.recompile()
+    return inner + len(taken)
 
 
 def _enter(
     module: fx.GraphModule, node: fx.Node, owners: dict[fx.Node, str], report: Report, *, compiled: bool
-) -> None:
+) -> int:
     body, *inputs = node.args
     assert isinstance(body, fx.Node)
     inner = module.get_submodule(str(body.target))
@@ -53,11 +58,12 @@ def _enter(
         for place, given in zip(placeholders, inputs, strict=True)
         if isinstance(given, fx.Node) and given in owners
     }
-    rewrite(inner, inner_owners, report, compiled=compiled)
+    taken = rewrite(inner, inner_owners, report, compiled=compiled)
     if not compiled:
         node.target = calls.recompute
         if "_checkpoint_context_fn" in inner.meta:
             node.kwargs = {**node.kwargs, "context_fn": inner.meta["_checkpoint_context_fn"]}
+    return taken
 
 
 def _taken(found: list[Chain], writes: Writes, why: dict[str, str]) -> list[Chain]:

@@ -226,12 +226,22 @@ class FastForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if follow.is_watched() or self.report.restored:
             return self.own(self.module, *args, **kwargs)
+        if follow.is_idle():  # nothing in the model around it is faster
+            return self.own(self.module, *args, **kwargs)
+        call = _signature(args, kwargs)
+        if call in self.idle:
+            with follow.idle():
+                return self.own(self.module, *args, **kwargs)
         if not follow.is_inside():
             for shell in self._shells():
                 shell.own = type(shell.module).forward  # a class may have changed, and Dynamo watches this attribute
         if self.__dict__.get("followed") is not self.own:
             self.followed, self.function = self.own, follow.function_of(self.own)
-        return follow.call(self, self.function, self.module, *args, **kwargs)
+        self.graphs = self.taken = 0
+        result = follow.call(self, self.function, self.module, *args, **kwargs)
+        if self.graphs and not self.taken and not self.compile and not self.report.breaks:
+            self.idle.add(call)
+        return result
 
     @property
     def __code__(self) -> types.CodeType:
@@ -253,7 +263,8 @@ class FastForward:
         owners = {
             node: paths[id(value)] for node, value in zip(placeholders, inputs, strict=True) if id(value) in paths
         }
-        rewrite(module, owners, self.report, compiled=self.compile)
+        self.graphs += 1
+        self.taken += rewrite(module, owners, self.report, compiled=self.compile)
         return run(module, inputs, compiled=self.compile)
 
     def note(self, reason: str) -> None:
@@ -273,4 +284,12 @@ class FastForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self.own: Callable[..., Any] = type(self.module).forward
+        self.idle: set[Any] = set()
         self.__signature__ = inspect.signature(self.own.__get__(self.module))
+
+
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What of a call decides whether anything in it is faster."""
+    given = [*args, *kwargs.values()] if kwargs else args
+    shapes = tuple((value.shape, value.dtype, value.device) if isinstance(value, Tensor) else type(value) for value in given)
+    return torch.is_grad_enabled(), shapes
