@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from fastbegan.convert import accelerate
 from fastbegan.runs.checkpoint import list_checkpoints
 from fastbegan.runs.folder import RunFolder
 from tests.helpers.processes import ROOT
@@ -147,31 +149,74 @@ def test_doctor(tmp_path: Path, gpus: str, words: str) -> None:
     assert f"Pretended sm_{gpus}" in done.stdout and words in done.stdout and "conv2d_elu" in done.stdout
 
 
-_ACCELERATE = """
+_REWRITTEN = """
+import importlib
+import sys
 import torch
-from torch import nn
-from fastbegan import accelerate
 from tests.pretended.findings import FINDINGS
-torch.manual_seed(0)
-decoder = nn.Sequential(
-    nn.Conv2d(8, 8, 3, padding=1), nn.ELU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1), nn.ELU(),
-    nn.Conv2d(8, 3, 3, padding=1),
-).cuda()
-x = torch.randn(2, 8, 4, 4, device="cuda")
-accelerate(decoder, check=x)
-print(decoder.fastbegan_report.checked)
-y = decoder(x)
+source, names, inputs = torch.load(sys.argv[1], weights_only=False)
+space = {"torch": torch}
+space |= {name: getattr(importlib.import_module(home), function) for name, (home, function) in names.items()}
+exec(source, space)
+graph = lambda *values: space["forward"](None, *values)
+expected = graph(*inputs)[0]
+inputs = [value.detach().cuda().requires_grad_() for value in inputs]
+y = graph(*inputs)[0]
 y.sum().backward()
-print(y.device, next(decoder.parameters()).grad.device)
+print(torch.allclose(y.cpu(), expected, atol=1e-5), {str(value.grad.device) for value in inputs})
 before = FINDINGS.snapshot()
-decoder(x)
+graph(*inputs)
 print(FINDINGS.since(before))
 """
 
 
 @pytest.mark.slow
-def test_an_accelerated_decoder(tmp_path: Path) -> None:
-    done = run(["-c", _ACCELERATE], pretended(tmp_path))
+@pytest.mark.usefixtures("take_all")
+def test_a_rewritten_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo does not look at the pretended device; what it and we made on a CPU runs there, and waits for nothing."""
+    seen: list[tuple[Any, Any]] = []
+
+    def keep(module: Any, inputs: Any, *, compiled: bool) -> Any:
+        seen.append((module, inputs))
+        return module.forward
+
+    monkeypatch.setattr("fastbegan.convert.shell.run", keep)
+    layers = (nn.ELU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU())
+    net: Any = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), *layers, nn.Conv2d(8, 3, 3, padding=1), nn.ReLU())
+    accelerate(net, example=torch.randn(2, 8, 4, 4))
+    assert set(net.fastbegan_report.replaced) == {"0", "3", "4", "6"}
+    (module, inputs), *others = seen
+    code = module.graph.python_code("self")
+    ours = {name: function for name, function in code.globals.items() if callable(function) and "fastbegan" in name}
+    names = {name: (function.__module__, function.__name__) for name, function in ours.items()}
+    torch.save((code.src, names, inputs), tmp_path / "graph.pt")
+    done = run(["-c", _REWRITTEN, str(tmp_path / "graph.pt")], pretended(tmp_path))
     assert done.returncode == 0, done.stderr
-    checked, devices, waits = done.stdout.splitlines()[-3:]
-    assert checked and devices == "cuda:0 cuda:0" and waits == "[]", done.stdout
+    assert not others and len(names) == 4 and done.stdout.splitlines() == ["True {'cuda:0'}", "[]"], done.stdout
+
+
+_RACED = """
+import torch
+from fastbegan_kernels import tuning
+from fastbegan_kernels.replacement import Replacement, pays
+device = torch.device("cuda", 0)
+problems = [
+    Replacement("up", "elu", "float32", (2, 16, 8, 8), (16, 16, 3, 3), backward=True),
+    Replacement("norm", "silu", "float32", (2, 16, 8, 8), groups=4, backward=True, channels_last=True),
+    Replacement("down_end", "silu", "float16", (2, 16, 8, 8), (8, 16, 3, 3), bias=False),
+]
+print([tuning._known(problem, device, "auto") for problem in problems])
+print([pays(problem, device) for problem in problems])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fastest", ["replaced", "untouched"])
+def test_a_chain_is_raced_against_the_layers_as_they_are(fastest: str, tmp_path: Path) -> None:
+    """Both are checked, the faster is taken, and kept for the next process."""
+    variables = pretended(tmp_path, "80", fastest)
+    del variables["PRETENDED_TRUST"]
+    for known in (None, fastest):
+        done = run(["-c", _RACED], variables)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == [str([known] * 3), str([fastest == "replaced"] * 3)], done.stdout

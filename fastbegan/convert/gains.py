@@ -2,7 +2,7 @@
 
 On a CPU a fixed rule decides, from measurements of one layer at a time (`bench/bench_accelerate_rule.py` holds it): an
 up-convolution pays from about 256 pixels of its input, more for few or many channels, and a convolution to an image
-pays in channels_last. All else is as fast in torch's own operations. On a GPU every chain is taken.
+pays in channels_last. All else is as fast in torch's own operations. On a GPU both ways are raced once (`replacement`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+
+from fastbegan_kernels.dispatch import allows_tf32
+from fastbegan_kernels.replacement import Replacement, pays
 
 from .chains import Chain, example
 
@@ -32,10 +35,31 @@ def why_left(chain: Chain, channels_last: bool) -> str | None:
     x = example(chain.x)
     if x is None or x.device.type not in ("cpu", "cuda"):
         return f"it runs on {'nothing known' if x is None else x.device.type}; fast layers run on cpu and cuda"
-    return None if x.device.type == "cuda" else _on_cpu(chain, x, channels_last)
+    return _on_gpu(chain, x, channels_last) if x.device.type == "cuda" else _on_cpu(chain, x, channels_last)
 
 
-def _on_cpu(chain: Chain, x: torch.Tensor, channels_last: bool) -> str | None:
+def _on_gpu(chain: Chain, x: Tensor, channels_last: bool) -> str | None:
+    value = example(chain.value)
+    assert value is not None
+    weight = None if chain.weights[0] is None else example(chain.weights[0])
+    problem = Replacement(
+        kind=chain.kinds[0],
+        activation=chain.activations[0],
+        dtype=str(value.dtype).removeprefix("torch."),  # autocast's, where it is on
+        x=tuple(map(_hint, x.shape)),
+        weight=() if chain.kinds == ["norm"] or weight is None else tuple(map(_hint, weight.shape)),
+        bias=chain.biases[0] is not None,
+        alpha=1.0 if chain.alpha is None else chain.alpha,
+        channels_last=channels_last,
+        backward=value.requires_grad,
+        groups=chain.groups,
+        eps=chain.eps or 1e-5,
+        tf32=value.dtype == torch.float32 and allows_tf32(),
+    )
+    return None if pays(problem, x.device) else "the layers as they are were measured to be faster on this GPU"
+
+
+def _on_cpu(chain: Chain, x: Tensor, channels_last: bool) -> str | None:
     if chain.kinds == ["norm"]:
         return "torch's own GroupNorm is as fast on a CPU"
     weight = example(chain.weights[0]) if chain.weights[0] is not None else None

@@ -94,7 +94,7 @@ def _keeps_format(node: fx.Node) -> bool:
 
 def _fits(x: Tensor | None, value: Tensor) -> bool:
     """Whether an operand has the value's shape, or does not decide on its format."""
-    return x is None or x.shape == value.shape or x.dim() == 0 or (x.dim() == 4 and x.shape[2:] == (1, 1))
+    return x is None or x.shape == value.shape or x.dim() == 0 or (x.dim() in (3, 4) and x.shape[-2:] == (1, 1))
 
 
 def is_last(node: fx.Node) -> bool:

@@ -126,6 +126,40 @@ class Layer:
         return self.run("plain", tensors), self.run("plain", exact)
 
 
+class Race:
+    """Ways to compute the same thing, made of other problems, each of which is tried by itself."""
+
+    candidates: tuple[str, ...] = ()
+    tf32: bool = False
+
+    @property
+    def name(self) -> str:
+        """One line for warnings."""
+        raise AssertionError
+
+    def variant(self, form: str) -> str:
+        """A name for a form of this problem."""
+        return f"{self.name} {form}"
+
+    def tensors(self, device: torch.device, *, whole: bool = True) -> dict[str, Tensor | None]:
+        """Random inputs. Without `whole`, only as many samples as a check needs."""
+        raise AssertionError
+
+    def run(self, form: str, tensors: dict[str, Tensor | None]) -> list[Tensor]:
+        """What a form computes."""
+        raise AssertionError
+
+    def results(self, form: str, device: torch.device) -> list[Tensor]:
+        """The results of a form on the inputs of a check."""
+        return self.run(form, self.tensors(device, whole=False))
+
+    def expected(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """The first candidate's results for a check in this dtype, and the exact ones in float64."""
+        tensors = self.tensors(device, whole=False)
+        exact = {name: None if value is None else value.double() for name, value in tensors.items()}
+        return self.run(self.candidates[0], tensors), self.run(self.candidates[0], exact)
+
+
 def excess(got: Tensor, plain: Tensor, exact: Tensor, *, tf32: bool = False, factor: float = 2.0) -> float:
     """Largest error over the allowed one; above 1 is wrong. NaN, infinity and a wrong shape give 1e9."""
     if got.shape != exact.shape:

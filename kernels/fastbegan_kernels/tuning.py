@@ -32,9 +32,9 @@ from . import cache, child
 from .cache import cache_file, environment  # noqa: F401  # part of this module's interface
 from .child import NoChildError, Trial
 from .faults import in_short, is_cuda_error, is_of_the_kernel, is_out_of_memory
-from .problems import Layer, Pointwise, dtype_named, excess
+from .problems import Layer, Pointwise, Race, dtype_named, excess
 
-Problem = Layer | Pointwise
+Problem = Layer | Pointwise | Race
 Asked = tuple[torch.device, Problem, str]
 _chosen: dict[Asked, str] = {}  # the key ends with a tier and torch's flags (`_tier`)
 _adopted: dict[str, str] = {}
@@ -88,6 +88,13 @@ def pointwise(op: str, dtype: torch.dtype, device: torch.device, impl: str) -> b
     if (form := _chosen.get((device, problem, _tier("auto")))) is None:
         form = _first_met(problem, device, "auto")
     return form == "fused"
+
+
+def race(problem: Race, device: torch.device) -> str:
+    """The fastest right one of a problem's own `candidates`; "plain" where none is right."""
+    if (form := _chosen.get((device, problem, _tier("auto")))) is None:
+        form = _first_met(problem, device, "auto")
+    return form
 
 
 def _first_met(problem: Problem, device: torch.device, impl: str) -> str:
@@ -179,6 +186,8 @@ def _key(problem: Problem, impl: str) -> str:
 
 def forms(problem: Problem, device: torch.device, impl: str) -> list[str]:
     """The candidates besides "plain"."""
+    if isinstance(problem, Race):
+        return [*problem.candidates]
     if isinstance(problem, Pointwise):
         return ["fused"]
     tiles = [] if impl == "algebraic" else _tiles(problem, device)
@@ -272,7 +281,7 @@ def outcomes(
         else:
             verdicts[form] = Outcome(form, trial.fault, lasting=trial.lasting)
     right = [form for form in candidates if verdicts[form].fault is None]
-    if isinstance(problem, Layer) and (len(right) > 1 or (again and right)):
+    if not isinstance(problem, Pointwise) and (len(right) > 1 or (again and right)):
         try:
             tensors = problem.tensors(device)
             seconds = measure({form: functools.partial(problem.run, form, tensors) for form in right}, device)
@@ -295,11 +304,12 @@ def _checked(problem: Problem, device: torch.device, form: str, plain: list[Tens
         if is_cuda_error(error):  # this process cannot run kernels any more
             raise
         return Outcome(form, f"failed ({in_short(error)})", lasting=is_of_the_kernel(error))
-    tf32 = isinstance(problem, Layer) and problem.tf32
+    tf32 = not isinstance(problem, Pointwise) and problem.tf32
     if len(got) != len(exact) or any(excess(*three, tf32=tf32) > 1 for three in zip(got, plain, exact, strict=True)):
         return Outcome(form, "gave wrong values")
     # our kernels add in a fixed order; the library's convolutions inside "algebraic" may not
-    if form != "algebraic" and not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
+    ours = form != "algebraic" and not isinstance(problem, Race)
+    if ours and not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
         return Outcome(form, "gave other values the second time")
     return Outcome(form, None)
 
@@ -338,6 +348,8 @@ def survivors(
 
     The cache keeps forms that ran, and faults that last.
     """
+    if isinstance(problem, Race):  # its parts are tried by themselves
+        return dict.fromkeys(candidates, Trial(None))
     mode = os.environ.get(child.VARIABLE)
     passed = {} if again else cache.read(device)["passed"]
     verdicts = {
