@@ -92,7 +92,7 @@ $(VENV)/.core: pyproject.toml constraints.txt constraints-torch27.txt | $(VENV)/
 
 $(VENV)/.dev: $(VENV)/.core
 	@echo "installing the test tools into $(VENV)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c $$(cat $(VENV)/.constraints) -e ".[dev,$$(grep -q torch27 $(VENV)/.constraints && echo dali-cu12 || echo dali)]"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c $$(cat $(VENV)/.constraints) -e ".[dev,$$(grep -q torch27 $(VENV)/.constraints && echo dali-cu12 || echo dali,nets)]"
 	@touch $@
 
 $(VENV)/.made:
@@ -105,7 +105,7 @@ $(VENV)/.made:
 RESOLVE := uv pip compile -q --universal --upgrade --python-version 3.10 --extra dev --no-emit-package fastbegan \
 	--no-annotate --no-header pyproject.toml
 constraints:
-	$(RESOLVE) --extra dali --extra eval -o constraints.txt
+	$(RESOLVE) --extra dali --extra eval --extra nets -o constraints.txt
 	printf 'torch==2.7.1\nnumpy<2.4\n' | $(RESOLVE) --extra dali-cu12 -c - -o constraints-torch27.txt
 
 clean:

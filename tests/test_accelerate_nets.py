@@ -1,4 +1,4 @@
-"""accelerate on the nets that people have: the same values, every pair of operations followed, and all taken on a GPU."""
+"""accelerate on the nets that people have: the same values, every pair of operations followed, all taken on a GPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from fastbegan.convert import Report, accelerate, compare
 from tests.families import NETS, PARAMETERS, Net, run
 from tests.families.pairs import tensors
 
+FAST = ((4, True, False), (1, False, True))
 CASES = [
-    pytest.param(
-        batch, training, last, marks=[] if (batch, training, last) in ((4, True, False), (1, False, True)) else pytest.mark.slow
-    )
+    pytest.param(batch, training, last, marks=[] if (batch, training, last) in FAST else pytest.mark.slow)
     for batch in (1, 4)
     for training in (True, False)
     for last in (True, False)

@@ -307,6 +307,10 @@ def test_the_model_is_followed_as_it_is_at_each_call() -> None:
             assert counted.call_count == 1
 
 
+def _doubled(values: Any) -> Any:
+    return tuple(None if value is None else 2 * value for value in values)
+
+
 @pytest.mark.parametrize("place", ["", "block", "block.0"])
 @pytest.mark.parametrize("kind", ["forward", "pre", "backward", "backward pre"])
 def test_hooks_fire_that_are_registered_late(place: str, kind: str) -> None:
@@ -321,16 +325,15 @@ def test_hooks_fire_that_are_registered_late(place: str, kind: str) -> None:
     for one in (model, own):
         module, seen = one.get_submodule(place), []
         fired.append(seen)
-        doubled = lambda values: tuple(None if value is None else 2 * value for value in values)  # noqa: E731
         if kind == "forward":
             handle = module.register_forward_hook(lambda *given, seen=seen: seen.append(1) or given[2] * 2)
         elif kind == "pre":
-            handle = module.register_forward_pre_hook(lambda m, given, seen=seen: seen.append(1) or doubled(given))
+            handle = module.register_forward_pre_hook(lambda m, given, seen=seen: seen.append(1) or _doubled(given))
         elif kind == "backward":
-            handle = module.register_full_backward_hook(lambda *given, seen=seen: seen.append(1) or doubled(given[1]))
+            handle = module.register_full_backward_hook(lambda *given, seen=seen: seen.append(1) or _doubled(given[1]))
         else:
             handle = module.register_full_backward_pre_hook(
-                lambda m, given, seen=seen: seen.append(1) or doubled(given)
+                lambda m, given, seen=seen: seen.append(1) or _doubled(given)
             )
         leaf = x.clone().requires_grad_()
         y = one(leaf)

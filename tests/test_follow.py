@@ -171,7 +171,8 @@ def test_gradient_checkpointing_is_entered_and_stays(reentrant: bool, stages: mo
         saved: list[Tensor] = []
         x = X.clone().requires_grad_()
         torch.manual_seed(1)
-        with torch.autograd.graph.saved_tensors_hooks(lambda value, saved=saved: saved.append(value) or value, lambda v: v):
+        pack = lambda value, saved=saved: saved.append(value) or value  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
             y = one(x)
         kept.append(sum(value.numel() for value in saved if not isinstance(value, nn.Parameter)))
         torch.manual_seed(2)
@@ -195,7 +196,7 @@ def test_a_users_error_is_the_users_own() -> None:
                 raise KeyError("a batch of at most two")
             return self.net(x)
 
-    model = accelerate(Strict())
+    model: Any = accelerate(Strict())
     with pytest.raises(RuntimeError, match="to have 3 channels, but got 5 channels"):
         model(images(2, 5, 4, 4))
     with pytest.raises(KeyError, match="a batch of at most two"):

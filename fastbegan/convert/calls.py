@@ -15,7 +15,7 @@ from fastbegan_kernels.layout import lay_out
 from fastbegan_kernels.reference import plain_layer
 
 
-def stage(  # noqa: PLR0913
+def stage(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from fastbegan_kernels import reference
 
-from .writes import Writes
+from .writes import NN, Writes
 
 _INTERPOLATE = "input size scale_factor mode align_corners recompute_scale_factor antialias".split()
 _CONV = "input weight bias stride padding dilation groups".split()
@@ -29,7 +29,7 @@ _NORM = "input num_groups weight bias eps".split()
 CONVOLUTIONS = (torch.conv2d, F.conv2d)
 _OTHERS = {torch.conv_transpose2d: "a transposed convolution"}
 _NORMS = (F.group_norm, torch.group_norm)
-_PADS = (F.pad, torch._C._nn.pad)
+_PADS = (F.pad, NN.pad)
 _RESIZES = (F.interpolate, F.upsample, F.upsample_nearest)
 _SIGMOIDS = (torch.sigmoid, F.sigmoid, "sigmoid")
 _PRODUCTS = (operator.mul, torch.mul, "mul")
@@ -168,13 +168,15 @@ def _layer(node: fx.Node, place: str, writes: Writes) -> Chain:
     padded = _zero_padding(x) if padding == (0, 0) and not is_1x1 else None
     if padded is not None:
         (x, padding), nodes = padded, [x, node]
-    kind = (_KINDS_1X1 if is_1x1 else _KINDS).get((stride, padding))
+    kinds: dict[Any, str] = _KINDS_1X1 if is_1x1 else _KINDS
+    kind = kinds.get((stride, padding))
     if kind is None:
         other = x.target in _PADS and _arguments(x, _PAD).get("mode", "constant")
         why = f"no fast layer has stride {stride} and padding {padding}"
         raise _NotTakenError(f"its padding is {other}" if other and other != "constant" else why)
     outputs, inputs = _shape(weight)[:2]
-    words = [f"{'1x1' if is_1x1 else '3x3'} convolution {inputs} -> {outputs}" + ("" if kind == "same" else ", stride 2")]
+    step = "" if kind == "same" else ", stride 2"
+    words = [f"{'1x1' if is_1x1 else '3x3'} convolution {inputs} -> {outputs}{step}"]
     pairs: list[tuple[str, str]] = []
     left: str | None = _NO_NEIGHBOUR
     if kind == "same" and not is_1x1 and (doubled := _doubling(x)) is not None:
@@ -323,8 +325,13 @@ def _swish(x: fx.Node, users: list[fx.Node], writes: Writes) -> _Activation | No
     return _Activation("silu", None, [sigmoid, product]) if is_swish else None
 
 
-def joined(chains: Sequence[Chain], taken: Callable[[Chain], bool], writes: Writes) -> list[Chain]:
-    """The taken chains, each merged into the one whose value only it reads."""
+def joined(
+    chains: Sequence[Chain], taken: Callable[[Chain], bool], by_itself: Callable[[Chain], bool], writes: Writes
+) -> list[Chain]:
+    """The taken chains, each merged into the one whose value only it reads.
+
+    `by_itself` tells of a convolution without neighbours whether it may be taken all the same.
+    """
     merged: list[Chain] = []
     for chain in chains:
         before = next((before for before in merged if before.value is chain.x), None)
@@ -332,7 +339,7 @@ def joined(chains: Sequence[Chain], taken: Callable[[Chain], bool], writes: Writ
             for name in "nodes weights biases kinds paddings activations places words pairs".split():
                 getattr(before, name).extend(getattr(chain, name))
             before.alpha = chain.alpha if before.alpha is None else before.alpha
-        elif chain.not_by_itself is None and taken(chain):
+        elif (chain.not_by_itself is None or by_itself(chain)) and taken(chain):
             merged.append(chain)
     return merged
 

@@ -102,14 +102,34 @@ def truth(model: nn.Module, example: Any) -> dict[str, Tensor]:
         return {}
 
 
+def in_channels_last(model: nn.Module, example: Any) -> dict[str, Tensor]:
+    """`values` of a copy in channels_last; empty where the model cannot be copied or does not run so."""
+
+    def last(value: Any) -> Any:
+        is_map = isinstance(value, Tensor) and value.dim() == 4
+        return value.contiguous(memory_format=torch.channels_last) if is_map else value
+
+    try:
+        other: Any = copy.deepcopy(model)
+        return values(other.to(memory_format=torch.channels_last), tree_map(last, example))
+    except Exception:
+        return {}
+
+
+def either(comparison: Comparison, other: Comparison) -> Comparison:
+    """A comparison in which a value passes that passes in one of two."""
+    near = {**other.near, **comparison.near}
+    return Comparison(near, {name: words for name, words in comparison.too_far.items() if name not in near})
+
+
 def compare(before: dict[str, Tensor], after: dict[str, Tensor], exact: dict[str, Tensor]) -> Comparison:
     """Compare errors against `exact`. A value fails if its error is more than four times as large as before.
 
     The error of a gradient is relative to the largest gradient of its layer. That of a bias before a normalisation is
     zero up to rounding, so its own size says nothing. A value that is not in `exact` must be equal to 1e-4, relative.
-    Raises RuntimeError if `before` and `after` have different names.
+    Raises RuntimeError if `before` and `after` have different names. An empty `before` compares nothing.
     """
-    if before.keys() != after.keys():
+    if before and before.keys() != after.keys():
         unmatched = sorted(before.keys() ^ after.keys())
         raise RuntimeError(f"the check found {unmatched[0]} in one of both only; the model was restored")
     truth = {

@@ -1,8 +1,8 @@
 """Which chains are faster than what they replace, by device.
 
-On a CPU a fixed rule decides, from measurements of one layer at a time (`bench/bench_accelerate_rule.py` holds it): an
-up-convolution pays from about 256 pixels of its input, more for few or many channels, and a convolution to an image
-pays in channels_last. All else is as fast in torch's own operations. On a GPU both ways are raced once (`replacement`).
+On a CPU a fixed rule decides, which `bench/bench_accelerate.py` holds. An up-convolution pays from about 256 pixels of
+its input for each thread, more for few or many channels. A convolution to an image pays in channels_last. All else is
+as fast in torch's own operations. On a GPU both ways are raced once (`replacement`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ _LEAST = 256
 _FEW_PIXELS, _FEW_VALUES = 1 << 10, 1 << 18
 
 
-def least_pixels(inputs: int, outputs: int) -> int:
+def least_pixels(inputs: int, outputs: int, dtype: torch.dtype) -> int:
     """The number N * H * W of input pixels from which an up-convolution on a CPU is faster.
 
-    Below 64 channels the products no longer fill the processor. Above 256 folding the weights takes longer.
+    Below 64 channels the products no longer fill the processor. Above 256 folding the weights takes longer. More
+    threads, and bfloat16, hasten the products, but neither folding nor calls.
     """
+    least = _LEAST * (4 if dtype == torch.bfloat16 else 1)
     narrow = min(inputs, outputs, 64)
-    return max(_LEAST, (_LEAST * 64 * 64) // narrow**2, inputs, outputs)
+    return torch.get_num_threads() * max(least, (least * 64 * 64) // narrow**2, inputs, outputs)
 
 
 def why_left(chain: Chain, channels_last: bool) -> str | None:
@@ -66,8 +68,12 @@ def _on_cpu(chain: Chain, x: Tensor, channels_last: bool) -> str | None:
     assert weight is not None
     pixels = _hint(x.shape[0]) * _hint(x.shape[2]) * _hint(x.shape[3])
     outputs, inputs = _hint(weight.shape[0]), _hint(weight.shape[1])
+    value = example(chain.value)
+    dtype = x.dtype if value is None else value.dtype  # autocast's, where it is on
+    if dtype == torch.float16:
+        return "in float16 a CPU is slower so"
     if chain.kinds == ["up"]:
-        least = least_pixels(inputs, outputs)
+        least = least_pixels(inputs, outputs, dtype)
         words = f"its input has {pixels} pixels, and {inputs} -> {outputs} channels are faster from {least} on a CPU"
         return None if pixels >= least else words
     if chain.kinds == ["same"] and to_few(chain):
@@ -76,6 +82,12 @@ def _on_cpu(chain: Chain, x: Tensor, channels_last: bool) -> str | None:
         enough = pixels >= _FEW_PIXELS and pixels * inputs >= _FEW_VALUES
         return None if enough else f"its input has too few values to be faster on a CPU ({pixels} x {inputs})"
     return "torch's own convolution is as fast on a CPU"
+
+
+def pays_by_itself(chain: Chain) -> bool:
+    """Whether a convolution without neighbours may be taken: one to an image, on a CPU."""
+    x = example(chain.x)
+    return x is not None and x.device.type == "cpu" and to_few(chain)
 
 
 def to_few(chain: Chain) -> bool:
@@ -97,4 +109,4 @@ def least_at_run_time(chain: Chain) -> int:
     if x is None or x.device.type != "cpu" or all(isinstance(size, int) for size in x.shape) or chain.kinds[0] != "up":
         return 0
     weight = example(chain.weights[0]) if isinstance(chain.weights[0], fx.Node) else None
-    return 0 if weight is None else least_pixels(_hint(weight.shape[1]), _hint(weight.shape[0]))
+    return 0 if weight is None else least_pixels(_hint(weight.shape[1]), _hint(weight.shape[0]), x.dtype)

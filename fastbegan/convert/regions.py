@@ -16,14 +16,16 @@ from torch import Tensor, fx
 
 from . import calls
 from .chains import CONVOLUTIONS, example
-from .writes import Writes
+from .writes import NN, Writes
 
 _POINTWISE: set[Any] = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.iadd, operator.imul,
     torch.add, torch.sub, torch.mul, torch.div, torch.tanh, torch.sigmoid, torch.relu, torch.clamp,
     F.elu, F.relu, F.leaky_relu, F.silu, F.gelu, F.tanh, F.sigmoid, F.softplus, F.hardtanh, F.mish, F.relu6,
-    torch._C._nn.gelu, torch._C._nn.softplus, "relu", "relu_", "tanh", "sigmoid", "clamp", "add", "mul", "add_", "mul_",
+    NN.gelu, NN.softplus, "relu", "relu_", "tanh", "sigmoid", "clamp", "add", "mul", "add_", "mul_",
 }  # fmt: skip
+# BatchNorm is none of these: on a CPU torch computes it less exactly in channels_last
+_SPATIAL: set[Any] = {*CONVOLUTIONS, F.avg_pool2d, F.max_pool2d, torch.max_pool2d}
 _JOINS = (torch.cat,)
 
 
@@ -34,13 +36,13 @@ def lay_out(graph: fx.Graph, fast: set[fx.Node]) -> None:
     for node in [node for node in graph.nodes if node in inside]:
         if node in fast:
             # where all inputs and all outputs are outside, the layer itself keeps the formats
-            borders = [x for x in _maps(node)[:1] if x not in inside]
+            borders = [x for x in maps(node)[:1] if x not in inside]
             if borders and any(user in inside for user in node.users) and not is_last(borders[0]):
                 with graph.inserting_before(node):
                     x = _call(graph, calls.enter, borders[0])
                 node.replace_input_with(borders[0], x)
         outside = [user for user in node.users if user not in inside]
-        was_entered = any(x.target is calls.enter or x in inside for x in _maps(node))
+        was_entered = any(x.target is calls.enter or x in inside for x in maps(node))
         if outside and was_entered and not is_last(node):
             with graph.inserting_after(node):
                 y = _call(graph, calls.leave, node)
@@ -56,7 +58,7 @@ def _call(graph: fx.Graph, function: Any, x: fx.Node) -> fx.Node:
 
 def _inside(graph: fx.Graph, fast: set[fx.Node], writes: Writes) -> set[fx.Node]:
     """The largest set of nodes that take all maps from it, or are fast, and give some value to it, or are fast."""
-    inside = fast | {node for node in graph.nodes if _keeps_format(node)}
+    inside = fast | {node for node in graph.nodes if keeps_format(node)}
     written = {alias for targets in writes.targets.values() for value in targets for alias in writes.shared(value)}
     # a copy at the border would part a value from its aliases
     inside = {node for node in inside if node not in written}
@@ -65,29 +67,31 @@ def _inside(graph: fx.Graph, fast: set[fx.Node], writes: Writes) -> set[fx.Node]
             node
             for node in inside
             if node in fast
-            or (all(x in inside for x in _maps(node)) and any(user in inside for user in node.users) and _maps(node))
+            or (all(x in inside for x in maps(node)) and any(user in inside for user in node.users) and maps(node))
         }
         if kept == inside:
             return inside
         inside = kept
 
 
-def _maps(node: fx.Node) -> list[fx.Node]:
-    """The inputs [N, C, H, W] of more than one pixel; a convolution's weight is none."""
+def maps(node: fx.Node) -> list[fx.Node]:
+    """Those inputs [N, C, H, W] of more than one pixel; a convolution's weight is none."""
     candidates = node.all_input_nodes
     if node.target in (*CONVOLUTIONS, calls.stage, calls.norm):
         candidates = [x for x in node.args[:1] if isinstance(x, fx.Node)]
-    return [x for x in candidates if (value := example(x)) is not None and value.dim() == 4 and value.shape[2:] != (1, 1)]
+    values = [(x, example(x)) for x in candidates]
+    return [x for x, value in values if value is not None and value.dim() == 4 and value.shape[2:] != (1, 1)]
 
 
-def _keeps_format(node: fx.Node) -> bool:
+def keeps_format(node: fx.Node) -> bool:
+    """Whether an operation gives channels_last for channels_last, at no loss."""
     value = example(node)
     if value is None or value.dim() != 4 or node.op not in ("call_function", "call_method"):
         return False
     if node.target in _JOINS:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         return dim in (1, -3)
-    if node.target in CONVOLUTIONS:
+    if node.target in _SPATIAL:
         return True
     return node.target in _POINTWISE and all(_fits(example(x), value) for x in node.all_input_nodes)
 

@@ -45,9 +45,7 @@ def rewrite(module: fx.GraphModule, owners: dict[fx.Node, str], report: Report, 
     return inner + len(taken)
 
 
-def _enter(
-    module: fx.GraphModule, node: fx.Node, owners: dict[fx.Node, str], report: Report, *, compiled: bool
-) -> int:
+def _enter(module: fx.GraphModule, node: fx.Node, owners: dict[fx.Node, str], report: Report, *, compiled: bool) -> int:
     body, *inputs = node.args
     assert isinstance(body, fx.Node)
     inner = module.get_submodule(str(body.target))
@@ -67,18 +65,25 @@ def _enter(
 
 
 def _taken(found: list[Chain], writes: Writes, why: dict[str, str]) -> list[Chain]:
-    """The chains that pay, joined. A convolution to an image pays only behind one that does, or in channels_last."""
-    values: set[fx.Node] = set()
+    """The chains that pay, joined. A convolution to an image pays in channels_last only."""
+    arrives: dict[fx.Node, bool] = {}  # by node: whether its value will be channels_last
+
+    def is_last(node: fx.Node) -> bool:
+        if node not in arrives:
+            maps = regions.maps(node)
+            kept = bool(maps) and regions.keeps_format(node) and all(map(is_last, maps))
+            arrives[node] = regions.is_last(node) or kept
+        return arrives[node]
 
     def pays(chain: Chain) -> bool:
-        reason = gains.why_left(chain, chain.x in values or regions.is_last(chain.x))
+        reason = gains.why_left(chain, is_last(chain.x))
         if reason is None:
-            values.add(chain.value)
+            arrives[chain.value] = True
         else:
             why.setdefault(chain.places[0], reason)
         return reason is None
 
-    return chains.joined(found, pays, writes)
+    return chains.joined(found, pays, gains.pays_by_itself, writes)
 
 
 def _note(found: list[Chain], taken: list[Chain], why: dict[str, str], report: Report) -> None:
@@ -123,4 +128,4 @@ def run(module: fx.GraphModule, inputs: list[Any], *, compiled: bool) -> Callabl
     """What Dynamo calls from now on: the graph as it is, or what Inductor makes of it."""
     if not compiled:
         return module.forward
-    return torch._inductor.compile(module, inputs)
+    return torch._inductor.compile(module, inputs)  # pyright: ignore[reportReturnType]

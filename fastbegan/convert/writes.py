@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+NN: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
+"""Built-in functions that stand in Dynamo's graphs."""
 _IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator)}
 _IN_PLACE |= {operator.setitem}
 # results of these have memory of their own; results of all others may be views of their inputs
 _FRESH: set[Any] = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, operator.neg, operator.pow,
     torch.cat, torch.stack, torch.add, torch.sub, torch.mul, torch.div, torch.tanh, torch.sigmoid, torch.exp,
-    torch.relu, torch.matmul, torch.conv2d, torch.conv_transpose2d, torch.bmm, torch.group_norm, torch._C._nn.pad,
-    torch._C._nn.gelu, torch._C._nn.linear, torch._C._nn.softplus, F.linear, F.interpolate, F.upsample, F.elu, F.relu,
+    torch.relu, torch.matmul, torch.conv2d, torch.conv_transpose2d, torch.bmm, torch.group_norm, NN.pad,
+    NN.gelu, NN.linear, NN.softplus, F.linear, F.interpolate, F.upsample, F.elu, F.relu,
     F.leaky_relu, F.silu, F.gelu, F.softplus, F.softmax, F.tanh, F.sigmoid, F.avg_pool2d, F.max_pool2d, F.group_norm,
     F.batch_norm, F.layer_norm, F.instance_norm, F.pad,
 }  # fmt: skip

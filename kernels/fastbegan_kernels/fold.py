@@ -135,10 +135,11 @@ def kept(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """
     if kind == "conv" or weight.device.type != "cpu" or not isinstance(weight, nn.Parameter):
         return pack(weight, kind, dtype)
-    source, packed = _kept.get(weight, (None, None))
-    if source is None or packed is None or packed.dtype != dtype or not torch.equal(source, weight):
-        source, packed = weight.detach().clone(), pack(weight, kind, dtype)
-        _kept[weight] = source, packed
+    entry: tuple[Tensor, Tensor] | None = _kept.get(weight)
+    if entry is not None and entry[1].dtype == dtype and torch.equal(entry[0], weight):
+        return entry[1]
+    packed = pack(weight, kind, dtype)
+    _kept[weight] = weight.detach().clone(), packed
     return packed
 
 
