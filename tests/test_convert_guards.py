@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbegan.convert import accelerate, calls, compare, restore
+from fastbegan.convert import accelerate, calls, chains, compare, gains, restore
 from tests.helpers.families import Interpolating, images, made
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("take_all")]
@@ -316,3 +317,206 @@ def test_exported_by_torch() -> None:
     x = images(2, 6, 4, 6)
     exported = torch.export.export(model, (x,))
     torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def _block() -> nn.Sequential:
+    return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 3, 3, padding=1), nn.ELU())
+
+
+class _Penalised(nn.Module):
+    """WGAN-GP's loss as a module: it differentiates inside of its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        score = self.net(x)
+        (slope,) = torch.autograd.grad(score, x, torch.ones_like(score), create_graph=True)
+        return score.mean() + (slope.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def test_a_forward_that_differentiates() -> None:
+    own = _Penalised().double()
+    model = accelerate(copy.deepcopy(own))
+    for one in (own, model):
+        one(X.double()).backward()
+    for got, expected in zip(model.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_class_that_changes_after_a_call(idle: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 5 if idle else 3, padding=2 if idle else 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.elu(self.conv(x))
+
+    class Doubled(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = accelerate(Net())
+    before = model(X)
+    model.__class__ = Doubled
+    torch.testing.assert_close(model(X), 2 * before)
+    Doubled.forward = lambda self, x: 3 * Net.forward(self, x)
+    for _ in range(2):
+        torch.testing.assert_close(model(X), 3 * before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(torch.jit.trace(model, X)(X), 3 * before)
+
+
+def test_a_forward_of_somebodys_own_on_the_instance_stays() -> None:
+    model: Any = nn.Sequential(_block(), _block())
+    plain = model.forward
+    model.forward = lambda x: 100 * plain(x)
+    expected = model(X)
+    accelerate(model)
+    torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
+    assert list(model.fastbegan_report.replaced) == ["0.1", "1.1"]  # the inner ones are fast by themselves
+    assert torch.equal(restore(model)(X), expected)
+
+
+def _changes_its_output(model: Any) -> list[Tensor]:
+    x = X.clone().requires_grad_()
+    y = model(x)
+    y.add_(1)
+    y.data.mul_(2)
+    return list(torch.autograd.grad(y.sum(), [x, *model.parameters()]))
+
+
+def _changes_its_input(model: Any) -> list[Tensor]:
+    x = X.clone()
+    y = model(x)
+    x.add_(2)
+    x.data.mul_(3)
+    return list(torch.autograd.grad(y.sum(), [*model.parameters()]))
+
+
+def _of_inference(model: Any) -> list[Tensor]:
+    with torch.inference_mode():
+        x = X * 1
+    return list(torch.autograd.grad(model(x).sum(), [*model.parameters()]))
+
+
+@pytest.mark.parametrize("use", [_changes_its_output, _changes_its_input, _of_inference])
+@pytest.mark.parametrize("activation", [nn.ELU(), nn.LeakyReLU(0.2), nn.SiLU()])
+def test_a_caller_may_write_where_torch_lets_it(use: Callable[[Any], list[Tensor]], activation: nn.Module) -> None:
+    own = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 3, 3, padding=1), activation)
+    model = accelerate(copy.deepcopy(own))
+    for got, expected in zip(use(model), use(own), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert model.fastbegan_report.replaced
+
+
+@torch.library.custom_op("fastbegan_tests::write", mutates_args={"x"})
+def _write(scale: float, x: Tensor) -> None:
+    x.mul_(scale)
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "an overload": lambda x: torch.ops.aten.mul_.Tensor(x, torch.tensor(5.0)),
+    "a list": lambda x: torch._foreach_mul_([x], 5.0),  # pyright: ignore
+    "a tuple of outputs": lambda x: torch.sort(x + 1, 3, out=(x, torch.empty_like(x, dtype=torch.long))),
+    "an op of the user's": lambda x: _write(5.0, x),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_every_write_is_seen(name: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = x * 1
+        y = F.interpolate(x, scale_factor=2)
+        WRITES[name](x)
+        return m.act(m.conv(y))
+
+    model = made(forward)
+    own = copy.deepcopy(model)
+    accelerate(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), own(X))
+
+
+def test_a_gate_that_is_written_elsewhere_too() -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, kept = m.conv(x), torch.zeros(2, 3, 6, 6)
+        return y * torch.sigmoid(y, out=kept), kept
+
+    model = made(forward)
+    own = copy.deepcopy(model)
+    accelerate(model)
+    with torch.no_grad():
+        for got, expected in zip(model(X), own(X), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_group_norm_without_an_epsilon_is_left() -> None:
+    own = nn.Sequential(nn.GroupNorm(1, 3, eps=0.0), nn.SiLU())
+    model = accelerate(copy.deepcopy(own))
+    torch.testing.assert_close(model(X), own(X))
+    assert model.fastbegan_report.left == {"0": "its epsilon is 0.0"}
+
+
+def test_what_torch_fx_made_and_makes() -> None:
+    own = torch.fx.symbolic_trace(_block())
+    model = accelerate(copy.deepcopy(own))
+    torch.testing.assert_close(model(X), own(X))
+    torch.testing.assert_close(torch.fx.symbolic_trace(accelerate(_block()))(X).shape, own(X).shape)
+    torch.testing.assert_close(torch.fx.experimental.proxy_tensor.make_fx(model)(X)(X), own(X))
+
+
+def test_a_model_whose_forward_is_no_method_gets_no_shell() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.ELU()
+
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return 2 * x
+
+    model = accelerate(nn.Sequential(_block(), Inner()))
+    torch.testing.assert_close(model(X), 2 * model[0](X))
+
+
+def test_buffers_that_a_forward_makes() -> None:
+    class Grid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = _block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if "grid" not in self._buffers:
+                self.register_buffer("grid", torch.ones(x.shape[2:]))
+            return self.net(x * self.grid)
+
+    accelerate(Grid(), check=X)
+    lazy = nn.Sequential(_block(), nn.LazyBatchNorm2d())
+    accelerate(lazy, example=X)
+
+
+def test_what_is_idle_looks_at_all_arguments_and_now_and_then_at_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def least(chain: Any, channels_last: bool) -> str | None:
+        return None if chains.example(chain.x).shape[2] > 6 else "too small"  # pyright: ignore
+
+    def forward(m: Any, batch: Any) -> Tensor:
+        return m.layers(batch["x"])
+
+    monkeypatch.setattr(gains, "why_left", least)
+    model = accelerate(made(forward))
+    with mock.patch.object(calls, "conv_stage", side_effect=calls.conv_stage) as counted:
+        model({"x": X})
+        model({"x": X})
+        assert not counted.called
+        model({"x": images(2, 3, 8, 8)})
+        assert counted.call_count == 1
+        model.layers.insert(0, nn.Upsample(scale_factor=2))
+        for _ in range(70):
+            model({"x": X})
+        assert counted.call_count > 1

@@ -192,7 +192,7 @@ def _layer(node: fx.Node, place: str, writes: Writes) -> Chain:
             pairs.append(("up", place))
     activation, alpha = "none", None
     after = _activation(node, writes)
-    # the backward reads the activation's output, so nothing may change it in place
+    # the backward reads the activation's output, so nothing in the graph may change it in place
     overwritten = after is not None and writes.later(after.nodes[-1], after.nodes[-1])
     if after is not None and not overwritten and not writes.between([*nodes, *after.nodes]):
         activation, alpha = after.name, after.alpha
@@ -227,8 +227,8 @@ def _norm(node: fx.Node, place: str, writes: Writes) -> Chain:
     shape = _shape(x)
     if len(shape) != 4:
         raise _NotTakenError("its input is not [N, C, H, W]")
-    if not isinstance(groups, int) or not isinstance(eps, int | float):
-        raise _NotTakenError("its groups or its epsilon are not constant")
+    if not isinstance(groups, int) or not isinstance(eps, int | float) or eps <= 0:
+        raise _NotTakenError(f"its epsilon is {eps}" if isinstance(groups, int) else "its groups are not constant")
     nodes, activation, pairs = [node], "none", []
     after = _activation(node, writes)
     if after is not None and after.name == "silu" and not writes.between([node, *after.nodes]):
@@ -318,6 +318,7 @@ def _swish(x: fx.Node, users: list[fx.Node], writes: Writes) -> _Activation | No
         sigmoid.target in _SIGMOIDS
         and product.target in _PRODUCTS
         and not product.kwargs
+        and (sigmoid.args, sigmoid.kwargs) == ((x,), {})
         and set(product.args) == {x, sigmoid}
         and _used_once(sigmoid)
         and not writes.between([x, sigmoid, product])
@@ -354,5 +355,5 @@ def _may_join(before: Chain, after: Chain, writes: Writes) -> bool:
     kept_apart = not {*before.activations, *after.activations} <= {*reference.FROM_OUTPUT}
     all_biased = all(None not in chain.biases for chain in pair)
     none_biased = all(chain.biases.count(None) == len(chain.biases) for chain in pair)
-    unchanged = not writes.between([*before.nodes, *after.nodes])
+    unchanged = not writes.between([*before.nodes, *after.nodes]) and _shape(before.value)[1] != 1  # torch's formats
     return one_alpha and not kept_apart and unchanged and (all_biased or none_biased)

@@ -66,14 +66,16 @@ def _unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
     devices = sorted(
         {leaf.device.index or 0 for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_cuda}
     )
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    lazy = torch.nn.parameter.is_lazy
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if not lazy(buffer)}
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+                if name in buffers and buffer.shape == buffers[name].shape:  # others a forward has made
+                    buffer.copy_(buffers[name])
 
 
 def _values(model: nn.Module, inputs: Any) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ modules, hooks. One compiled function a module keeps modules of one class apart.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import types
@@ -19,6 +20,7 @@ import torch._dynamo.callback
 import torch._dynamo.utils
 from torch import fx
 from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_tracing
 
 VARIANTS = 32
 """Graphs that Dynamo may make of one forward; calls beyond them run the model's own forward."""
@@ -51,7 +53,7 @@ class _Running(threading.local):
     """The follower whose forward runs in this thread."""
 
     follower: Follower | None = None
-    settings: Any = None
+    parts: bool = False
     idle: bool = False
     failures: list[str]
 
@@ -69,7 +71,7 @@ def function_of(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     It has a code object of its own, where Dynamo keeps what it compiled. With it everything is freed.
     """
-    if isinstance(forward, types.FunctionType) and forward.__module__.partition(".")[0] != "torch":
+    if isinstance(forward, types.FunctionType) and (forward.__module__ or "").partition(".")[0] != "torch":
         code, space = forward.__code__.replace(), forward.__globals__
         own = types.FunctionType(code, space, forward.__name__, forward.__defaults__, forward.__closure__)
         own.__kwdefaults__ = forward.__kwdefaults__
@@ -86,19 +88,17 @@ def call(follower: Follower, function: Callable[..., Any], *args: Any, **kwargs:
     """Run a function of `function_of` for a follower."""
     outer = _running.follower
     if outer is not None:  # inside of a forward that is followed in parts
-        _running.follower = follower
+        _running.follower, _running.parts = follower, True
         try:
             return function(*args, **kwargs)
         finally:
             _running.follower = outer
-    if _running.settings is None:
-        _running.settings = torch._dynamo.config.patch(**_SETTINGS)
     _listen()
-    _running.follower = follower
+    _running.follower, _running.parts = follower, False
     breaks = torch._dynamo.utils.counters["graph_break"]
     before = dict(breaks)
     try:
-        with _running.settings:
+        with _settings():
             result = function(*args, **kwargs)
     except Exception:
         follower.begin_anew()  # the user's error, after which Dynamo may pass by this forward for good
@@ -114,6 +114,47 @@ def call(follower: Follower, function: Callable[..., Any], *args: Any, **kwargs:
             for reason in breaks:
                 if breaks[reason] > before.get(reason, 0):
                     follower.note(reason.splitlines()[0])
+
+
+_patches: dict[object, tuple[Any, int]] = {}  # by thread, or of all: what is patched, and by how many calls
+_lock = threading.Lock()
+
+
+@functools.cache
+def _is_global() -> bool:
+    """Whether all threads have one configuration of Dynamo, as in torch 2.7."""
+    seen: list[object] = []
+    with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+        thread = threading.Thread(target=lambda: seen.append(torch._dynamo.config.recompile_limit))
+        thread.start()
+        thread.join()
+    return seen == [VARIANTS]
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """_SETTINGS inside. The first call that needs them patches, and the last one that is done puts back."""
+    owner = None if _is_global() else threading.get_ident()
+    with _lock:
+        patch, calls = _patches.get(owner, (None, 0))
+        if patch is None:
+            patch = torch._dynamo.config.patch(**_SETTINGS)
+        if not calls:
+            patch.__enter__()
+        _patches[owner] = patch, calls + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            patch, calls = _patches[owner]
+            if calls == 1:
+                patch.__exit__(None, None, None)
+            _patches[owner] = patch, calls - 1
+
+
+def was_in_parts() -> bool:
+    """Whether other shells ran inside the call that this thread did last."""
+    return _running.parts
 
 
 def is_inside() -> bool:
@@ -142,6 +183,7 @@ def is_watched() -> bool:
         torch.compiler.is_dynamo_compiling()  # of this thread; is_compiling() tells of others, too
         or torch.compiler.is_exporting()
         or torch.jit.is_tracing()
+        or is_fx_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

@@ -22,7 +22,7 @@ _POINTWISE: set[Any] = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.iadd, operator.imul,
     torch.add, torch.sub, torch.mul, torch.div, torch.tanh, torch.sigmoid, torch.relu, torch.clamp,
     F.elu, F.relu, F.leaky_relu, F.silu, F.gelu, F.tanh, F.sigmoid, F.softplus, F.hardtanh, F.mish, F.relu6,
-    NN.gelu, NN.softplus, "relu", "relu_", "tanh", "sigmoid", "clamp", "add", "mul", "add_", "mul_",
+    NN.gelu, NN.softplus, "relu", "relu_", "tanh", "sigmoid", "clamp", "add", "mul", "add_", "mul_", "clone",
 }  # fmt: skip
 # BatchNorm is none of these: on a CPU torch computes it less exactly in channels_last
 _SPATIAL: set[Any] = {*CONVOLUTIONS, F.avg_pool2d, F.max_pool2d, torch.max_pool2d}
@@ -87,6 +87,8 @@ def keeps_format(node: fx.Node) -> bool:
     """Whether an operation gives channels_last for channels_last, at no loss."""
     value = example(node)
     if value is None or value.dim() != 4 or node.op not in ("call_function", "call_method"):
+        return False
+    if value.shape[1] == 1:  # both formats fit, and torch begins anew behind it
         return False
     if node.target in _JOINS:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)

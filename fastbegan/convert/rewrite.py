@@ -37,8 +37,8 @@ def rewrite(module: fx.GraphModule, owners: dict[fx.Node, str], report: Report, 
     writes = Writes(graph)
     found, left = chains.find(graph, owners, writes)
     why = dict(left)
-    taken = _taken(found, writes, why)
-    regions.lay_out(graph, set(_put(graph, taken)))
+    taken = _taken(graph, found, writes, why)
+    regions.lay_out(graph, set(_put(graph, taken, writes)))
     _note(found, taken, why, report)
     graph.lint()
     module.recompile()
@@ -64,16 +64,18 @@ def _enter(module: fx.GraphModule, node: fx.Node, owners: dict[fx.Node, str], re
     return taken
 
 
-def _taken(found: list[Chain], writes: Writes, why: dict[str, str]) -> list[Chain]:
+def _taken(graph: fx.Graph, found: list[Chain], writes: Writes, why: dict[str, str]) -> list[Chain]:
     """The chains that pay, joined. A convolution to an image pays in channels_last only."""
     arrives: dict[fx.Node, bool] = {}  # by node: whether its value will be channels_last
+    nodes = iter(graph.nodes)
 
-    def is_last(node: fx.Node) -> bool:
-        if node not in arrives:
+    def is_last(value: fx.Node) -> bool:
+        while value not in arrives:
+            node = next(nodes)
             maps = regions.maps(node)
-            kept = bool(maps) and regions.keeps_format(node) and all(map(is_last, maps))
-            arrives[node] = regions.is_last(node) or kept
-        return arrives[node]
+            kept = bool(maps) and regions.keeps_format(node) and all(arrives[x] for x in maps)
+            arrives.setdefault(node, regions.is_last(node) or kept)
+        return arrives[value]
 
     def pays(chain: Chain) -> bool:
         reason = gains.why_left(chain, is_last(chain.x))
@@ -100,10 +102,16 @@ def _note(found: list[Chain], taken: list[Chain], why: dict[str, str], report: R
         report.leave(place, reason)
 
 
-def _put(graph: fx.Graph, taken: list[Chain]) -> list[fx.Node]:
+def _put(graph: fx.Graph, taken: list[Chain], writes: Writes) -> list[fx.Node]:
     """Replace the nodes of each chain by one call."""
     values: dict[Any, fx.Node] = {}  # by the last node of a chain, which its call replaces
+    calls_made: list[fx.Node] = []
     for chain in taken:
+        differentiated = (value := chains.example(chain.value)) is not None and value.requires_grad
+        if differentiated and chain.kinds[0] == "up" and writes.escapes(chain.x):
+            # others may write into it; torch keeps the upsampled copy in its place
+            with graph.inserting_before(chain.nodes[0]):
+                chain.x = _copy(graph, values.get(chain.x, chain.x))
         with graph.inserting_before(chain.value):
             # an input or a computed weight may be the value of an earlier chain
             x = values.get(chain.x, chain.x)
@@ -117,11 +125,23 @@ def _put(graph: fx.Graph, taken: list[Chain]) -> list[fx.Node]:
                 alpha, least = 1.0 if chain.alpha is None else chain.alpha, gains.least_at_run_time(chain)
                 call = graph.call_function(calls.stage, (x, *layers, alpha, least))
         call.meta = {"example_value": chain.value.meta.get("example_value")}
-        chain.value.replace_all_uses_with(call)
-        values[chain.value] = call
+        result = call
+        if differentiated and chain.activations[-1] in ("elu", "leaky_relu") and writes.escapes(chain.value):
+            # others may write into it, and the backward needs it; torch keeps the activation's input in its place
+            with graph.inserting_after(call):
+                result = _copy(graph, call)
+        chain.value.replace_all_uses_with(result)
+        values[chain.value] = result
+        calls_made.append(call)
         for node in reversed(chain.nodes):
             graph.erase_node(node)
-    return [*values.values()]
+    return calls_made
+
+
+def _copy(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    copied = graph.call_method("clone", (value,))
+    copied.meta = {"example_value": value.meta.get("example_value")}
+    return copied
 
 
 def run(module: fx.GraphModule, inputs: list[Any], *, compiled: bool) -> Callable[..., Any]:

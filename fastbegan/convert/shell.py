@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import OptimizedModule
+from torch.utils._pytree import tree_leaves
 
 from . import compare, follow
 from .report import UNSEEN, Report
 from .rewrite import rewrite, run
 
 Model = TypeVar("Model", bound=nn.Module)
+_IDLE = 64  # calls in which nothing is faster, after which one is followed again: the model may have changed
 _ERRORS = 8  # calls of a forward that raise, after each of which it is followed anew
 
 
@@ -90,9 +92,8 @@ def accelerate(model: Model, *, example: Any = None, check: Any = None, compile:
             raise TypeError(f"{name} is a {type(given).__name__}; accepted: {accepted}")
     _require_untouched(model)
     before, exact = (None, None) if check is None else (compare.values(model, check), compare.truth(model, check))
-    shells = _put(model, compile=compile)
-    report = shells[0].report
     try:
+        report, shells = _put(model, compile=compile)
         if example is not None:
             compare.called(model, example)
         if before is not None and exact is not None:
@@ -117,12 +118,12 @@ def _require_untouched(model: nn.Module) -> None:
             raise RuntimeError(f"{what} is compiled already; accelerate the model first, then compile it")
 
 
-def _put(model: nn.Module, *, compile: bool) -> list[FastForward]:
+def _put(model: nn.Module, *, compile: bool) -> tuple[Report, list[FastForward]]:
     """Give `model` and its inner modules their shells."""
-    report = Report()
+    model.fastbegan_report = report = Report()  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     shells: list[FastForward] = []
     for path, module in model.named_modules():
-        if module is model or _has_parts(module):
+        if _may_have_shell(module) and (module is model or _has_parts(module)):
             shells.append(FastForward(module, path, report, compile=compile))
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.GroupNorm):
@@ -131,8 +132,7 @@ def _put(model: nn.Module, *, compile: bool) -> list[FastForward]:
             report.left[path] = f"a {kind}, and only nn.Conv2d is taken"
     for shell in shells:
         shell.module.forward = shell
-    model.fastbegan_report = report  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    return shells
+    return report, shells
 
 
 def _has_weight(module: nn.Module) -> bool:
@@ -140,11 +140,19 @@ def _has_weight(module: nn.Module) -> bool:
     return not {"weight", "_packed_params"}.isdisjoint({*module._parameters, *module._buffers, *vars(module)})
 
 
+def _may_have_shell(module: nn.Module) -> bool:
+    """Whether the forward is a method of the class, and not somebody's own on the instance."""
+    forward = inspect.getattr_static(type(module), "forward", None)
+    is_method = (
+        callable(forward) and hasattr(forward, "__get__") and not isinstance(forward, staticmethod | classmethod)
+    )
+    return is_method and "forward" not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule)
+
+
 def _has_parts(module: nn.Module) -> bool:
     """Whether a module is called for itself, and calls others."""
-    own = type(module).__module__.split(".")[0] != "torch" or isinstance(module, nn.Sequential)
-    plain = "forward" not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule)
-    return own and plain and bool(module._modules) and not nn.utils.parametrize.is_parametrized(module)
+    own = type(module).__module__.split(".")[0] != "torch" or isinstance(module, nn.Sequential | fx.GraphModule)
+    return own and bool(module._modules) and not nn.utils.parametrize.is_parametrized(module)
 
 
 def _checked(
@@ -160,17 +168,19 @@ def _checked(
 
     after = compare.values(model, example)
     comparison = compare.compare(before, after, exact)
-    if comparison.too_far:  # oneDNN adds less exactly in channels_last, in which fast layers compute
+    words = ""
+    if comparison.too_far and exact:  # oneDNN adds less exactly in channels_last, in which fast layers compute
         with _original_forwards(shells):
-            last = compare.in_channels_last(model, example)
-        comparison = compare.either(comparison, compare.compare(last, after, exact))
+            last = compare.compare(compare.in_channels_last(model, example), after, exact)
+        words = f"; {sum(name in last.near for name in comparison.too_far)} values held to the model in channels_last"
+        comparison = compare.either(comparison, last)
     excused = compare.excuse(comparison, compare_at)
     excused.require_near()
     if not comparison.too_far:
-        return str(comparison)
+        return str(comparison) + words
     first, *others = comparison.too_far
     more = f" and {len(others)} more" if others else ""
-    return f"{excused}; kinks at {first}{more}: compared at inputs moved by a thousandth"
+    return f"{excused}{words}; kinks at {first}{more}: compared at inputs moved by a thousandth"
 
 
 @contextlib.contextmanager
@@ -234,23 +244,27 @@ class FastForward:
         self.__setstate__({"module": module, "path": path, "report": report, "compile": compile})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if follow.is_watched() or self.report.restored:
+        if torch.compiler.is_dynamo_compiling():
             return self.own(self.module, *args, **kwargs)
-        if follow.is_idle():  # nothing in the model around it is faster
-            return self.own(self.module, *args, **kwargs)
-        call = _signature(args, kwargs)
-        if call in self.idle:
+        own = type(self.module).forward  # a class may have changed; Dynamo watches `self.own`
+        if follow.is_watched() or follow.is_idle() or self.report.restored:
+            return own(self.module, *args, **kwargs)
+        call, outermost = _signature(args, kwargs), not follow.is_inside()
+        if self.idle.get(call):
+            self.idle[call] -= 1
             with follow.idle():
-                return self.own(self.module, *args, **kwargs)
-        if not follow.is_inside():
+                return own(self.module, *args, **kwargs)
+        if outermost:
             for shell in self._shells():
-                shell.own = type(shell.module).forward  # a class may have changed, and Dynamo watches this attribute
-        if self.__dict__.get("followed") is not self.own:
-            self.followed, self.function = self.own, follow.function_of(self.own)
+                shell.own = type(shell.module).forward
+        if self.__dict__.get("followed") is not own:
+            self.function = follow.function_of(own)
+            self.followed = own
         self.graphs = self.taken = 0
         result = follow.call(self, self.function, self.module, *args, **kwargs)
-        if self.graphs and not self.taken and not self.compile and not self.report.breaks:
-            self.idle.add(call)
+        whole = outermost and not follow.was_in_parts() and not self.report.breaks
+        if whole and not self.taken and not self.compile and (self.graphs or call in self.idle):
+            self.idle[call] = _IDLE
         return result
 
     @property
@@ -306,12 +320,19 @@ class FastForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self.own: Callable[..., Any] = type(self.module).forward
-        self.idle: set[Any] = set()
+        self.idle: dict[Any, int] = {}
         self.__signature__ = inspect.signature(self.own.__get__(self.module))
 
 
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What of a call decides whether anything in it is faster."""
     given = [*args, *kwargs.values()] if kwargs else args
-    kinds = [(value.shape, value.dtype, value.device) if isinstance(value, Tensor) else type(value) for value in given]
-    return torch.is_grad_enabled(), *kinds
+    if not all(isinstance(value, Tensor | int | float | str | None) for value in given):
+        given = tree_leaves(given)
+    return torch.is_grad_enabled(), *(_kind(value) for value in given)
+
+
+def _kind(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.is_nested:
+        return type(value)
+    return value.shape, value.dtype, value.device

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.node import map_arg
 
 NN: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 """Built-in functions that stand in Dynamo's graphs."""
@@ -41,6 +42,11 @@ class Writes:
         targets = {node: _targets(node) for node in graph.nodes}
         self._of = targets
         self.targets = {node: changed for node, changed in targets.items() if changed}
+        self._given: set[fx.Node] = set()
+        for node in graph.nodes:
+            if node.op in ("placeholder", "output"):
+                given = [node] if node.op == "placeholder" else node.all_input_nodes
+                self._given |= {alias for value in given for alias in self.shared(value)}
         self._switches = [node for node in graph.nodes if getattr(node.target, "__name__", "") in _SWITCHES]
 
     def later(self, value: fx.Node, after: fx.Node) -> bool:
@@ -58,6 +64,10 @@ class Writes:
         others = [*(node for node in self.targets if node not in nodes), *self._switches]
         return any(min(places) < self.place[node] < max(places) for node in others)
 
+    def escapes(self, value: fx.Node) -> bool:
+        """Whether who called the graph gets the memory of `value`, and may write into it."""
+        return not self._given.isdisjoint(self.shared(value))
+
     def shared(self, value: fx.Node) -> set[fx.Node]:
         """Nodes whose memory `value` may share, itself among them."""
         if value not in self._shared:
@@ -73,14 +83,32 @@ def _targets(node: fx.Node) -> list[fx.Node]:
         return []
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return node.all_input_nodes
-    out = node.kwargs.get("out")
-    if isinstance(out, fx.Node):
-        return [out]
-    first = [node.args[0]] if node.args else [node.kwargs["input"]] if "input" in node.kwargs else []
-    first = [argument for argument in first if isinstance(argument, fx.Node)]
+    if isinstance(node.target, torch._ops.OpOverload):
+        return _written_by_schema(node, node.target)
+    written = _nodes(node.kwargs.get("out"))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     by_name = name.endswith("_") and not name.endswith("__")
-    return first if by_name or _inplace(node) or node.target in _IN_PLACE else []
+    if by_name or _inplace(node) or node.target in _IN_PLACE:
+        written += _nodes(node.args[0] if node.args else node.kwargs.get("input"))
+    elif isinstance(node.target, torch._ops.OpOverloadPacket):  # which of its overloads runs is not known
+        written += node.all_input_nodes
+    return written
+
+
+def _written_by_schema(node: fx.Node, target: torch._ops.OpOverload) -> list[fx.Node]:
+    written: list[fx.Node] = []
+    for number, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[number] if number < len(node.args) else node.kwargs.get(argument.name)
+            written += _nodes(given)
+    return written
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    """The nodes in an argument, which may be a list."""
+    found: list[fx.Node] = []
+    map_arg(value, lambda node: found.append(node))
+    return found
 
 
 def _inplace(node: fx.Node) -> bool:

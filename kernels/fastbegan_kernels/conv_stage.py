@@ -298,17 +298,18 @@ def _recorded(
     return gradients
 
 
-def _version(value: Tensor) -> int:
-    """The count of changes in place, 0 where torch does not count them."""
-    return 0 if torch.compiler.is_compiling() or value.is_inference() else value._version
+def _version(value: Tensor) -> int | None:
+    """The count of changes in place, None where torch does not count them."""
+    return None if torch.compiler.is_compiling() or value.is_inference() else value._version
 
 
-def _unchanged(biases: list[Tensor], versions: list[int]) -> list[Tensor]:
+def _unchanged(biases: list[Tensor], versions: list[int | None]) -> list[Tensor]:
     """The biases of a forward. Recorded gradients read them, so a change in place since then raises RuntimeError.
 
     Other gradients do not read biases, and allow changes as torch does.
     """
-    if [_version(bias) for bias in biases] != versions:
+    counts = zip(map(_version, biases), versions, strict=True)
+    if any(now != before for now, before in counts if now is not None and before is not None):
         raise RuntimeError("a bias was changed in place before a gradient with create_graph=True was computed")
     return biases
 
