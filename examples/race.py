@@ -51,9 +51,8 @@ def race(name: str, make: Callable[[], Experiment]) -> float:
         copies[copy] = make()
         for net in copies[copy].nets.values():
             net.to(device)
-    for title, net in copies["fast"].nets.items():
-        report = accelerate(net).fastbegan_report
-        print(f"{title}: {len(report.replaced)} of {len(report.replaced) + len(report.left)} convolutions")
+    for net in copies["fast"].nets.values():
+        accelerate(net)
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, list[float]] = {copy: [] for copy in copies}
     losses: dict[str, dict[str, Tensor]] = {}
@@ -66,6 +65,8 @@ def race(name: str, make: Callable[[], Experiment]) -> float:
             start = _clock(device)
             losses[copy] = copies[copy].step(images, z)
             seconds[copy].append(_clock(device) - start)
+    for title, net in copies["fast"].nets.items():
+        print(f"{title}: {str(net.fastbegan_report).splitlines()[-1]}")
     for copy, values in losses.items():
         words = "  ".join(f"{title} {value.item():.4f}" for title, value in values.items())
         print(f"{copy}: {1e3 * statistics.median(seconds[copy]):.1f} ms a step; {words}")

@@ -20,7 +20,7 @@ import torch._dynamo.callback
 import torch._dynamo.utils
 from torch import fx
 from torch.autograd import forward_ad
-from torch.fx._symbolic_trace import is_fx_tracing
+from torch.fx import _symbolic_trace
 
 VARIANTS = 32
 """Graphs that Dynamo may make of one forward; calls beyond them run the model's own forward."""
@@ -62,6 +62,8 @@ class _Running(threading.local):
 
 
 _running = _Running()
+# torch 2.7 has one of them; later ones warn of the other
+_is_fx_tracing: Callable[[], bool] = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
 _quiet: warnings.catch_warnings | None = None
 _SHARED = "'__call__'"
 
@@ -183,7 +185,7 @@ def is_watched() -> bool:
         torch.compiler.is_dynamo_compiling()  # of this thread; is_compiling() tells of others, too
         or torch.compiler.is_exporting()
         or torch.jit.is_tracing()
-        or is_fx_tracing()
+        or _is_fx_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

@@ -14,7 +14,6 @@ from .report import Report
 from .writes import Writes
 
 _CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
-Verdict = Callable[[Chain, bool], "str | None"]
 
 
 def rewrite(module: fx.GraphModule, owners: dict[fx.Node, str], report: Report, *, compiled: bool) -> int:
