@@ -116,8 +116,14 @@ def test_there_are_seventy() -> None:
     assert len(BEFORE) >= 70
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "memory_format"),
+    [
+        (1, torch.contiguous_format),
+        *(pytest.param(batch, torch.channels_last, marks=pytest.mark.slow) for batch in (1, 2)),
+        pytest.param(2, torch.contiguous_format, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", BEFORE)
 def test_gradients_before_an_accelerated_layer(name: str, batch: int, memory_format: torch.memory_format) -> None:
     """Behind a layer that stays as it is, so that the gradient goes on through `name`."""

@@ -337,6 +337,7 @@ class _Penalised(nn.Module):
         return score.mean() + (slope.flatten(1).norm(dim=1) - 1).square().mean()
 
 
+@pytest.mark.slow  # Dynamo takes twenty seconds for its second part
 def test_a_forward_that_differentiates() -> None:
     own = _Penalised().double()
     model = accelerate(copy.deepcopy(own))

@@ -31,6 +31,6 @@ def test_both_copies_train_alike(script: str) -> None:
     assert plain and fast == pytest.approx(plain, rel=1e-3, abs=2e-4)
     assert re.search(rf"^{SCRIPTS[script]}: \d+\.\d\dx as fast, 32 px, batch 4, cpu$", done.stdout, re.MULTILINE)
     taken = [
-        tuple(map(int, found)) for found in re.findall(r": (\d+) of (\d+) convolutions$", done.stdout, re.MULTILINE)
+        tuple(map(int, counts)) for counts in re.findall(r": (\d+) of (\d+) nearest x2 to convolution", done.stdout)
     ]
-    assert taken and all(0 < some <= most for some, most in taken)
+    assert taken and all(0 <= some <= most > 0 for some, most in taken)  # how many depends on the CPU's threads

@@ -230,16 +230,18 @@ def _fold_taps(weight: Tensor, dim: int) -> Tensor:
 
 
 def _unfold_upsample(grad: Tensor, channels_last: bool = True) -> Tensor:
-    """The transpose of `fold_upsample`; the last copy is a transposition of two dimensions, which torch does fast."""
-    channels, outputs = grad.shape[:2]
-    taps = grad.permute(0, 2, 3, 1)
-    for dim in (1, 2):  # tap t of the weight is in the sums 2 - t and 3 - t
-        taps = taps.narrow(dim, 0, 3) + taps.narrow(dim, 1, 3)
-    taps = taps.flip(1, 2)
+    """The transpose of `fold_upsample`, computed in the memory order of its result, or of `grad`."""
     if channels_last:
-        flat = taps.permute(1, 2, 0, 3).reshape(-1, outputs).t().contiguous()
-        return flat.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)
+        return _unfold_taps(_unfold_taps(grad.permute(1, 2, 3, 0), 1), 2).permute(0, 3, 1, 2)
+    channels, outputs = grad.shape[:2]
+    taps = _unfold_taps(_unfold_taps(grad.permute(0, 2, 3, 1), 1), 2)
+    # a transposition of two dimensions, which torch does fast
     return taps.reshape(-1, outputs).t().contiguous().view(outputs, channels, 3, 3)
+
+
+def _unfold_taps(grad: Tensor, dim: int) -> Tensor:
+    a, b, c, d = grad.unbind(dim)
+    return torch.stack((c + d, b + c, a + b), dim)
 
 
 def _unfold_skip(grad: Tensor, channels_last: bool = True) -> Tensor:
