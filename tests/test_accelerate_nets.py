@@ -13,6 +13,10 @@ from fastbegan.convert import Report, accelerate, compare
 from tests.families import NETS, PARAMETERS, Net, run
 from tests.families.pairs import tensors
 
+VARIANTS = (
+    "pix2pix", "pix2pix_reflect", "pix2pix_patchgan", "cyclegan", "lightweight_gan_shuffle", "vqvae2", "vq_model",
+    "carpedm20_discriminator_pooled", "ganomaly", "vqgan_encoder",
+)  # fmt: skip
 FAST = [(4, True, False)]
 CASES = [
     pytest.param(batch, training, last, marks=[] if (batch, training, last) in FAST else pytest.mark.slow)
@@ -50,7 +54,13 @@ def _counts(net: Net) -> dict[str, int]:
 
 @pytest.mark.usefixtures("take_all")
 @pytest.mark.parametrize(("batch", "training", "last"), CASES)
-@pytest.mark.parametrize("net", PARAMETERS)
+@pytest.mark.parametrize(
+    "net",
+    [
+        pytest.param(*one.values, id=one.id, marks=(*one.marks, pytest.mark.slow)) if one.id in VARIANTS else one
+        for one in PARAMETERS
+    ],
+)
 def test_values_and_formats_are_the_same_where_all_is_taken(net: Net, batch: int, training: bool, last: bool) -> None:
     if last and not net.channels_last:
         pytest.skip("the net itself does not run in channels_last")

@@ -19,6 +19,10 @@ from tests.helpers.families import FAMILIES, Interpolating, Latent, images, sequ
 from tests.helpers.gans import seeded
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
+SOME = pytest.mark.parametrize(
+    "family",
+    [name if name in ("latent", "sequential") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
 pytestmark = [
     pytest.mark.core,
     pytest.mark.usefixtures("take_all"),
@@ -59,7 +63,7 @@ def test_outputs_and_gradients_are_the_same(family: str, training: bool) -> None
     assert "forward" not in vars(model) and "fastbegan_report" not in vars(model)
 
 
-@EVERY
+@SOME
 def test_an_optimizer_made_before_goes_on(family: str) -> None:
     ways = {}
     for fast in (False, True):
@@ -78,10 +82,7 @@ def test_an_optimizer_made_before_goes_on(family: str) -> None:
         torch.testing.assert_close(ways[True][name], value, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [name if name in ("latent", "sequential") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
-)
+@SOME
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at inputs
 def test_torch_compile_takes_it_whole(family: str) -> None:
     model, x, _ = _made(family)
@@ -93,7 +94,7 @@ def test_torch_compile_takes_it_whole(family: str) -> None:
     compare.compare(before, named, exact).require_near()
 
 
-@EVERY
+@SOME
 def test_copies_and_pickles_are_whole(family: str) -> None:
     model, x, taken = _made(family)
     accelerate(model)

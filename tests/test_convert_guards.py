@@ -183,7 +183,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_changed_afterwards(change: str, compiled: bool) -> None:
     """Own weights in both copies, changed alike: the accelerated one must see it."""
     if compiled and "hook" in change:

@@ -24,7 +24,7 @@ def _laid_out(example: Any, memory_format: torch.memory_format) -> Any:
 
 @nets
 @FORMATS
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["train", "eval"])
 def test_runs_forward_and_backward(net: Net, memory_format: torch.memory_format, training: bool) -> None:
     torch.manual_seed(0)
     model = net.make().to(memory_format=memory_format).train(training)  # pyright: ignore[reportCallIssue]
