@@ -25,7 +25,7 @@ def _passes(name: str, seed: int, training: bool) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_healthy_nets_pass(name: str, training: bool) -> None:
     _passes(name, 0, training)
     _passes(name, 1, training)

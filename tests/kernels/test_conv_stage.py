@@ -121,7 +121,7 @@ def test_a_backward_under_autocast_is_as_exact(widths: tuple[int, ...]) -> None:
         pytest.param(["relu", "elu", "none"], "fused", marks=pytest.mark.slow),
         (["none", "silu", "leaky_relu"], None),
         (["none", "silu", "leaky_relu"], "algebraic"),
-        (["none", "silu", "leaky_relu"], "fused"),
+        pytest.param(["none", "silu", "leaky_relu"], "fused", marks=pytest.mark.slow),
     ],
 )
 def test_an_activation_for_each_layer(activation: list[str], impl: str | None) -> None:
