@@ -15,7 +15,8 @@ from tests.families.pairs import tensors
 
 VARIANTS = (
     "pix2pix", "pix2pix_reflect", "pix2pix_patchgan", "cyclegan", "lightweight_gan_shuffle", "vqvae2", "vq_model",
-    "carpedm20_discriminator_pooled", "ganomaly", "vqgan_encoder",
+    "carpedm20_discriminator_pooled", "ganomaly", "vqgan_encoder", "carpedm20_discriminator", "vqvae2_nearest",
+    "lightweight_gan_discriminator", "autoencoder_tiny",
 )  # fmt: skip
 FAST = [(4, True, False)]
 CASES = [

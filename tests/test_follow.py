@@ -72,6 +72,7 @@ def test_twelve_variants_of_one_model_are_fast(stages: mock.MagicMock) -> None:
     assert stages.call_count == 3
 
 
+@pytest.mark.slow
 def test_the_limit_of_variants_is_told(stages: mock.MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -389,6 +390,7 @@ def test_frozen_parameters_and_a_new_dtype(stages: mock.MagicMock) -> None:
     assert stages.call_count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # Inductor's
 def test_compiled_by_inductor(stages: mock.MagicMock) -> None:
     own = sequential()
