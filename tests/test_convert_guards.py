@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastbegan.convert import accelerate, calls, chains, compare, gains, restore
 from tests.helpers.families import Interpolating, images, made
@@ -370,7 +371,8 @@ def test_a_class_that_changes_after_a_call(idle: bool) -> None:
         torch.testing.assert_close(model(X), 3 * before)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.testing.assert_close(torch.jit.trace(model, X)(X), 3 * before)
+        traced: Any = torch.jit.trace(model, X)
+        torch.testing.assert_close(traced(X), 3 * before)
 
 
 def test_a_forward_of_somebodys_own_on_the_instance_stays() -> None:
@@ -410,7 +412,7 @@ def _of_inference(model: Any) -> list[Tensor]:
 @pytest.mark.parametrize("activation", [nn.ELU(), nn.LeakyReLU(0.2), nn.SiLU()])
 def test_a_caller_may_write_where_torch_lets_it(use: Callable[[Any], list[Tensor]], activation: nn.Module) -> None:
     own = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 3, 3, padding=1), activation)
-    model = accelerate(copy.deepcopy(own))
+    model: Any = accelerate(copy.deepcopy(own))
     for got, expected in zip(use(model), use(own), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert model.fastbegan_report.replaced
@@ -459,7 +461,7 @@ def test_a_gate_that_is_written_elsewhere_too() -> None:
 
 def test_group_norm_without_an_epsilon_is_left() -> None:
     own = nn.Sequential(nn.GroupNorm(1, 3, eps=0.0), nn.SiLU())
-    model = accelerate(copy.deepcopy(own))
+    model: Any = accelerate(copy.deepcopy(own))
     torch.testing.assert_close(model(X), own(X))
     assert model.fastbegan_report.left == {"0": "its epsilon is 0.0"}
 
@@ -469,7 +471,7 @@ def test_what_torch_fx_made_and_makes() -> None:
     model = accelerate(copy.deepcopy(own))
     torch.testing.assert_close(model(X), own(X))
     torch.testing.assert_close(torch.fx.symbolic_trace(accelerate(_block()))(X).shape, own(X).shape)
-    torch.testing.assert_close(torch.fx.experimental.proxy_tensor.make_fx(model)(X)(X), own(X))
+    torch.testing.assert_close(make_fx(model)(X)(X), own(X))
 
 
 def test_a_model_whose_forward_is_no_method_gets_no_shell() -> None:
@@ -495,7 +497,7 @@ def test_buffers_that_a_forward_makes() -> None:
         def forward(self, x: Tensor) -> Tensor:
             if "grid" not in self._buffers:
                 self.register_buffer("grid", torch.ones(x.shape[2:]))
-            return self.net(x * self.grid)
+            return self.net(x * self.get_buffer("grid"))
 
     accelerate(Grid(), check=X)
     lazy = nn.Sequential(_block(), nn.LazyBatchNorm2d())
