@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbegan.convert import accelerate, calls, compare, follow, restore
+from fastbegan.convert import accelerate, calls, compare, follow, gains, restore
 from tests.helpers.families import Interpolating, images, made, sequential
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("take_all")]
@@ -458,3 +458,14 @@ def test_a_users_own_settings_of_dynamo_stay() -> None:
         assert ("error", None, Warning, None, 0) in warnings.filters
         assert ("ignore", None, Warning, None, 0) not in warnings.filters
     assert (config.recompile_limit, config.suppress_errors, config.skip_nnmodule_hook_guards) == before
+
+
+def test_a_warning_of_ours_while_dynamo_works_reaches_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a kernel which is not used; it is given once in a process, so it must not be lost."""
+
+    def warns(*_: object) -> None:
+        warnings.warn("a kernel is not used", RuntimeWarning, stacklevel=2)
+
+    monkeypatch.setattr(gains, "why_left", warns)
+    with pytest.warns(RuntimeWarning, match="a kernel is not used"):
+        accelerate(_net())(X)

@@ -215,7 +215,9 @@ def _hush(*_: object) -> None:
     if _running.follower is not None and _quiet is None:
         _quiet = warnings.catch_warnings()
         _quiet.__enter__()
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # others, as of kernels that are not used, reach the user
 
 
 def _speak(*_: object) -> None:

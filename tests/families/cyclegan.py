@@ -27,7 +27,7 @@ class ResnetBlock(nn.Module):
             elif padding_type == "zero":
                 p = 1
             else:
-                raise NotImplementedError(f"padding [{padding_type}] is not implemented")
+                raise ValueError(f"padding_type is {padding_type!r}; accepted: reflect, replicate, zero")
             block += [nn.Conv2d(dim, dim, kernel_size=3, padding=p, bias=use_bias), norm_layer(dim)]
             if not last:
                 block += [nn.ReLU(True)]
