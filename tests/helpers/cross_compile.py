@@ -66,7 +66,7 @@ def _matrix_cases(name: str, tiles: Sequence[AnyTile], channels: str = "") -> It
                 "BLOCK_M": tile.block_m,
                 "FULL_C": full,
                 "ALIGNED": channels != "odd",
-                "PRECISION": "tf32" if name != "fp32" else "ieee",
+                "PRECISION": "tf32" if name == "tf32" else "ieee",
             }
         for label, transpose, kernel, stride, turned, backward in _PRODUCTS:
             skip = 8 if "skip" in label else 0
