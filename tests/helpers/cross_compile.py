@@ -32,6 +32,7 @@ from fastbegan_kernels.fused import (
     skip_phase_table,
 )
 from fastbegan_kernels.fused.conv_tiles import AnyTile, TmaTile, pointer_tiles, tma_tiles
+from tests.helpers.tile_model import loop_figures
 
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _INSTRUCTIONS = ("HMMA", "HGMMA", "FFMA", "LDGSTS", "UTMALDG", "LDSM", "LDL", "STL")
@@ -263,13 +264,16 @@ def measure(case: Case, capability: int) -> dict[str, Any]:
     if "tma" in name:  # loads into registers between the first and the last product would mean operands not in place
         products = [found.start() for found in re.finditer(r"\bHGMMA\b", machine)]
         counts["LDSM"] = len(re.findall(r"\bLDSM\b", machine[products[0] : products[-1]])) if products else 0
+    registers, shared = int(found[1]), compiled.metadata.shared
+    matrix = loop_figures(machine, name, capability, registers, shared) if "conv" in name else {}
     return {
         "kernel": name,
         "sm": capability,
-        "registers": int(found[1]),
+        "registers": registers,
         "stack": int(found[2]),
-        "shared": compiled.metadata.shared,
+        "shared": shared,
         **counts,
+        **matrix,
     }
 
 
