@@ -39,24 +39,66 @@ def _existing(i, size, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _load_pair(  # noqa: PLR0913
-    x_base, w_base, inside, x_shift, w_shift, c_start, c, C, w_stride, FULL_C: tl.constexpr, ALIGNED: tl.constexpr
+    x_at, w_at, inside, x_shift, w_shift, c_start, c, C, w_stride, FULL_C: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Pixels [BLOCK_M, BLOCK_C] moved by `x_shift` pixels, zero where not `inside`, and weights [BLOCK_C, BLOCK_K].
+    """Pixels [BLOCK_M, BLOCK_C] moved by `x_shift` values, zero where not `inside`, and weights [BLOCK_C, BLOCK_K].
 
-    Masked asynchronous copies have been seen to touch their address. So a pixel outside keeps the address of a valid
-    pixel as well, and a channel past the last the address of channel 0.
+    With FULL_C, `x_at` and `w_at` point at channel c; else at channel 0. Masked asynchronous copies have been seen to
+    touch their address. So a pixel outside keeps the address of a valid pixel, and a channel past the last that of
+    channel 0.
     """
-    x_at = x_base + tl.where(inside, x_shift, 0)[:, None] * C
-    w_at = w_base + w_shift
     if FULL_C:
-        x = tl.load(x_at + c_start + c[None, :], mask=inside[:, None], other=0.0)
-        w = tl.load(w_at + (c_start + c)[:, None] * w_stride)
+        offset = tl.where(inside, x_shift + c_start, 0)
+        if ALIGNED:
+            offset = tl.multiple_of(offset, 8)
+        x = tl.load(x_at + offset[:, None], mask=inside[:, None], other=0.0)
+        w = tl.load(w_at + (w_shift + c_start * w_stride))
     else:
         c_ok = c_start + c < C
         c = _existing(c_start + c, C, ALIGNED)
-        x = tl.load(x_at + c[None, :], mask=inside[:, None] & c_ok[None, :], other=0.0)
-        w = tl.load(w_at + c[:, None] * w_stride, mask=c_ok[:, None], other=0.0)
+        offset = tl.where(inside, x_shift, 0)
+        if ALIGNED:
+            offset = tl.multiple_of(offset, 8)
+        offset = offset[:, None] + c[None, :]
+        x = tl.load(x_at + offset, mask=inside[:, None] & c_ok[None, :], other=0.0)
+        w = tl.load(w_at + (w_shift + c[:, None] * w_stride), mask=c_ok[:, None], other=0.0)
     return x, w
+
+
+@triton.jit
+def _inside_bits(h, w, in_h, in_w, FIRST: tl.constexpr, SIDE: tl.constexpr):
+    """Bit SIDE * a + b: whether pixel (h + FIRST + a, w + FIRST + b) is inside a map of in_h x in_w.
+
+    Computed before the loop, which then has one operation a row for its borders.
+    """
+    bits = tl.zeros(h.shape, tl.int32)
+    for a in tl.static_range(SIDE):
+        for b in tl.static_range(SIDE):
+            row = h + (FIRST + a)
+            column = w + (FIRST + b)
+            inside = (row >= 0) & (row < in_h) & (column >= 0) & (column < in_w)
+            bits |= tl.where(inside, 1 << (SIDE * a + b), 0)
+    return bits
+
+
+@triton.jit
+def next_block(tap, c_start, c_blocks, BLOCK_C: tl.constexpr):
+    """The next block of channels, and the next tap after the last of them: counters in place of divisions."""
+    c_start += BLOCK_C
+    last = c_start == c_blocks * BLOCK_C
+    return tap + tl.where(last, 1, 0), tl.where(last, 0, c_start)
+
+
+@triton.jit
+def row_of(tap, KERNEL: tl.constexpr):
+    """tap // KERNEL for taps of a window, in fewer instructions than a signed division."""
+    if KERNEL == 4:
+        row = tap >> 2
+    elif KERNEL == 3:
+        row = tap * 11 >> 5
+    else:
+        row = tap // KERNEL
+    return row
 
 
 @triton.jit
@@ -138,22 +180,26 @@ def _conv_kernel(  # noqa: PLR0913
     oh = (m // out_w) % out_h
     start = tl.where(m_ok, (m // (out_w * out_h) * in_h + oh * STRIDE) * in_w + ow * STRIDE, 0)
     c = tl.arange(0, BLOCK_C)
-    x_base = x_ptr + start.to(tl.int64)[:, None] * C
     TAPS: tl.constexpr = KERNEL * KERNEL
     w_stride = TAPS * K if TURNED else 1
-    w_base = w_ptr + _existing(k, K, ALIGNED)[None, :] * (1 if TURNED else TAPS * C)
+    x_at = x_ptr + start.to(tl.int64)[:, None] * C
+    w_at = w_ptr + _existing(k, K, ALIGNED)[None, :] * (1 if TURNED else TAPS * C)
+    if FULL_C:
+        x_at += c[None, :]
+        w_at += c[:, None] * w_stride
+    inside_bits = tl.where(m_ok, _inside_bits(oh * STRIDE, ow * STRIDE, in_h, in_w, -PAD, KERNEL), 0)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    tap = 0
+    c_start = 0
     for step in tl.range(0, TAPS * c_blocks, num_stages=STAGES):
-        tap = step // c_blocks
-        c_start = (step % c_blocks) * BLOCK_C
-        dh = tap // KERNEL - PAD
-        dw = tap % KERNEL - PAD
-        ih = oh * STRIDE + dh
-        iw = ow * STRIDE + dw
-        inside = m_ok & (ih >= 0) & (ih < in_h) & (iw >= 0) & (iw < in_w)
+        inside = (inside_bits & (1 << tap)) != 0
+        row = row_of(tap, KERNEL)
+        x_shift = ((row - PAD) * in_w + tap - row * KERNEL - PAD) * C
         w_shift = (TAPS - 1 - tap) * K if TURNED else tap * C
-        x, w = _load_pair(x_base, w_base, inside, dh * in_w + dw, w_shift, c_start, c, C, w_stride, FULL_C, ALIGNED)
+        x, w = _load_pair(x_at, w_at, inside, x_shift, w_shift, c_start, c, C, w_stride, FULL_C, ALIGNED)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        tap, c_start = next_block(tap, c_start, c_blocks, BLOCK_C)
+        tap = tl.minimum(tap, TAPS - 1)  # loads run ahead of the products: those past the last stay in the weights
     pixel = m.to(tl.int64)
     program = tl.program_id(0)
     _store(acc, pixel, m_ok, k, K, b_ptr, y_prev_ptr, out_ptr, db_ptr, program, alpha, HAS_BIAS, ACTIVATION, BACKWARD)
@@ -203,23 +249,29 @@ def _conv_transpose_kernel(  # noqa: PLR0913
     j = m % in_w
     i = tl.where(m_ok, (m // in_w) % in_h, -2)  # rows past the end are outside for every tap
     c = tl.arange(0, BLOCK_C)
-    x_base = x_ptr + tl.where(m_ok, m, 0).to(tl.int64)[:, None] * C
     w_stride = KERNEL * KERNEL * K
-    w_base = w_ptr + _existing(k, K, ALIGNED)[None, :]
+    x_at = x_ptr + tl.where(m_ok, m, 0).to(tl.int64)[:, None] * C
+    w_at = w_ptr + _existing(k, K, ALIGNED)[None, :]
+    if FULL_C:
+        x_at += c[None, :]
+        w_at += c[:, None] * w_stride
     taps_h = 2 if KERNEL == 4 else 1 + py
     taps_w = 2 if KERNEL == 4 else 1 + px
+    inside_bits = _inside_bits(i, j, in_h, in_w, -1, 3)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    tap = 0
+    c_start = 0
     for step in tl.range(0, taps_h * taps_w * c_blocks, num_stages=STAGES):
-        tap = step // c_blocks
-        c_start = (step % c_blocks) * BLOCK_C
-        dh = tap // taps_w + (py - 1 if KERNEL == 4 else 0)
-        dw = tap % taps_w + (px - 1 if KERNEL == 4 else 0)
-        inside = (i + dh >= 0) & (i + dh < in_h) & (j + dw >= 0) & (j + dw < in_w)
+        dh = (tap >> (1 if KERNEL == 4 else px)) + (py - 1 if KERNEL == 4 else 0)
+        dw = (tap & (taps_w - 1)) + (px - 1 if KERNEL == 4 else 0)
+        inside = (inside_bits & (1 << (3 * dh + dw + 4))) != 0
         w_shift = ((1 + py - 2 * dh) * KERNEL + 1 + px - 2 * dw) * K
-        x, w = _load_pair(x_base, w_base, inside, dh * in_w + dw, w_shift, c_start, c, C, w_stride, FULL_C, ALIGNED)
+        x, w = _load_pair(x_at, w_at, inside, (dh * in_w + dw) * C, w_shift, c_start, c, C, w_stride, FULL_C, ALIGNED)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    # computed again: values that live through the loop occupy registers
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        tap, c_start = next_block(tap, c_start, c_blocks, BLOCK_C)
+        tap = tl.minimum(tap, taps_h * taps_w - 1)
+    # c_start is 0 again. The compiler does not know it, so it computes rows anew instead of keeping them in registers
+    m = tl.program_id(0) * BLOCK_M + c_start + tl.arange(0, BLOCK_M)
     n = (m // (in_w * in_h)).to(tl.int64)
     oh = 2 * ((m // in_w) % in_h) + py
     ow = 2 * (m % in_w) + px

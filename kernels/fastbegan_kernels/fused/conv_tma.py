@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate, derivative
+from .conv_pointer import next_block, row_of
 from .skip_phase_table import skip_entry
 
 
@@ -90,22 +91,22 @@ def _conv_tma_kernel(  # noqa: PLR0913
     n0 = tile // (tiles_w * tiles_h) * SAMPLES
     k0 = tl.program_id(1) * BLOCK_K
     acc = tl.zeros((BLOCK_K, PIXELS), tl.float32)
-    for step in tl.range(0, TAPS * c_blocks, num_stages=STAGES):
-        tap = step // c_blocks
-        c0 = step % c_blocks * BLOCK_C
-        row = tap // KERNEL - PAD
-        column = tap % KERNEL - PAD
+    tap = 0
+    c0 = 0
+    for _ in tl.range(0, TAPS * c_blocks, num_stages=STAGES):
+        row = row_of(tap, KERNEL)
+        column = tap - row * KERNEL - PAD
+        row -= PAD
         if STRIDE == 1:
             x = x_desc.load([n0, h0 + row, w0 + column, c0])
-        else:
-            half_h = (row + 2) // 2 - 1  # rounded down also for -1
-            half_w = (column + 2) // 2 - 1
-            x = x_desc.load([n0, h0 + half_h, row - 2 * half_h, w0 + half_w, (column - 2 * half_w) * C + c0])
+        else:  # shifts round down, also for -1
+            x = x_desc.load([n0, h0 + (row >> 1), row & 1, w0 + (column >> 1), (column & 1) * C + c0])
         if TURNED:  # noqa: SIM108 (compile-time)
             w = w_desc.load([c0, (TAPS - 1 - tap) * K + k0]).T
         else:
             w = w_desc.load([k0, tap * C + c0])
         acc = tl.dot(w, x.reshape(PIXELS, BLOCK_C).T, acc)
+        tap, c0 = next_block(tap, c0, c_blocks, BLOCK_C)
     p = tl.arange(0, PIXELS)
     ok = (n0 + p // (HEIGHT * WIDTH) < batch) & (h0 + p // WIDTH % HEIGHT < out_h) & (w0 + p % WIDTH < out_w)
     y_prev = acc
@@ -158,14 +159,15 @@ def _conv_transpose_tma_kernel(  # noqa: PLR0913
     taps_h = 2 if KERNEL == 4 else 1 + py
     taps_w = 2 if KERNEL == 4 else 1 + px
     acc = tl.zeros((BLOCK_K, PIXELS), tl.float32)
-    for step in tl.range(0, taps_h * taps_w * c_blocks, num_stages=STAGES):
-        tap = step // c_blocks
-        c0 = step % c_blocks * BLOCK_C
-        dh = tap // taps_w + (py - 1 if KERNEL == 4 else 0)
-        dw = tap % taps_w + (px - 1 if KERNEL == 4 else 0)
+    tap = 0
+    c0 = 0
+    for _ in tl.range(0, taps_h * taps_w * c_blocks, num_stages=STAGES):
+        dh = (tap >> (1 if KERNEL == 4 else px)) + (py - 1 if KERNEL == 4 else 0)
+        dw = (tap & (taps_w - 1)) + (px - 1 if KERNEL == 4 else 0)
         x = x_desc.load([n0, i0 + dh, j0 + dw, c0]).reshape(PIXELS, BLOCK_C)
         w = w_desc.load([c0, ((1 + py - 2 * dh) * KERNEL + 1 + px - 2 * dw) * K + k0])
         acc = tl.dot(w.T, x.T, acc)
+        tap, c0 = next_block(tap, c0, c_blocks, BLOCK_C)
     p = tl.arange(0, PIXELS)
     n = n0 + p // (HEIGHT * WIDTH)
     i = i0 + p // WIDTH % HEIGHT
