@@ -234,7 +234,7 @@ def _run_pointer(
     sizes = (*maps, product.channels, product.out_channels, triton.cdiv(product.channels, tile.block_c), alpha)
     settings: dict[str, Any] = epilogue.settings | _tile_settings(tile)
     settings |= {"KERNEL": product.kernel, "FULL_C": product.channels % tile.block_c == 0, "ALIGNED": product.aligned}
-    settings |= {"BLOCK_M": tile.block_m, "PRECISION": "tf32" if x.is_cuda and allows_tf32() else "ieee"}
+    settings |= {"BLOCK_M": tile.block_m, "PRECISION": "tf32" if allows_tf32() else "ieee"}
     if product.transpose:
         tensors = (x, weight, bias, skip, y_prev, out, partial)
         implicit_gemm._conv_transpose_kernel[grid](*tensors, *sizes, SKIP_SIZE=epilogue.skip_size, **settings)
