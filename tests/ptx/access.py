@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def _is_shared(i: Instruction) -> bool:
     return shared
 
 
-def _space(m: Machine, shared: bool) -> Union[GlobalMemory, SharedMemory]:
+def _space(m: Machine, shared: bool) -> GlobalMemory | SharedMemory:
     return m.shared if shared else m.memory
 
 

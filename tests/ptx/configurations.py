@@ -1,4 +1,4 @@
-"""What there is to execute: every configuration of the gate, the registered checks, and forms the gate does not have."""
+"""What there is to execute: all configurations of the gate, the registered checks, and forms the gate does not have."""
 
 from __future__ import annotations
 
@@ -109,8 +109,9 @@ def _configurations(capability: int) -> Iterator[Configuration]:
 
 
 def gate_ptx(case: cross_compile.Case, capability: int) -> str:
-    """What the gate compiles."""
-    _, kernel, given, constants, options, by_16 = case
+    """What the gate compiles, with what launchers promise beyond that."""
+    label, kernel, given, constants, options, by_16 = case
+    by_16 = (*by_16, *project.promised(label))
     signature = {name: "constexpr" if name in constants else given[name] for name in kernel.arg_names}
     attributes = {
         (i,): [["tt.divisibility", 16]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 from . import access, arithmetic, matrix, mbarrier, moves, tensor_copies, wgmma
 from .operands import Builder, Step
@@ -25,7 +25,7 @@ _BUILDERS: dict[str, Builder] = {
 }
 
 
-def decode(program: Program, i: Instruction) -> Optional[Step]:
+def decode(program: Program, i: Instruction) -> Step | None:
     """What executes the instruction. Raises NotImplementedError for one that the machine does not know."""
     name = i.op[0]
     if name in ("bra", "ret", "exit", "barrier") or i.op[:2] in (("bar", "sync"), ("mbarrier", "try_wait")):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional, Union
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,8 +28,8 @@ class Region:
     """Memory that a kernel may use."""
 
     data: np.ndarray  # bytes
-    initialised: Optional[np.ndarray] = None  # which of them hold values; None: all
-    writable: Union[np.ndarray, bool] = False
+    initialised: np.ndarray | None = None  # which of them hold values; None: all
+    writable: np.ndarray | bool = False
     phase: int = 0  # its address modulo 256
 
 

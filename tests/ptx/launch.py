@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -61,7 +61,7 @@ class Device:
         capability: int,
         *,
         change: Callable[[str], str] = lambda ptx: ptx,
-        replaced: Optional[Mapping[str, JITFunction]] = None,
+        replaced: Mapping[str, JITFunction] | None = None,
         compile_only: bool = False,
     ) -> None:
         """`change` edits PTX before it runs, and `replaced` kernels take the place of those of their name."""

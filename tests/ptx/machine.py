@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Program:
         self.kernel = kernel
         self.register = {name: i for i, name in enumerate(kernel.widths)}
         self.leaders = set(kernel.labels.values())  # where groups of threads may meet again
-        self.steps: list[Optional[Step]] = [decode(self, instruction) for instruction in kernel.instructions]
+        self.steps: list[Step | None] = [decode(self, instruction) for instruction in kernel.instructions]
         self.guards = [None if i.predicate is None else self.register[i.predicate.name] for i in kernel.instructions]
 
 
@@ -53,7 +53,7 @@ def execute(
     shared: int,
     report: Report,
     *,
-    tensor_maps: Optional[Mapping[int, TensorMap]] = None,
+    tensor_maps: Mapping[int, TensorMap] | None = None,
 ) -> int:
     """Run a whole grid with `shared` bytes a CTA. Returns the number of instructions, each counted for all threads.
 
@@ -68,7 +68,7 @@ def execute(
 class Machine:
     """The state of all threads of the CTAs that run now."""
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         program: Program,
         memory: GlobalMemory,
@@ -101,7 +101,7 @@ class Machine:
         self.cta = self.lane // threads
         self.tid = (self.lane % threads).astype(np.uint32)
         self.ctaid = [np.array([cta[axis] for cta in ctas], np.uint32)[self.cta] for axis in range(3)]
-        self.r: list[Optional[np.ndarray]] = [None] * len(self.program.register)
+        self.r: list[np.ndarray | None] = [None] * len(self.program.register)
         self.pc = np.zeros(self.count, np.int64)
         self.state = np.zeros(self.count, np.int8)
         self.barrier = np.zeros(self.count, np.int64)  # its number, and how many threads it waits for
@@ -231,7 +231,7 @@ class Machine:
             here = here & mask
         return None if here.all() else here
 
-    def _control(self, pc: int, mask: Mask, here: Mask) -> Optional[int]:
+    def _control(self, pc: int, mask: Mask, here: Mask) -> int | None:
         """An instruction of control flow; the next one if all threads of `mask` go on together, else None."""
         name = self.current.op[0]
         if name == "bra":
@@ -247,7 +247,7 @@ class Machine:
             self._arrive(lanes)
         return pc + 1 if mask is None and (self.state == _READY).all() else None
 
-    def _branch(self, pc: int, mask: Mask, here: Mask) -> Optional[int]:
+    def _branch(self, pc: int, mask: Mask, here: Mask) -> int | None:
         label = self.current.operands[0]
         assert isinstance(label, Symbol)
         target = self.kernel.labels[label.name]

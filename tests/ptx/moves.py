@@ -107,11 +107,8 @@ def shuffle(program: Program, i: Instruction) -> Step:
         highest = (lane & segment) | (last & ~segment)
         if how == "up":
             return lane - many, lane - many >= highest
-        if how == "bfly":
-            other = lane ^ many
-        else:
-            other = (lane & segment) | (many & ~segment) if how == "idx" else lane + many
-        return other, other <= highest
+        others = {"bfly": lane ^ many, "idx": (lane & segment) | (many & ~segment), "down": lane + many}
+        return others[how], others[how] <= highest
 
     def run(m: Machine, mask: Mask) -> None:
         m.whole_warps(mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from .syntax import Address, Imm, Instruction, Operand, Reg, Special, Symbol
 if TYPE_CHECKING:
     from .machine import Machine, Program
 
-Mask = Optional[np.ndarray]
+Mask = np.ndarray | None
 """Which threads execute; None stands for all."""
 Get = Callable[["Machine"], Any]
 """An operand's values: one for each thread, or one for all."""
@@ -26,9 +26,11 @@ UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint6
 TYPES: dict[str, Any] = {
     "pred": np.bool_,
     **{f"{letter}{bits}": UNSIGNED[bits] for letter in "bu" for bits in (8, 16, 32, 64)},
-    **{"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64},
-    **{"f16": np.float16, "f32": np.float32, "f64": np.float64},
-    **{"bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32},  # by their bits
+    **{f"s{bits}": np.dtype(f"i{bits // 8}").type for bits in (8, 16, 32, 64)},
+    **{f"f{bits}": np.dtype(f"f{bits // 8}").type for bits in (16, 32, 64)},
+    "bf16": np.uint16,  # by their bits
+    "bf16x2": np.uint32,
+    "f16x2": np.uint32,
 }
 
 

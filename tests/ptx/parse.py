@@ -7,9 +7,7 @@ import struct
 
 from .syntax import Address, Imm, Instruction, Kernel, Operand, Reg, Special, Symbol, Vector
 
-_SPECIAL = re.compile(
-    r"%(?:n?tid|n?ctaid|laneid|warpid|n?clusterid|cluster_n?ctaid|cluster_n?ctarank)(?:\.[xyz])?$"
-)
+_SPECIAL = re.compile(r"%(?:n?tid|n?ctaid|laneid|warpid|n?clusterid|cluster_n?ctaid|cluster_n?ctarank)(?:\.[xyz])?$")
 _REG = re.compile(r"\.reg\s+\.(\w+)\s+(.+)")
 _PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr[^,\[]*?)?\s+(\w+)(?:\[(\d+)\])?\s*,?\s*$")
 _IGNORED = re.compile(r"\.(loc|pragma|file|section)\b")

@@ -23,6 +23,12 @@ IN_PLACE = {
 FORGIVEN = {"_equilibrium_update_kernel": "global race"}
 """Every thread reads the running sums that the first one stores; nobody else uses what it read."""
 
+PROMISED = {"activation with skip": ("rows",)}
+"""Numbers that launchers always pass as multiples of 16, by cases of the gate that do not promise it.
+
+A map with a phase table has cells, eight in a row and eight in a column.
+"""
+
 Tile = tiles.AnyTile
 TmaTile = tiles.TmaTile
 SMALL_HALF, MIDDLE_HALF, SMALL_FULL = tiles.HALF[-1], tiles.HALF[2], tiles.FULL[-1]
@@ -44,6 +50,11 @@ def kernels(module: ModuleType) -> dict[str, JITFunction]:
 def refusal() -> tuple[ModuleType, str]:
     """What refuses to run fused forms on CPU tensors."""
     return dispatch, "_require_fused"
+
+
+def promised(case: str) -> tuple[str, ...]:
+    """See PROMISED."""
+    return next((names for head, names in PROMISED.items() if case.startswith(head)), ())
 
 
 def form_of(tile: Tile) -> str:

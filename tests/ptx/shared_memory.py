@@ -7,7 +7,7 @@ not depend on the order in which warps run, and one order is enough. Bookkeeping
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -54,9 +54,7 @@ class SharedMemory:
         """[accesses, granules of each]."""
         return (at // 2)[:, None] + np.arange(max(1, width // 2))
 
-    def load(
-        self, m: Machine, addresses: np.ndarray, width: int, lanes: np.ndarray, what: str = "load"
-    ) -> np.ndarray:
+    def load(self, m: Machine, addresses: np.ndarray, width: int, lanes: np.ndarray, what: str = "load") -> np.ndarray:
         """[lanes, width] bytes."""
         at = self.locate(m, addresses, width, lanes, what)
         self.note_read(m, self.granules(at, width), lanes)
@@ -208,7 +206,7 @@ def _check(m: Machine, old: np.ndarray, stamp: np.ndarray, kind: str, *, reads: 
         m.report_at("shared warp race", lanes.sum(), example)
 
 
-def _one_writer(m: Machine, at: np.ndarray, values: np.ndarray) -> Optional[np.ndarray]:
+def _one_writer(m: Machine, at: np.ndarray, values: np.ndarray) -> np.ndarray | None:
     """One lane for each place. Threads that hold copies of one value may write it together; None: there are none."""
     _, chosen, inverse = np.unique(at, return_index=True, return_inverse=True)
     if len(chosen) == len(at):

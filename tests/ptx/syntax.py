@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Union
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Address:
     coordinates: tuple[Operand, ...] = ()
 
 
-Operand = Union[Reg, Imm, Special, Symbol, Vector, Address]
+Operand = Reg | Imm | Special | Symbol | Vector | Address
 
 
 @dataclass

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .mbarrier import key_of, Load
+from .mbarrier import Load, key_of
 from .operands import Mask, Step, address_of, getter
 from .shared_memory import SHARED_BASE
 from .syntax import Address, Instruction, Vector
@@ -106,7 +106,7 @@ def _copy(program: Program, i: Instruction) -> Step:
 
 
 def _copy_box(
-    m: Machine, lane: int, t: TensorMap, start: Sequence[int], place: int, key: Optional[tuple[int, int]]
+    m: Machine, lane: int, t: TensorMap, start: Sequence[int], place: int, key: tuple[int, int] | None
 ) -> None:
     """To shared memory where there is a barrier's key, else from there. Outside of the tensor are zeros."""
     assert len(start) == len(t.box), (start, t)
