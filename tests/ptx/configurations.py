@@ -84,7 +84,7 @@ class Outcome:
 
     def __str__(self) -> str:
         notes = "".join(f" | {count} x {kind}" for kind, count in self.notes.items())
-        head = f"{'ok ' if self.ok else 'BAD'} {self.name} | {self.ctas} CTAs | excess {self.excess:.2f}"
+        head = f"{self.name} | {'ok' if self.ok else 'BAD'} | {self.ctas} CTAs | excess {self.excess:.2f}"
         return "\n".join([f"{head} | {self.seconds:.1f} s{notes}", *(f"    {fault}" for fault in self.faults)])
 
 
