@@ -92,6 +92,7 @@ class Device:
         options, signature, constants, attributes = kernel._pack_args(
             backend, dict(settings), values, specialization, options
         )
+        attributes = {path: found for path, found in attributes.items() if found}  # as the gate: one key of the cache
         source = ASTSource(kernel, signature, constants, attributes)
         return _Bound(values, signature, triton.compile(source, target=self.target, options=options.__dict__))
 

@@ -118,8 +118,7 @@ class SharedMemory:
             m.report_at("shared uninitialised read", fresh.sum(), m.thread(lanes[0]))
         if flight.any():
             m.report_at("shared read of data in flight", flight.sum(), m.thread(lanes[0]))
-        for lane in lanes:
-            m.barriers.check_gates(m, g[None, :], np.array([lane]))
+        m.barriers.check_gates(m, np.broadcast_to(g, (len(lanes), len(g))), lanes)
         met = (old < FLIGHT) & (old >= epoch_of(m.stamps(lanes[:1])))
         if len(lanes) == 1:  # a tensor store may read what its own thread wrote
             met &= lane_of(old) != lanes[0]

@@ -5,6 +5,7 @@ The sums of a product are poisoned until its group is waited for. What it reads 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -115,6 +116,7 @@ def build(program: Program, i: Instruction) -> Step:
     return run
 
 
+@functools.lru_cache(maxsize=1024)
 def _places(descriptor: int, rows: int, across: int, size: int, *, turned: bool) -> np.ndarray:
     """Addresses of a matrix [rows, 32 bytes of sums] in shared memory.
 
