@@ -46,8 +46,9 @@ def _perform(task: _Task) -> tuple[_Task, Outcome | None]:
             return task, None
         return task, run(configuration, capability)
     except Exception as error:  # a stuck or unknown instruction is a fault of this configuration only
-        told = traceback.format_exc().splitlines()[-4:]
-        return task, Outcome(configuration.name, "", faults=[f"{type(error).__name__}: {error}", *told])
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        told = f"{type(error).__name__} at {place.filename}:{place.lineno}: {str(error).splitlines()[-1:]}"
+        return task, Outcome(configuration.name, "", faults=[told])
 
 
 def _outcomes(tasks: Sequence[_Task], jobs: int) -> Iterator[tuple[_Task, Outcome | None]]:

@@ -108,7 +108,8 @@ def multiply(program: Program, i: Instruction) -> Step:
     result = _WIDE[kind] if part == "wide" else kind
     put, dtype = setter(program, i.operands[0], result), TYPES[result]
     c = getter(program, i.operands[3], result) if name == "mad" else None
-    assert part != "hi" or bits_of(kind) == 32, i.text
+    bits = bits_of(kind)
+    assert part != "hi" or bits <= 32, i.text
     wide = np.int64 if kind[0] == "s" else np.uint64
 
     def product(m: Machine) -> Any:
@@ -117,7 +118,7 @@ def multiply(program: Program, i: Instruction) -> Step:
             return x * y
         if part == "wide":
             return x.astype(dtype) * y.astype(dtype)
-        return ((x.astype(wide) * y.astype(wide)) >> 32).astype(dtype)
+        return ((x.astype(wide) * y.astype(wide)) >> wide(bits)).astype(dtype)
 
     if c is None:
         return lambda m, mask: put(m, mask, product(m))
@@ -222,6 +223,25 @@ def extract(program: Program, i: Instruction) -> Step:
     return run
 
 
+def permute(program: Program, i: Instruction) -> Step:
+    """prmt: each byte is one of the eight of b and a, or eight copies of its sign."""
+    assert i.op == ("prmt", "b32"), i.text
+    put = setter(program, i.operands[0], "b32")
+    a, b, c = (getter(program, operand, "b32") for operand in i.operands[1:4])
+
+    def run(m: Machine, mask: Mask) -> None:
+        both = (np.asarray(b(m)).astype(np.uint64) << np.uint64(32)) | np.asarray(a(m)).astype(np.uint64)
+        chosen, result = np.asarray(c(m)).astype(np.uint64), np.uint64(0)
+        for n in range(4):
+            nibble = (chosen >> np.uint64(4 * n)) & np.uint64(15)
+            byte = (both >> (np.uint64(8) * (nibble & np.uint64(7)))) & np.uint64(0xFF)
+            byte = np.where(nibble & np.uint64(8), (byte >> np.uint64(7)) * np.uint64(0xFF), byte)
+            result = result | (byte << np.uint64(8 * n))
+        put(m, mask, np.asarray(result).astype(np.uint32))
+
+    return run
+
+
 BUILDERS: dict[str, Builder] = {
     **dict.fromkeys(("add", "sub", "and", "or", "xor", "div", "rem", "max", "min"), binary),
     **dict.fromkeys(("shl", "shr"), shift),
@@ -231,4 +251,5 @@ BUILDERS: dict[str, Builder] = {
     "setp": compare,
     "selp": select,
     "bfe": extract,
+    "prmt": permute,
 }

@@ -138,7 +138,7 @@ class Barriers:
                 self.gates.append(_Gate(np.zeros(m.count, bool)))
             m.shared.written[g] = lane  # long ago, but behind a gate
             m.shared.gate[g] = self.gate_of[key, phase]
-            m.shared.unfenced[g] = False
+            m.shared.unfenced[g] = 0
             self.arrive(m, key, 0, -places.size)
         return self._let_go(m) or bool(landing)
 

@@ -23,6 +23,7 @@ ERRORS = frozenset(
         "shared write over data in flight",
         "async read overwritten",
         "proxy fence missing",
+        "proxy fence missing after cp.async",
         "divergent warp instruction",
         "division by zero",
         "barrier",
@@ -45,20 +46,20 @@ class Report:
     """What was found, by kind and line of the PTX (0 for a launch as a whole)."""
 
     found: dict[tuple[str, int], _Entry] = field(default_factory=dict)
+    forgiven: tuple[str, ...] = ()  # errors that are known to be harmless in this kernel
 
     def add(self, kind: str, line: int, text: str, count: int, example: str) -> None:
         """`text` is the instruction that was being executed."""
         assert kind in ERRORS or kind in NOTES, kind
         self.found.setdefault((kind, line), _Entry(0, text, example)).count += int(count)
 
-    def forgive(self, kind: str) -> None:
-        """Drop a kind that is known to be harmless in this kernel."""
-        self.found = {key: entry for key, entry in self.found.items() if key[0] != kind}
-
     @property
     def errors(self) -> int:
         """How many errors there were. Notes do not count."""
-        return sum(entry.count for (kind, _), entry in self.found.items() if kind in ERRORS)
+        return sum(entry.count for (kind, _), entry in self.found.items() if self._counts(kind))
+
+    def _counts(self, kind: str) -> bool:
+        return kind in ERRORS and kind not in self.forgiven
 
     def kinds(self) -> dict[str, int]:
         """How often each kind was found."""
@@ -69,7 +70,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{'ERROR' if kind in ERRORS else 'note '} {kind} x{entry.count} at line {line}: {entry.text} "
+            f"{'ERROR' if self._counts(kind) else 'note '} {kind} x{entry.count} at line {line}: {entry.text[:100]} "
             f"({entry.example})"
             for (kind, line), entry in sorted(self.found.items(), key=lambda item: item[0][1])
         ]

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 SHARED_BASE = 0x400  # not zero, so that an address computed without the symbol is out of bounds
 
+_STORED, _COPIED = 1, 2  # by whom something was written: by a thread, or by its cp.async
+_UNFENCED = {_STORED: "proxy fence missing", _COPIED: "proxy fence missing after cp.async"}
+
 
 class SharedMemory:
     """Of all CTAs that run at once, one behind the other. Addresses are those that a thread of each CTA sees."""
@@ -33,7 +36,7 @@ class SharedMemory:
         self.read_by_warps = np.full(granules, -1, np.int64)  # last epoch with readers of several warps
         self.read_by_lanes = np.full(granules, -1, np.int64)  # last warp epoch with several reading lanes
         self.async_reads = np.zeros(granules, np.int32)  # outstanding reads of wgmma and tensor stores
-        self.unfenced = np.zeros(granules, bool)  # written by threads, not yet made visible to the async proxy
+        self.unfenced = np.zeros(granules, np.int8)  # not yet made visible to the async proxy: _STORED or _COPIED
         self.gate = np.zeros(granules, np.int32)  # the wait that shows what a tensor copy wrote, 0 for none
 
     def locate(self, m: Machine, addresses: np.ndarray, width: int, lanes: np.ndarray, what: str) -> np.ndarray:
@@ -83,7 +86,7 @@ class SharedMemory:
         self.data[at[:, None] + np.arange(width)] = values
         g = self.granules(at, width)
         self.written[g] = m.stamps(lanes)[:, None]
-        self.unfenced[g] = True
+        self.unfenced[g] = _COPIED
 
     def note_read(self, m: Machine, g: np.ndarray, lanes: np.ndarray) -> None:
         """Threads read granules [lanes, n]."""
@@ -124,8 +127,9 @@ class SharedMemory:
             met &= lane_of(old) != lanes[0]
         if met.any():
             m.report_at("shared race RAW", met.sum(), "read by the async proxy without a barrier")
-        if self.unfenced[g].any():
-            m.report_at("proxy fence missing", self.unfenced[g].sum(), m.thread(lanes[0]))
+        for how, kind in _UNFENCED.items():
+            if (missing := self.unfenced[g] == how).any():
+                m.report_at(kind, missing.sum(), m.thread(lanes[0]))
         self.async_reads[g] += 1
 
     def end_async_read(self, m: Machine, g: np.ndarray, lanes: np.ndarray) -> None:
@@ -150,7 +154,7 @@ class SharedMemory:
         self.written[g] = mark
         if (self.written[g] != mark).any():
             m.report_at("shared race WAW", 1, "two threads write to one address at once")
-        self.unfenced[g] = generic
+        self.unfenced[g] = _STORED if generic else 0
         self.gate[g] = 0
 
     def _check_readers(self, m: Machine, g: np.ndarray, stamp: np.ndarray) -> None:
@@ -179,7 +183,7 @@ class SharedMemory:
         cta = m.cta[writer]
         by_cta = np.bincount(m.cta[lanes], minlength=len(m.epoch)) > 0
         before = (stamps >> 36) < m.epoch[cta]
-        self.unfenced[where[landed & (fencing[writer] | (before & by_cta[cta]))]] = False
+        self.unfenced[where[landed & (fencing[writer] | (before & by_cta[cta]))]] = 0
 
 
 def _check(m: Machine, old: np.ndarray, stamp: np.ndarray, kind: str, *, reads: bool) -> None:
