@@ -34,6 +34,7 @@ _DELETIONS = {
     "no wgmma fence": r"wgmma\.fence",
     "no proxy fence": r"fence\.proxy\.async",
     "no expect": r"(?:@\S+ )?mbarrier\.arrive\.expect_tx",
+    "no store": r"(?:@\S+ )?(st\.global|cp\.async\.bulk\.tensor\.\dd\.global)",
     "no store wait": r"cp\.async\.bulk\.wait_group",
 }
 

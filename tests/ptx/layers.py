@@ -72,7 +72,7 @@ def _descriptor_layers(case: MatrixCase, tile: project.TmaTile) -> Iterator[Laye
     transpose = case.kind == ("down" if case.backward else "up")
     halves = not transpose and case.kind != "same"  # reads pairs of pixels: channels in whole blocks
     for whole in (False, True):
-        batch = 1 if whole else 2 * tile.samples + (tile.samples > 1)
+        batch = 1 if whole else tile.samples + 1
         height, width = (tile.height, tile.width) if whole else (tile.height + 1, tile.width + 3)
         columns = tile.block_k * (2 if transpose else 1) + (0 if transpose else 16)
         if whole:

@@ -1,6 +1,6 @@
-"""Faults planted into a kernel's Triton source: python -m tests.ptx.source_faults.
+"""Faults planted into kernels' Triton source and into launches: python -m tests.ptx.source_faults.
 
-Each line of the output is a kernel without its halo mask, and by what that shows. Exit code 1: one went unnoticed.
+Each line of the output is a fault, and by what it shows. Exit code 1: one went unnoticed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from triton.runtime.jit import JITFunction
 
+from fastbegan_kernels import tiers
+
+from . import project
 from .configurations import run
 from .faults import named
 from .launch import Device
@@ -47,23 +51,42 @@ def edited(kernel: JITFunction, pattern: str, replacement: str, folder: Path) ->
     return getattr(copy, kernel.__name__)
 
 
+def without_halo_mask(name: str) -> list[str]:
+    """A configuration whose kernel takes every pixel for one inside of the image."""
+    configuration = named(name, 80)
+    assert configuration.case is not None
+    kernel = configuration.case[1]
+    with tempfile.TemporaryDirectory() as folder:
+        replaced = edited(kernel, r"^( *)inside = .*$", r"\1inside = m >= 0", Path(folder))
+        device = Device(80, replaced={kernel.__name__: replaced})
+        layers = dataclasses.replace(configuration, case=None, problems=configuration.problems[-1:])
+        outcome = run(layers, 80, device)
+    return [kind for kind in outcome.notes if kind in ERRORS] + ["result"] * (outcome.excess > 1)
+
+
+def stored_input() -> list[str]:
+    """A kernel that works in place, which nobody has said of it."""
+    with patch.object(project, "IN_PLACE", {}):
+        return list(run(named("activation fp32", 80), 80).notes)
+
+
+def read_too_soon() -> list[str]:
+    """A gradient in memory that a launcher has allocated and no kernel has written."""
+    device = Device(80)
+    with device.installed():
+        grad = device.allocations.add(torch.empty(1, 16, 2, 2).to(memory_format=torch.channels_last))
+        tiers.activation_backward(grad, torch.ones_like(grad), activation="relu", alpha=1.0, form="algebraic")
+    return list(device.launches[0].report.kinds())
+
+
 def main() -> int:
     """See the module's text."""
     torch.set_num_threads(1)
-    unnoticed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for name in _CASES:
-            configuration = named(name, 80)
-            assert configuration.case is not None
-            kernel = configuration.case[1]
-            replaced = edited(kernel, r"^( *)inside = .*$", r"\1inside = m >= 0", Path(folder))
-            device = Device(80, replaced={kernel.__name__: replaced})
-            layers = dataclasses.replace(configuration, case=None, problems=configuration.problems[-1:])
-            outcome = run(layers, 80, device)
-            signs = [kind for kind in outcome.notes if kind in ERRORS] + ["result"] * (outcome.excess > 1)
-            print(f"{kernel.__name__} without its halo mask, {name}: {signs}", flush=True)
-            unnoticed += not signs
-    return int(unnoticed > 0)
+    found = {f"no halo mask, {name}": without_halo_mask(name) for name in _CASES}
+    found |= {"stored input": stored_input(), "read too soon": read_too_soon()}
+    for name, signs in found.items():
+        print(f"{name}: {signs}")
+    return int(not all(found.values()))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ REDUNDANT = {  # how many places of a kind may go unnoticed, and why these are h
     ("tma", "two barriers less"): (11, "the same"),
     ("tma", "three barriers less"): (9, "the same"),
 }
-FAST_KINDS = ("no barrier", "no wait", "matrix shifted", "mask forgotten", "no barriers in a loop")
+FAST_KINDS = ("no barrier", "no wait", "no store", "matrix shifted", "mask forgotten", "no barriers in a loop")
 
 
 def _run(*command: str, timeout: float) -> subprocess.CompletedProcess[str]:
@@ -102,10 +102,12 @@ def test_faults_of_every_kind_are_noticed(where: str) -> None:
     _check_planted(where)
 
 
-def test_a_kernel_without_its_halo_mask_is_noticed() -> None:
+def test_faults_in_source_and_launches_are_noticed() -> None:
     done = _run("tests.ptx.source_faults", timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 3
+    for name in ("stored input: ['global read-only written'", "read too soon: ['global uninitialised read'"):
+        assert name in done.stdout
+    assert done.stdout.count("['global out of bounds', 'result']") == 3  # without their halo masks
 
 
 def test_names_and_lines_do_not_change_the_hash_of_a_kernel() -> None:
