@@ -39,7 +39,7 @@ check: $(VENV)/.dev
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 	$(BIN)/pydoclint -q $(DOCUMENTED)
 
-# Execute the PTX of all shipped kernel configurations for sm_80 and sm_90 on this CPU: minutes (tests/ptx/README.md).
+# Execute the PTX of all shipped kernel configurations on this CPU: minutes (tests/ptx/README.md).
 # make ptx TRITON=3.6.0 does it with another Triton, in a temporary folder; make ptx PTX="--record" keeps the results.
 TRITON ?=
 PTX ?=
@@ -47,7 +47,7 @@ ptx: $(VENV)/.dev
 	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && \
 	$(if $(TRITON),$(BIN)/python -m pip install -q --no-deps --target "$$site" triton==$(TRITON) &&) \
 	env -u TRITON_INTERPRET PYTHONPATH="$$site:.:kernels" OMP_NUM_THREADS=1 \
-	$(BIN)/python -m tests.ptx 80 90 --jobs 2 $(PTX)
+	$(BIN)/python -m tests.ptx 60 80 90 100 --jobs 2 $(PTX)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/ --quick -q -s

@@ -63,7 +63,7 @@ def _divide(m: Machine, a: Any, b: Any, mask: Mask) -> tuple[np.ndarray, np.ndar
 def binary(program: Program, i: Instruction) -> Step:
     """Two operands of one type."""
     name, kind = i.op[0], i.op[-1]
-    assert kind != "bf16" and "ftz" not in i.op, i.text
+    assert kind != "bf16" and not kind.endswith("x2") and "ftz" not in i.op, i.text
     put = setter(program, i.operands[0], kind)
     a, b = (getter(program, operand, kind) for operand in i.operands[1:3])
     whole = kind[0] in "su"
@@ -105,6 +105,7 @@ def multiply(program: Program, i: Instruction) -> Step:
         put = setter(program, i.operands[0], kind)
         return lambda m, mask: put(m, mask, a(m) * b(m))
     part = i.op[1]
+    assert part in ("lo", "hi", "wide"), i.text
     result = _WIDE[kind] if part == "wide" else kind
     put, dtype = setter(program, i.operands[0], result), TYPES[result]
     c = getter(program, i.operands[3], result) if name == "mad" else None
@@ -142,8 +143,8 @@ def unary(program: Program, i: Instruction) -> Step:
     """One operand."""
     name, kind = i.op[0], i.op[-1]
     put, a = setter(program, i.operands[0], kind), getter(program, i.operands[1], kind)
-    if kind in ("bf16", "bf16x2"):
-        sign = {"bf16": np.uint16(0x8000), "bf16x2": np.uint32(0x80008000)}[kind]
+    if kind in ("bf16", "bf16x2", "f16x2"):
+        sign = np.uint16(0x8000) if kind == "bf16" else np.uint32(0x80008000)
         function: Function = {"neg": lambda x: x ^ sign, "abs": lambda x: x & ~sign}[name]
     else:
         function = _UNARY[name]

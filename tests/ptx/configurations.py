@@ -90,20 +90,30 @@ class Outcome:
 
 @functools.lru_cache(maxsize=4)
 def configurations(capability: int) -> tuple[Configuration, ...]:
-    """All of an architecture, 80 or newer."""
-    return tuple(_configurations(capability))
+    """All of an architecture that the machine can run.
+
+    Before sm_80 there are no matrix products. On sm_100 there are those in float32: tensor memory is not implemented.
+    """
+    return tuple(one for one in _configurations(capability) if capability < 100 or not _on_tensor_cores(one))
+
+
+def _on_tensor_cores(configuration: Configuration) -> bool:
+    layers = (problem for problem in configuration.problems if isinstance(problem, problems.Layer))
+    return any(layer.dtype != "float32" or layer.tf32 for layer in layers)
 
 
 def _configurations(capability: int) -> Iterator[Configuration]:
     for case in cross_compile.cases(capability):
         matrix = project.matrix_case(case[0])
         if matrix is None:
-            yield Configuration(case[0], (elementwise(case[0]),), "fused", case)
+            yield Configuration(case[0], (elementwise(case[0]),), project.FUSED, case)
         else:
             yield Configuration(case[0], tuple(gate_layers(matrix)), project.form_of(matrix.tile), case)
     for op in problems.POINTWISE:
         for dtype in _CHECKED if op != "equilibrium_update" else _CHECKED[:1]:
-            yield Configuration(f"check {op} {dtype}", (problems.Pointwise(op, dtype),), "fused")
+            yield Configuration(f"check {op} {dtype}", (problems.Pointwise(op, dtype),), project.FUSED)
+    if capability < 80:
+        return
     for name, layer, tile in variants():
         yield Configuration(f"variant {name}", (layer,), project.form_of(tile))
 

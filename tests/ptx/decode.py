@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import access, arithmetic, matrix, mbarrier, moves, tensor_copies, wgmma
+from . import access, arithmetic, matrix, mbarrier, mixed, moves, tensor_copies, wgmma
 from .operands import Builder, Step
 from .syntax import Instruction
 
@@ -34,6 +34,8 @@ def decode(program: Program, i: Instruction) -> Step | None:
         return lambda m, mask: m.warp_barrier(mask)
     if i.op[:2] == ("cp", "async"):
         return (tensor_copies.build if i.op[2] == "bulk" else access.copy_async)(program, i)
+    if mixed.is_mixed(i):
+        return mixed.build(program, i)
     if name not in _BUILDERS:
         raise NotImplementedError(i.text)
     return _BUILDERS[name](program, i)

@@ -10,12 +10,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastbegan_kernels as fk
 from fastbegan_kernels import problems, reference, tiers
+
+from . import project
 
 Compute = Callable[[torch.dtype, bool], list[Tensor]]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -30,9 +33,9 @@ class Elementwise:
     dtype: torch.dtype
     tf32: bool = False
 
-    def results(self, form: str, device: torch.device) -> list[Tensor]:
+    def results(self, form: Any, device: torch.device) -> list[Tensor]:
         """What a form computes."""
-        return self.compute(self.dtype, form == "fused")
+        return self.compute(self.dtype, form == project.FUSED)
 
     def expected(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """Plain results in this dtype, and in float64."""
@@ -62,7 +65,7 @@ def _impl(fused: bool) -> str:
 def _activation(dtype: torch.dtype, fused: bool, *, skip: bool) -> list[Tensor]:
     """After a library convolution of few channels."""
     outputs, wide = 144, torch.float64 if dtype == torch.float64 else torch.float32
-    bias, form = _draw(wide, 2, outputs), "algebraic" if fused else "plain"
+    bias, form = _draw(wide, 2, outputs), project.WITH_KERNELS if fused else project.PLAIN
     if skip:  # cells of 3 x 5
         x, weight = _draw(dtype, 0, 1, 2, 12, 20), _draw(dtype, 1, 2, outputs, 4, 4)
         table = _draw(dtype, 3, 1, 3, 3, 8, 8, outputs)
@@ -75,13 +78,13 @@ def _activation_backward(dtype: torch.dtype, fused: bool) -> list[Tensor]:
     shape = (3, 144, 7, 5)
     grad, before = _draw(dtype, 0, *shape), _draw(torch.float32, 1, *shape)
     y = reference.activate(before, "elu", 0.7).bfloat16().half().to(dtype)
-    form = "algebraic" if fused else "plain"
+    form = project.WITH_KERNELS if fused else project.PLAIN
     return list(tiers.activation_backward(grad, y, activation="elu", alpha=0.7, form=form))
 
 
 def _skip_gradient(dtype: torch.dtype, fused: bool) -> list[Tensor]:
     dz = _draw(dtype, 0, 2, 48, 24, 120)  # cells of 3 x 15: one column of the block is empty
-    return [tiers.skip_gradient(dz, 8, form="algebraic" if fused else "plain")]
+    return [tiers.skip_gradient(dz, 8, form=project.WITH_KERNELS if fused else project.PLAIN)]
 
 
 def _l1(dtype: torch.dtype, fused: bool, *, eta: int, what: str) -> list[Tensor]:

@@ -30,6 +30,11 @@ PROMISED = {"activation with skip": ("rows",)}
 A map with a phase table has cells, eight in a row and eight in a column.
 """
 
+FUSED, PLAIN = "fused", "plain"
+"""Forms of the checks in `problems.POINTWISE`; and the one of layers that is all the library's."""
+WITH_KERNELS = "algebraic"
+"""The form of layers with library convolutions, and a kernel for what is pointwise around them."""
+
 Tile = tiles.AnyTile
 TmaTile = tiles.TmaTile
 SMALL_HALF, MIDDLE_HALF, SMALL_FULL = tiles.HALF[-1], tiles.HALF[2], tiles.FULL[-1]

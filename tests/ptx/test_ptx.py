@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers.processes import ROOT, environment
 
+SHIPPED = ("60", "80", "90", "100")
 FAST = (  # of each family of kernels and each architecture, on small tiles
     "sm_80 conv input gradient bf16 pointer 64x16x16 w4 s3",
     "sm_80 conv stride 2 input gradient bf16 pointer 64x16x16 w4 s3",
@@ -31,6 +32,9 @@ FAST = (  # of each family of kernels and each architecture, on small tiles
     "sm_90 activation backward bf16",
     "sm_90 skip gradient bf16",
     "sm_90 normalize images, windows bf16",
+    "sm_60 l1 both eta 1 fp32",
+    "sm_100 l1 both eta 1 bf16",
+    "sm_100 conv forward fp32 pointer 64x16x16 w4 s2",
 )
 PLANTED = {  # architecture, configuration: whose faults are planted
     "mma": (80, "conv input gradient bf16 pointer 64x16x16 w4 s3"),
@@ -67,7 +71,7 @@ def _jobs() -> str:
 
 def test_a_few_configurations_of_every_family_run_right() -> None:
     parts = [word for name in FAST for word in ("--part", name)]
-    done = _run("tests.ptx", "80", "90", "--exact", "--jobs", _jobs(), *parts, timeout=300)
+    done = _run("tests.ptx", *SHIPPED, "--exact", "--jobs", _jobs(), *parts, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"{len(FAST)} executed, 0 bad" in done.stdout
 
@@ -77,7 +81,7 @@ def test_a_few_configurations_of_every_family_run_right() -> None:
 def test_what_changed_since_it_was_recorded_and_an_eighth_of_the_rest_run_right() -> None:
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     seed = found.stdout.strip() or "no commit"
-    done = _run("tests.ptx", "80", "90", "--changed", "--eighth", seed, "--jobs", _jobs(), timeout=1700)
+    done = _run("tests.ptx", *SHIPPED, "--changed", "--eighth", seed, "--jobs", _jobs(), timeout=1700)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
