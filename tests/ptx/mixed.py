@@ -33,12 +33,11 @@ def build(program: Program, i: Instruction) -> Step:
         for n, operand in enumerate(i.operands[1:])
     ]
 
+    multiplies, sign = name in ("mul", "fma"), -1 if name == "sub" else 1
+
     def run(m: Machine, mask: Mask) -> None:
         a, b, *c = (get(m).astype(np.float64) for get in gets)
-        if name in ("mul", "fma"):
-            exact = a * b + (c[0] if c else 0.0)
-        else:
-            exact = a + b if name == "add" else a - b
+        exact = a * b + (c[0] if c else 0.0) if multiplies else a + sign * b
         result = np.ascontiguousarray(exact.astype(np.float32))
         put(m, mask, result.view(np.uint64)[:, 0] if pairs else result)
 
