@@ -24,6 +24,7 @@ Key = tuple[int, int]  # CTA, address
 class _Barrier:
     count: int  # arrivals that end a phase
     missing: int
+    seen: np.ndarray  # epoch in which each thread last saw the end of a phase, -1: never
     bytes: int = 0  # still to come
     phase: int = 0
 
@@ -61,6 +62,20 @@ class Barriers:
         self.gates: list[_Gate] = [_Gate(np.empty(0, bool))]  # number 0 stands for none
         self.gate_of: dict[tuple[Key, int], int] = {}  # of a barrier's phase
 
+    def expect(self, m: Machine, key: Key, lane: int, size: int) -> None:
+        """mbarrier.arrive.expect_tx
+
+        A thread of another warp that is still to see the end of the last phase might miss it, as only the parity of
+        phases is known. So a barrier of the CTA must come between its wait and this.
+        """
+        barrier = self.barriers.get(key)
+        if barrier is not None:
+            late = (barrier.seen >= m.epoch[m.cta[lane]]) & (m.lane // 32 != lane // 32)
+            if late.any():
+                m.report_at("barrier", late.sum(), f"the next phase of {key} begins before all have seen the last end")
+        self.arrive(m, key, 0, size)
+        self.arrive(m, key, 1, 0)
+
     def arrive(self, m: Machine, key: Key, arrivals: int, size: int) -> None:
         """Threads arrive, or `size` bytes more are expected; negative: have come."""
         barrier = self.barriers.get(key)
@@ -75,9 +90,9 @@ class Barriers:
         elif barrier.missing < 0:
             m.report_at("barrier", 1, f"more arrivals than expected at {key}")
 
-    def make(self, key: Key, count: int) -> None:
+    def make(self, m: Machine, key: Key, count: int) -> None:
         """mbarrier.init"""
-        self.barriers[key] = _Barrier(count, count)
+        self.barriers[key] = _Barrier(count, count, np.full(m.count, -1))
 
     def end(self, key: Key) -> None:
         """mbarrier.inval"""
@@ -102,27 +117,29 @@ class Barriers:
         self._let_go(m)
 
     def _let_go(self, m: Machine) -> bool:
-        free: dict[int, list[int]] = {}
+        free: dict[tuple[Key, int], list[int]] = {}
         for lane, (key, parity, register) in self.waits.items():
             if self.barriers[key].phase & 1 != parity:
-                free.setdefault(register, []).append(lane)
-                self._observe(m, lane, key)
-        for register, lanes in free.items():
-            where = np.array(lanes)
-            m.put_lanes(register, where, np.ones(len(where), bool))
-            m.go_on(where)
-            for lane in lanes:
+                free.setdefault((key, register), []).append(lane)
+        for (key, register), found in free.items():
+            lanes = np.array(found)
+            self._observe(m, lanes, key)
+            m.put_lanes(register, lanes, np.ones(len(lanes), bool))
+            m.go_on(lanes)
+            for lane in found:
                 del self.waits[lane]
         return bool(free)
 
-    def _observe(self, m: Machine, lane: int, key: Key) -> None:
-        """The thread has seen the ends of all phases so far."""
-        for phase in range(self.barriers[key].phase):
+    def _observe(self, m: Machine, lanes: np.ndarray, key: Key) -> None:
+        """These threads have seen the ends of all phases so far."""
+        barrier, epochs = self.barriers[key], m.epoch[m.cta[lanes]]
+        barrier.seen[lanes] = epochs
+        for phase in range(barrier.phase):
             number = self.gate_of.get((key, phase))
             if number is not None:
                 gate = self.gates[number]
-                gate.passed[lane] = True
-                gate.first = min(gate.first, int(m.epoch[m.cta[lane]]))
+                gate.passed[lanes] = True
+                gate.first = min(gate.first, int(epochs.min()))
 
     def deliver(self, m: Machine) -> bool:
         """Nobody can go on: the copies that somebody waits for land."""
@@ -186,12 +203,11 @@ def build(program: Program, i: Instruction) -> Step:
         for lane in lanes:
             key = key_of(m, lane, addresses[lane])
             if what == "init":
-                m.barriers.make(key, int(numbers[lane]))
+                m.barriers.make(m, key, int(numbers[lane]))
             elif what == "inval":
                 m.barriers.end(key)
             else:
-                m.barriers.arrive(m, key, 0, int(numbers[lane]))
-                m.barriers.arrive(m, key, 1, 0)
+                m.barriers.expect(m, key, lane, int(numbers[lane]))
 
     return run
 
