@@ -14,6 +14,13 @@ import pytest
 
 from tests.helpers.processes import ROOT, environment
 
+triton = pytest.importorskip("triton")
+PINNED = triton.__version__ == "3.9.0"  # other versions make other waits and barriers redundant
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6),
+    reason="the machine reads the PTX of Triton 3.6 and later",
+)
+
 SHIPPED = ("60", "80", "90", "100")
 FAST = (  # of each family of kernels and each architecture, on small tiles
     "sm_80 conv input gradient bf16 pointer 64x16x16 w4 s3",
@@ -90,10 +97,10 @@ def _check_planted(where: str, *kinds: str) -> None:
     done = _run("tests.ptx.faults", str(capability), name, *kinds, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found
+    assert len(found) > 12 or set(kinds) == found.keys()
     for kind, tally in found.items():
         assert tally["noticed"], kind
-        assert tally["missed"] == REDUNDANT.get((where, kind), (0, ""))[0], kind
+        assert not PINNED or tally["missed"] == REDUNDANT.get((where, kind), (0, ""))[0], kind
 
 
 def test_faults_in_compiled_code_are_noticed() -> None:
