@@ -13,7 +13,8 @@ from bench.cases import DEVICE, DTYPE, ON_CPU, PRECISION, sets_beyond_cache
 from bench.ops import timed
 from fastbegan.measure.results import Row
 from fastbegan_kernels import problems, tuning
-from fastbegan_kernels.tiers import KINDS
+from fastbegan_kernels.conv_layer import KINDS, Layer
+from fastbegan_kernels.problems import PLAIN, Form
 
 
 @pytest.mark.parametrize("direction", ["forward", "input gradient"])
@@ -31,15 +32,15 @@ def bench_forms(
     torch.backends.cudnn.allow_tf32 = False
     weight = (n, n, 4, 4) if kind == "up" else (n, n, 3, 3)
     dtype = str(DTYPE).removeprefix("torch.")
-    problem = problems.Layer(kind, direction != "forward", dtype, (16, n, side, side), weight)
+    problem = Layer(kind, direction != "forward", dtype, (16, n, side, side), weight)
     own, exact = problem.expected(DEVICE)
 
-    def excess(form: str) -> float:
+    def excess(form: Form) -> float:
         pairs = zip(problem.results(form, DEVICE), own, exact, strict=True)
         return max(problems.excess(*values) for values in pairs)
 
-    errors = {form: excess(form) for form in tuning.forms(problem, DEVICE, "auto")}
-    right = ["plain", *(form for form, error in errors.items() if error <= 1)]
+    errors = {form: excess(form) for form in problem.forms(DEVICE, "auto")}
+    right = [PLAIN, *(form for form, error in errors.items() if error <= 1)]
     first = problem.tensors(DEVICE)
     size = sum(value.nbytes for value in first.values() if value is not None)
     copies = range(1, sets_beyond_cache(size))
@@ -47,12 +48,14 @@ def bench_forms(
         first,
         *({name: value if value is None else value.clone() for name, value in first.items()} for _ in copies),
     ]
-    chosen = tuning.layer(problem, DEVICE, "auto")
-    forms = {"auto": chosen} | {form: form for form in right}
+    chosen = tuning.form(problem, DEVICE, "auto")
+    forms = {"auto": chosen} | {form.name: form for form in right}
 
-    def call(form: str, number: int) -> object:
+    def call(form: Form, number: int) -> object:
         return problem.run(form, sets[number])
 
     turns, calls = timed({name: partial(call, form) for name, form in forms.items()}, len(sets))
     race(Row("forms", f"{kind} n {n} {px} px {direction}", precision=PRECISION, images=16), turns, calls=calls)
-    assert len(right) == 1 + len(errors), f"times the allowed error: {errors}"
+    assert len(right) == 1 + len(errors), (
+        f"times the allowed error: {[(form.name, error) for form, error in errors.items()]}"
+    )

@@ -20,8 +20,8 @@ from fastbegan_kernels import (
     skip_phase_table,
     upsample_conv2d_elu,
 )
+from fastbegan_kernels.conv_layer import KINDS
 from fastbegan_kernels.fold import fold_upsample
-from fastbegan_kernels.tiers import KINDS
 
 ON_CPU = not torch.cuda.is_available()
 DEVICE = torch.device("cpu") if ON_CPU else torch.device("cuda", 0)

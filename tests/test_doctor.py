@@ -9,9 +9,9 @@ import torch
 
 from fastbegan.cli import main
 from fastbegan.commands import doctor
-from fastbegan_kernels import tiers, tuning
+from fastbegan_kernels import conv_layer, tuning
 from fastbegan_kernels.child import Trial
-from fastbegan_kernels.problems import POINTWISE, Pointwise
+from fastbegan_kernels.problems import PLAIN, POINTWISE, Pointwise
 
 CPU = torch.device("cpu")
 
@@ -44,10 +44,10 @@ def test_a_verdict_names_times_and_faults(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(tuning, "survivors", lambda problem, device, forms, **_: dict.fromkeys(forms, Trial(None)))
     problem = doctor.layers("float32", 16, 4, 1)[0]
     form, why = doctor._verdict(problem, CPU, "fused")
-    assert form in tuning.forms(problem, CPU, "fused") and why.startswith("right; ") and " us" in why
+    assert form in [tile.name for tile in problem.forms(CPU, "fused")] and why.startswith("right; ") and " us" in why
     assert doctor._verdict(Pointwise("fold", "float32"), CPU, "auto") == ("fused", "right")
-    forward = tiers.forward
-    monkeypatch.setattr(tiers, "forward", lambda *a, **o: forward(*a, **o) + (o["form"] != "plain"))
+    forward = conv_layer._forward
+    monkeypatch.setattr(conv_layer, "_forward", lambda form, *rest: forward(form, *rest) + (form != PLAIN))
     form, why = doctor._verdict(problem, CPU, "fused")
     assert form == "plain PyTorch" and "gave wrong values" in why
     monkeypatch.setattr(tuning, "survivors", lambda p, d, forms, **_: dict.fromkeys(forms, Trial("crashed in a trial")))

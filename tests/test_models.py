@@ -136,16 +136,16 @@ def test_weights_are_packed_where_they_are(monkeypatch: pytest.MonkeyPatch) -> N
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("looks at addresses on a CPU")
-    from fastbegan_kernels.fused import packing
+    from fastbegan_kernels.fused import fold
 
     read: list[int] = []
-    layers = packing._fold_layers
+    layers = fold._fold_layers
 
     def watched(weights: list[Tensor], kinds: list[str], backward: bool) -> object:
         read.extend(weight.data_ptr() for weight in weights)
         return layers(weights, kinds, backward)
 
-    monkeypatch.setattr(packing, "_fold_layers", watched)
+    monkeypatch.setattr(fold, "_fold_layers", watched)
     monkeypatch.setenv("FASTBEGAN_IMPL", "fused")
     for net in build(ModelConfig(size=64, filters=4, hidden=6, latent=5), seed=0):
         read.clear()

@@ -63,10 +63,10 @@ def _check(name: str, found: Row) -> None:
     ("gpus", "tuning", "name", "kernel"),
     [
         ("80", "plain", "default", None),  # no kernel was right: all is PyTorch's own
-        pytest.param("60", "algebraic", "default", "_fold_kernel", marks=pytest.mark.slow),
+        pytest.param("60", "library", "default", "_fold_kernel", marks=pytest.mark.slow),
         pytest.param("70", "plain", "fp16", None, marks=pytest.mark.slow),
         pytest.param("90", "tma", "fp16 of 8", "_conv_tma_kernel", marks=pytest.mark.slow),
-        pytest.param("100", "algebraic", "default", "_activation_kernel", marks=pytest.mark.slow),
+        pytest.param("100", "library", "default", "_activation_kernel", marks=pytest.mark.slow),
     ],
 )
 def test_steps_of_other_kernels_and_cards(

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastbegan_kernels import dispatch, problems, tuning
-from fastbegan_kernels.problems import Layer, Pointwise
+from fastbegan_kernels.conv_layer import Layer
+from fastbegan_kernels.problems import Pointwise, Problem
 
 from ..config import ModelConfig, TrainConfig, find_preset
 from ..device import pick_device, pick_precision, set_backends
@@ -206,14 +207,15 @@ def _no_kernels(device: torch.device, impl: str | None) -> str | None:
     return None
 
 
-def _verdict(problem: Layer | Pointwise, device: torch.device, impl: str) -> tuple[str, str]:
+def _verdict(problem: Problem, device: torch.device, impl: str) -> tuple[str, str]:
     """The form that runs for a problem, and the checks and times behind it; all forms are tried now."""
-    outcomes = tuning.outcomes(problem, device, tuning.forms(problem, device, impl), again=True)
+    outcomes = tuning.outcomes(problem, device, problem.forms(device, impl), again=True)
     right = [outcome for outcome in outcomes if outcome.fault is None]
-    notes = [f"{outcome.form} {outcome.fault}" for outcome in outcomes if outcome.fault]
+    notes = [f"{outcome.form.name} {outcome.fault}" for outcome in outcomes if outcome.fault]
     if not right:
         return "plain PyTorch", "; ".join(notes) or "no kernel takes this"
-    best = min(right, key=lambda outcome: outcome.seconds or 0.0)
-    timed = sorted((outcome.seconds, outcome.form) for outcome in right if outcome.seconds is not None)
-    notes = [f"{form} {seconds * 1e6:.0f} us" for seconds, form in timed] + notes
-    return best.form, "right; " + ", ".join(notes) if notes else "right"
+    best = min(right, key=lambda outcome: outcome.seconds)
+    timed = [(outcome.form.name, outcome.timing) for outcome in right if outcome.timing is not None]
+    timed.sort(key=lambda pair: pair[1].seconds)
+    notes = [f"{name} {timing.seconds * 1e6:.0f} us (spread {timing.spread:.0%})" for name, timing in timed] + notes
+    return best.form.name, "right; " + ", ".join(notes) if notes else "right"

@@ -19,6 +19,7 @@ import torch
 from .dispatch import HAS_TRITON
 from .faults import in_short
 
+SECTIONS = ("choices", "passed", "times")
 _LOCK_TRIES = 100  # five seconds
 _here: dict[str, dict[str, dict[str, Any]]] = {}  # by environment; the disk may be read-only
 
@@ -64,7 +65,7 @@ def _driver() -> str:
 
 
 def read(device: torch.device) -> dict[str, dict[str, Any]]:
-    """`choices` by problem and `passed` by variant, from the disk and from this process."""
+    """`choices` and `times` by problem and `passed` by variant, from the disk and from this process."""
     name = environment(device)
     sections = _sections(_file().get(name))
     for section, entries in _here.get(name, {}).items():
@@ -126,9 +127,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _sections(entries: Any) -> dict[str, dict[str, Any]]:
-    """A copy of both sections, empty where the file has something else."""
+    """A copy of all sections, empty where the file has something else."""
     entries = entries if isinstance(entries, dict) else {}
-    return {name: dict(value) if isinstance(value := entries.get(name), dict) else {} for name in ("choices", "passed")}
+    return {name: dict(value) if isinstance(value := entries.get(name), dict) else {} for name in SECTIONS}
 
 
 def _file() -> dict[str, Any]:

@@ -14,10 +14,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from .problems import Layer, Pointwise
+from .problems import Form, Problem
 
 SECONDS = 120.0  # a child that does not answer for so long hangs
 FIELD = "\t"  # between the fields of an answer
@@ -129,19 +129,18 @@ def close() -> None:
 
 
 def tried(
-    problem: Layer | Pointwise, device: object, forms: Sequence[str], on_each: Callable[[], None] | None = None
-) -> dict[str, Trial]:
+    problem: Problem, device: object, forms: Sequence[Form], on_each: Callable[[], None] | None = None
+) -> dict[Form, Trial]:
     """Verdicts by form from a child; `on_each` is called at each verdict. Raises NoChildError."""
     try:
-        return _tried(problem, device, forms, on_each or (lambda: None))
+        trials = _tried(problem, device, [form.name for form in forms], on_each or (lambda: None))
+        return {form: trials[form.name] for form in forms if form.name in trials}
     except BaseException:
         close()  # the next problem would read the answers still to come
         raise
 
 
-def _tried(
-    problem: Layer | Pointwise, device: object, forms: Sequence[str], on_each: Callable[[], None]
-) -> dict[str, Trial]:
+def _tried(problem: Problem, device: object, forms: Sequence[str], on_each: Callable[[], None]) -> dict[str, Trial]:
     trials: dict[str, Trial] = {}
     fresh = os.getpid() not in _running
     # each round sends all forms without a verdict; a child that dies or hangs decides one of them, so this ends
@@ -150,7 +149,12 @@ def _tried(
             child = _running.get(os.getpid()) or _running.setdefault(os.getpid(), Child())
         except OSError as error:
             raise NoChildError(f"{type(error).__name__}: {error}") from None
-        task = {"type": type(problem).__name__, "problem": asdict(problem), "forms": waiting, "device": str(device)}
+        task = {
+            "type": type(problem).__name__,
+            "problem": vars(problem),
+            "forms": waiting,
+            "device": str(device),
+        }
         decided, begun = len(trials), None
         try:
             answer = child.answer() if child.send(json.dumps(task)) else None

@@ -8,25 +8,59 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, tiers, tuning
-from .dispatch import allows_tf32, asked_for, autocast, op_impl
+from . import library, reference
+from .activation import activation_backward
+from .conv_layer import layer, layer_input_gradient, layer_weight_gradient
+from .dispatch import asked_for, autocast, op_impl
 from .fold import fold, kept, pack, unpack_gradient
 from .layout import is_channels_last, lay_out
-from .problems import Layer
 from .recorded import recorded_gradients
+from .skip_phase_table import skip_gradient
 
 
-class _Stage(NamedTuple):
-    """The settings of a stage, in the order and types in which the library ops take them.
+class Stage(NamedTuple):
+    """The settings of a stage."""
 
-    Library ops take no nested lists and no lists of strings: kinds and activations travel as one string each.
-    """
-
-    kinds: str  # "same up", a word per layer
-    activations: str  # "elu none", a word per layer
+    kinds: tuple[str, ...]
+    activations: tuple[str, ...]  # one per layer, each with a derivative that follows from its output
     alpha: float
-    impl: str
     copies: int
+    impl: str  # "plain": operations that torch.compile sees through; else from `op_impl`
+    output_last: bool  # whether the output is channels_last
+    gradient_last: bool  # whether the gradient of x is
+
+
+class Needs(NamedTuple):
+    """The gradients that are asked for, weights and biases copy by copy."""
+
+    x: bool
+    skip: bool
+    weights: Sequence[bool]
+    biases: Sequence[bool]
+
+    def before(self, number: int, layers: int) -> bool:
+        """Whether the input gradient of layer `number` is used: for x, or by a layer before it, of any copy."""
+        each = (*enumerate(self.weights), *enumerate(self.biases))
+        return self.x or any(needed for index, needed in each if index % layers < number)
+
+
+class Gradients(NamedTuple):
+    """Gradients of a stage's inputs, None where they are not needed; those of weights are of packed ones."""
+
+    x: Tensor | None
+    skip: Tensor | None
+    weights: list[Tensor | None]
+    biases: list[Tensor | None]  # float32, or float64 for float64
+
+
+class _Part(NamedTuple):
+    """A stage with its inputs but for x, and the activation that comes after it."""
+
+    stage: Stage
+    weights: list[Tensor]
+    biases: list[Tensor]
+    skip: Tensor | None
+    after: str
 
 
 def conv_stage(  # noqa: PLR0913
@@ -99,47 +133,66 @@ def conv_stage(  # noqa: PLR0913
             raise ValueError(f"weight is {odd[0]}; impl 'fused' accepts kernels of 1x1 and 3x3")
         mode = "plain"
     (x,) = autocast(x)
-    output_last = is_channels_last(x, *weights)
-    gradient_last = is_channels_last(x, weights[0])
-    stage = _Stage(" ".join(kinds), " ".join(activations), alpha, mode, copies)
-    if all(name in reference.FROM_OUTPUT for name in activations):
-        return _run(x, weights, biases, skip, stage, output_last, gradient_last)
-    # silu's derivative needs its input: a layer with it runs alone, without activation, and its output is kept
-    for number, (kind, name) in enumerate(zip(kinds, activations, strict=True)):
-        of_layer, last = slice(number, None, len(kinds)), number == len(kinds) - 1
-        inside = name if name in reference.FROM_OUTPUT else "none"
-        layer = _Stage(kind, inside, alpha, mode, copies)  # no _replace, which Dynamo of torch 2.7 does not trace
-        bias, table = None if biases is None else biases[of_layer], skip if last else None
-        x = _run(x, weights[of_layer], bias, table, layer, output_last or not last, gradient_last or number > 0)
-        x = x if inside == name else reference.activate(x, name, alpha)
+    formats = is_channels_last(x, *weights), is_channels_last(x, weights[0])
+    stage = Stage(tuple(kinds), tuple(activations), alpha, copies, mode, *formats)
+    for part in _parts(stage, x.dtype, weights, biases or (), skip):
+        tensors = [value for value in (x, part.skip, *part.weights, *part.biases) if value is not None]
+        if mode == "plain" and _without_gradient(tensors):
+            layers = zip(part.weights, part.stage.kinds, strict=False)
+            packed = [kept(weight, _packing(weight, kind), x.dtype) for weight, kind in layers]
+            x = lay_out(_outputs(x, packed, part.biases, part.skip, part.stage)[-1], part.stage.output_last)
+        else:
+            x = _Stage.apply(part.stage, x, part.skip, len(part.weights), *part.weights, *part.biases)
+        if part.after != "none":
+            x = reference.activate(x, part.after, alpha)
     return x
 
 
-def _run(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    skip: Tensor | None,
-    stage: _Stage,
-    output_last: bool,
-    gradient_last: bool,
-) -> Tensor:
-    """A stage without silu; `stage.impl` is "plain" or from `op_impl`."""
-    skip = None if skip is None else skip.to(x.dtype)
-    if stage.impl == "plain":
-        tensors = [value for value in (x, skip, *weights, *(biases or ())) if value is not None]
-        watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not watched and not (torch.is_grad_enabled() and any(value.requires_grad for value in tensors)):
-            layers = zip(weights, stage.kinds.split(), strict=False)
-            packed = [kept(weight, _packing(weight, kind), x.dtype) for weight, kind in layers]
-            return lay_out(_outputs(x, packed, biases or (), skip, stage)[-1], output_last)
-        return _Plain.apply(x, skip, *stage, output_last, gradient_last, len(weights), *weights, *(biases or ()))
-    weights = list(weights)
-    for number, (weight, kind) in enumerate(zip(weights, stage.kinds.split() * stage.copies, strict=True)):
-        if _packing(weight, kind) == "up":
-            impl = {"auto": None}.get(stage.impl, stage.impl) if weight.dtype == torch.float32 else "reference"
-            weights[number : number + 1] = fold([weight], ["up"], dtype=x.dtype, impl=impl)
-    return _conv_stage(x, weights, list(biases or ()), skip, *stage, output_last, gradient_last)[-1]
+def _parts(
+    stage: Stage, dtype: torch.dtype, weights: Sequence[Tensor], biases: Sequence[Tensor], skip: Tensor | None
+) -> list[_Part]:
+    """The whole stage, or each layer by itself where one has silu.
+
+    silu's derivative needs its input: such a layer runs without activation, and its output is kept.
+    """
+    skip = None if skip is None else skip.to(dtype)
+    count = len(stage.kinds)
+    if stage.impl != "plain":
+        weights = [
+            _folded(weight, kind, dtype, stage.impl)
+            for weight, kind in zip(weights, stage.kinds * stage.copies, strict=True)
+        ]
+    weights, biases = _distinct(weights), _distinct(biases)
+    if all(name in reference.FROM_OUTPUT for name in stage.activations):
+        return [_Part(stage, weights, biases, skip, "none")]
+    parts: list[_Part] = []
+    for number, (kind, name) in enumerate(zip(stage.kinds, stage.activations, strict=True)):
+        first, last = number == 0, number == count - 1
+        inside = name if name in reference.FROM_OUTPUT else "none"
+        formats = stage.output_last or not last, stage.gradient_last or not first
+        single = Stage((kind,), (inside,), stage.alpha, stage.copies, stage.impl, *formats)
+        of_layer = slice(number, None, count)
+        after = "none" if inside == name else name
+        parts.append(_Part(single, weights[of_layer], biases[of_layer], skip if last else None, after))
+    return parts
+
+
+def _distinct(values: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, for torch.compile each as one of its own: Dynamo passes none twice to an autograd.Function."""
+    if not torch.compiler.is_compiling():
+        return list(values)
+    return [
+        torch.ops.aten.alias(value) if any(value is other for other in values[:number]) else value
+        for number, value in enumerate(values)
+    ]
+
+
+def _folded(weight: Tensor, kind: str, dtype: torch.dtype, impl: str) -> Tensor:
+    """A weight whose taps are summed where its kind needs that, with a gradient of its own."""
+    if _packing(weight, kind) != "up":
+        return weight
+    tier = {"auto": None}.get(impl, impl) if weight.dtype == torch.float32 else "reference"
+    return fold([weight], ["up"], dtype=dtype, impl=tier)[0]
 
 
 def _packing(weight: Tensor, kind: str) -> str:
@@ -147,53 +200,25 @@ def _packing(weight: Tensor, kind: str) -> str:
     return "up" if kind == "up" and weight.shape[2] == 3 else "conv"
 
 
-def _form(
-    x: Tensor,
-    weight: Tensor,
-    stage: _Stage,
-    number: int,
-    *,
-    backward: bool,
-    bias: bool,
-    skip: Tensor | None = None,
-) -> str:
-    """The form (`tiers`) of layer `number`, or of its input gradient, at input x."""
-    if stage.impl == "plain" or not x.numel():
-        return "plain"
-    # going back, the activation of the layer before is in the epilogue
-    activations = [None, *stage.activations.split()] if backward else stage.activations.split()
-    problem = Layer(
-        kind=stage.kinds.split()[number],
-        backward=backward,
-        dtype=str(x.dtype).removeprefix("torch."),
-        x=tuple(x.shape),
-        weight=tuple(weight.shape),
-        bias=bias,
-        skip=0 if skip is None else skip.shape[3],
-        activation=activations[number],
-        alpha=stage.alpha,
-        tf32=x.dtype == torch.float32 and x.is_cuda and allows_tf32(),
-    )
-    return tuning.layer(problem, x.device, stage.impl)
-
-
-def _pointwise(op: str, x: Tensor, impl: str) -> str:
-    fused = impl != "plain" and bool(x.numel()) and tuning.pointwise(op, x.dtype, x.device, impl)
-    return "algebraic" if fused else "plain"
+def _without_gradient(tensors: Sequence[Tensor]) -> bool:
+    """Whether a call needs no autograd. A trace or a compiled graph serves later calls too, which may."""
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not watched and not (torch.is_grad_enabled() and any(value.requires_grad for value in tensors))
 
 
 def _outputs(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], skip: Tensor | None, stage: _Stage
+    x: Tensor, packed: Sequence[Tensor], biases: Sequence[Tensor], skip: Tensor | None, stage: Stage
 ) -> list[Tensor]:
     """The output of every layer, channels_last: the backward keeps all, the last is the result."""
     x = x.contiguous(memory_format=torch.channels_last)
     outputs: list[Tensor] = []
-    layers = list(zip(stage.kinds.split(), stage.activations.split(), strict=True))
-    for number, (kind, act) in enumerate(layers):
-        weight, bias = weights[number], biases[number] if biases else None
-        table = skip if number == len(layers) - 1 else None
-        form = _form(x, weight, stage, number, backward=False, bias=len(biases) > 0, skip=table)
-        x = tiers.forward(x, weight, bias, table, kind=kind, activation=act, alpha=stage.alpha, form=form)
+    last = len(stage.kinds) - 1
+    for number, (kind, name) in enumerate(zip(stage.kinds, stage.activations, strict=True)):
+        settings = (packed[number], biases[number] if biases else None, skip if number == last else None, kind, name)
+        if stage.impl == "plain":
+            x = library.forward(x, *settings, stage.alpha)
+        else:
+            x = layer(x, *settings, stage.alpha, stage.impl)
         outputs.append(x)
     return outputs
 
@@ -201,101 +226,73 @@ def _outputs(
 def _gradients(
     grad: Tensor,
     x: Tensor,
-    weights: Sequence[Tensor],
+    packed: Sequence[Tensor],
     outputs: Sequence[Tensor],
     skip_size: int,
-    has_bias: bool,
-    stage: _Stage,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients in the order x, skip table, weights, biases (float32); empty where `needs` is False.
+    stage: Stage,
+    needs: Needs,
+) -> Gradients:
+    """Gradients from that of the last output. `packed` are one copy's weights.
 
-    A library op returns one flat list of tensors, so gradients come flat: all copies' weights, then all copies' biases,
-    copy by copy. `needs` has the same order, without biases where the stage has none. `weights` are one copy's, packed,
-    and weight gradients are those of packed weights. All maps are channels_last. Only `grad` and the last
-    output, at the border, have the format that nn.Conv2d would give.
+    All maps are channels_last. Only `grad` and the last output, at the border, have the format that nn.Conv2d would
+    give.
     """
-    kinds, activations, copies = stage.kinds.split(), stage.activations.split(), stage.copies
-    count = len(kinds)
-    need_w, need_b = needs[2 : 2 + count * copies], needs[2 + count * copies :] or [False] * count * copies
-    dx, d_skip = x.new_empty(0), x.new_empty(0)
-    dw = [x.new_empty(0) for _ in need_w]
-    db = [x.new_empty(0, dtype=torch.float32) for _ in need_b]
-    x = x.contiguous(memory_format=torch.channels_last)
-    pointwise = _pointwise("activation_backward", grad, stage.impl)
-    grad = lay_out(grad, is_channels_last(outputs[-1]))
-    dz, bias_sum = tiers.activation_backward(
-        grad, outputs[-1], activation=activations[-1], alpha=stage.alpha, form=pointwise
-    )
-    if needs[1]:
-        d_skip = tiers.skip_gradient(dz, skip_size, form=_pointwise("skip_gradient", grad, stage.impl)).contiguous()
+    plain, alpha, copies, count = stage.impl == "plain", stage.alpha, stage.copies, len(stage.kinds)
+    weight_gradients: list[Tensor | None] = [None] * len(needs.weights)
+    bias_gradients: list[Tensor | None] = [None] * len(needs.biases)
+    x = lay_out(x, True)
+    dz, bias_sum = lay_out(grad, True), None
+    if stage.activations[-1] != "none":
+        grad = lay_out(grad, is_channels_last(outputs[-1]))
+        if plain:
+            dz, bias_sum = library.activation_backward(grad, outputs[-1], stage.activations[-1], alpha)
+        else:
+            dz, bias_sum = activation_backward(grad, outputs[-1], stage.activations[-1], alpha, stage.impl)
+    d_skip = None
+    if needs.skip:
+        d_skip = library.skip_gradient(dz, skip_size) if plain else skip_gradient(dz, skip_size, stage.impl)
     for number in range(count - 1, -1, -1):
-        weight, kind = weights[number], kinds[number]
+        weight, kind = packed[number], stage.kinds[number]
         before = outputs[number - 1] if number else x
         for copy, (part, below) in enumerate(zip(dz.chunk(copies), before.chunk(copies), strict=True)):
             index = copy * count + number
-            if need_b[index]:
-                db[index] = bias_sum if copies == 1 else tiers.bias_gradient(part)
-            if need_w[index]:
-                dw[index] = tiers.weight_gradient(part, below, weight, kind=kind)
-        # layers further down get nothing: their input gradient is not needed
-        if not (needs[0] or any(_lower(need_w, count, number)) or any(_lower(need_b, count, number))):
+            if needs.biases and needs.biases[index]:
+                summed = copies == 1 and bias_sum is not None
+                bias_gradients[index] = bias_sum if summed else library.bias_gradient(part)
+            if needs.weights[index] and plain:
+                weight_gradients[index] = library.weight_gradient(part, below, weight, kind)
+            elif needs.weights[index]:
+                weight_gradients[index] = layer_weight_gradient(part, below, weight, kind, stage.impl)
+        if not needs.before(number, count):
             break
-        if stage.impl == "fused" and (kind == "down_end" or (kind == "down" and weight.shape[2] != 3)):
-            form = pointwise  # no tile computes these input gradients, even where "fused" is forced
+        name = stage.activations[number - 1] if number else None
+        if plain:
+            dz, bias_sum = library.input_gradient(dz, before, weight, kind, name, alpha)
         else:
-            form = _form(before, weight, stage, number, backward=True, bias=has_bias)
-        act = activations[number - 1] if number else None
-        dz, below_sum = tiers.input_gradient(
-            dz, before, weight, kind=kind, activation=act, alpha=stage.alpha, form=form
-        )
-        if below_sum is None:
-            dx = dz
-        else:
-            bias_sum = below_sum
-    return [dx, d_skip, *dw, *(db if has_bias else ())]
-
-
-def _lower(needs: Sequence[bool], count: int, number: int) -> list[bool]:
-    """The needs of the layers before `number`, of every copy."""
-    return [needed for index, needed in enumerate(needs) if index % count < number]
-
-
-def _saved(outputs: list[Tensor], activations: str) -> list[Tensor]:
-    """The outputs that the backward reads. Without an activation the last is not read: users may change it in place."""
-    return outputs[:-1] if activations.endswith("none") else outputs
-
-
-def _restored(saved: Sequence[Tensor], grad: Tensor, activations: str) -> list[Tensor]:
-    """All outputs from `_saved` ones. A tensor of its shape stands for an unread last output."""
-    last = activations.endswith("none")
-    return [*saved, grad.contiguous(memory_format=torch.channels_last)] if last else list(saved)
+            dz, bias_sum = layer_input_gradient(dz, before, weight, kind, name, alpha, stage.impl)
+    return Gradients(dz if needs.x else None, d_skip, weight_gradients, bias_gradients)
 
 
 def _recorded(
-    grad: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    stage: _Stage,
-    gradient_last: bool,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of x, weights and biases that autograd records, in the usual memory formats."""
-    kinds, activations = stage.kinds.split(), stage.activations.split()
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], stage: Stage, needs: Needs
+) -> Gradients:
+    """Gradients that autograd records, in the usual memory formats; those of weights are of the ones given."""
+    count = len(weights)
 
     def plain(x: Tensor, *rest: Tensor) -> Tensor:
         rest = tuple(value.to(x.dtype) for value in rest)
-        w, b = rest[: len(weights)], rest[len(weights) :] or None
+        w, b = rest[:count], rest[count:] or None
         return reference.conv_stage(
-            x, w, b, kinds=kinds, activation=activations, alpha=stage.alpha, copies=stage.copies
+            x, w, b, kinds=stage.kinds, activation=stage.activations, alpha=stage.alpha, copies=stage.copies
         )
 
-    gradients = recorded_gradients(plain, (x, *weights, *biases), needs, grad)
-    formats = [gradient_last, *map(is_channels_last, weights)]
-    for number, (gradient, last) in enumerate(zip(gradients, formats, strict=False)):
-        gradients[number] = None if gradient is None else lay_out(gradient, last)
-    return gradients
+    asked = (needs.x, *needs.weights, *needs.biases)
+    dx, *rest = recorded_gradients(plain, (x, *weights, *biases), asked, grad)
+    laid_out: list[Tensor | None] = [
+        None if gradient is None else lay_out(gradient, is_channels_last(weight))
+        for gradient, weight in zip(rest[:count], weights, strict=True)
+    ]
+    return Gradients(None if dx is None else lay_out(dx, stage.gradient_last), None, laid_out, rest[count:])
 
 
 def _version(value: Tensor) -> int | None:
@@ -321,203 +318,50 @@ def _refuse_skip(size: int) -> None:
         )
 
 
-class _Plain(torch.autograd.Function):
-    """The same in plain operations, which torch.compile sees through: on the CPU, without Triton, for float64."""
+class _Stage(torch.autograd.Function):
+    """A stage with its derivative written out. torch.compile sees through it, down to the ops of single layers."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913
-        ctx,
-        x: Tensor,
-        skip: Tensor | None,
-        kinds: str,
-        activations: str,
-        alpha: float,
-        impl: str,
-        copies: int,
-        output_last: bool,
-        gradient_last: bool,
-        count: int,
-        *weights_and_biases: Tensor,
-    ) -> Tensor:
+    def forward(ctx, stage: Stage, x: Tensor, skip: Tensor | None, count: int, *weights_and_biases: Tensor) -> Tensor:
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
-        layers = zip(weights, kinds.split(), strict=False)  # the first copy's
+        layers = zip(weights, stage.kinds, strict=False)  # the first copy's
         packed = [pack(weight, _packing(weight, kind), x.dtype) for weight, kind in layers]
-        stage = _Stage(kinds, activations, alpha, impl, copies)
         outputs = _outputs(x, packed, biases, skip, stage)
-        outputs[-1] = lay_out(outputs[-1], output_last)  # before it is saved: the next op saves the same memory
-        ctx.save_for_backward(x, *weights, *packed, *_saved(outputs, activations))
-        ctx.settings, ctx.gradient_last = stage, gradient_last
-        ctx.count, ctx.skip_size = count, 0 if skip is None else skip.shape[3]
+        outputs[-1] = lay_out(outputs[-1], stage.output_last)  # before it is saved: the next op saves the same memory
+        # without an activation the last output is not read: users may change it in place
+        read = outputs[:-1] if stage.activations[-1] == "none" else outputs
+        ctx.save_for_backward(x, *weights, *packed, *read)
+        ctx.stage, ctx.count, ctx.skip_size = stage, count, 0 if skip is None else skip.shape[3]
         ctx.biases, ctx.versions = list(biases), [_version(bias) for bias in biases]
         return outputs[-1]
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple:
-        (x, *saved), (grad,), stage = ctx.saved_tensors, grads, _Stage(*ctx.settings)
-        weights, saved = saved[: ctx.count], saved[ctx.count :]
-        needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[10:]]
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, *saved), (grad,), stage, count = ctx.saved_tensors, grads, ctx.stage, ctx.count
+        layers = len(stage.kinds)
+        weights, packed, outputs = saved[:count], saved[count : count + layers], saved[count + layers :]
+        _, need_x, need_skip, _, *others = ctx.needs_input_grad
+        needs = Needs(need_x, need_skip, others[:count], others[count:])
         if torch.is_grad_enabled():  # create_graph=True
             _refuse_skip(ctx.skip_size)
-            biases = _unchanged(ctx.biases, ctx.versions)
-            dx, *rest = _recorded(grad, x, weights, biases, stage, ctx.gradient_last, [needs[0], *needs[2:]])
-            return (dx, *[None] * 9, *rest)
-        packed, outputs = saved[: ctx.count // stage.copies], saved[ctx.count // stage.copies :]
-        outputs, biases = _restored(outputs, grad, stage.activations), ctx.biases
-        dx, d_skip, *rest = _gradients(grad, x, packed, outputs, ctx.skip_size, len(biases) > 0, stage, needs)
-        dx = lay_out(dx, ctx.gradient_last) if needs[0] else None
-        rest = _unpacked(rest, weights, biases, stage.kinds, needs[2:])
-        return (dx, d_skip if needs[1] else None, *[None] * 8, *rest)
-
-
-def _unpacked(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], kinds: str, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of the user's weights and biases, in their dtypes and memory formats, from those of packed weights."""
-    layers = kinds.split()
-    results: list[Tensor | None] = []
-    for number, (gradient, source, needed) in enumerate(zip(gradients, (*weights, *biases), needs, strict=True)):
-        if not needed:
-            results.append(None)
-        elif number < len(weights):
-            packing = _packing(source, layers[number % len(layers)])
-            last = is_channels_last(source)
-            results.append(unpack_gradient(gradient, packing, source.dtype, channels_last=last))
+            gradients = _recorded(grad, x, weights, _unchanged(ctx.biases, ctx.versions), stage, needs)
         else:
-            results.append(gradient.to(source.dtype))
-    return results
+            packed_gradients = _gradients(grad, x, packed, outputs, ctx.skip_size, stage, needs)
+            gradients = _unpacked(packed_gradients, weights, ctx.biases, stage)
+        return (None, gradients.x, gradients.skip, None, *gradients.weights, *gradients.biases)
 
 
-@torch.library.custom_op("fastbegan::conv_stage", mutates_args=())
-def _conv_stage(  # noqa: PLR0913  # no defaults: torch 2.7 leaves such values out and then misses their gradients
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    skip: Tensor | None,
-    kinds: str,
-    activations: str,
-    alpha: float,
-    impl: str,
-    copies: int,
-    output_last: bool,
-    gradient_last: bool,
-) -> list[Tensor]:
-    """All outputs. Weights are [K, C, k, k] in any dtype and memory format, and folded [C, K, 4, 4] for kind "up".
-
-    `output_last` and `gradient_last`: whether the last output and the gradient of x are channels_last. The inner
-    outputs are.
-    """
-    packed = [pack(weight, "conv", x.dtype) for weight in weights[: len(weights) // copies]]
-    outputs = _outputs(x, packed, biases, skip, _Stage(kinds, activations, alpha, impl, copies))
-    return [*outputs[:-1], lay_out(outputs[-1], output_last)]
-
-
-@_conv_stage.register_fake
-def _(  # noqa: PLR0913
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    skip: Tensor | None,
-    kinds: str,
-    activations: str,
-    alpha: float,
-    impl: str,
-    copies: int,
-    output_last: bool,
-    gradient_last: bool,
-) -> list[Tensor]:
-    outputs: list[Tensor] = []
-    size, layers = x.shape[2:], kinds.split()
-    for number, (weight, kind) in enumerate(zip(weights, layers, strict=False)):
-        size = reference.output_size(size, kind)
-        shape = (x.shape[0], weight.shape[1 if kind == "up" else 0], *size)
-        last = output_last or number < len(layers) - 1
-        layout = torch.channels_last if last else torch.contiguous_format
-        outputs.append(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout))
-    return outputs
-
-
-@torch.library.custom_op("fastbegan::conv_stage_backward", mutates_args=())
-def _conv_stage_backward(  # noqa: PLR0913
-    grad: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    outputs: list[Tensor],
-    skip_size: int,
-    has_bias: bool,
-    kinds: str,
-    activations: str,
-    alpha: float,
-    impl: str,
-    copies: int,
-    needs: list[bool],
-) -> list[Tensor]:
-    packed = [pack(weight, "conv", x.dtype) for weight in weights]
-    stage = _Stage(kinds, activations, alpha, impl, copies)
-    return _gradients(grad, x, packed, outputs, skip_size, has_bias, stage, needs)
-
-
-@_conv_stage_backward.register_fake
-def _(  # noqa: PLR0913
-    grad: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    outputs: list[Tensor],
-    skip_size: int,
-    has_bias: bool,
-    kinds: str,
-    activations: str,
-    alpha: float,
-    impl: str,
-    copies: int,
-    needs: list[bool],
-) -> list[Tensor]:
-    def like(tensor: Tensor, needed: bool) -> Tensor:
-        if not needed:
-            return x.new_empty(0)
-        return torch.empty(tensor.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-    count = len(weights) * copies
-    wide = torch.promote_types(x.dtype, torch.float32)
-    last = outputs[-1]
-    skip = (x.shape[0], 3, 3, skip_size, skip_size, last.shape[1]) if needs[1] else (0,)
-    gradients = [like(x, needs[0]), x.new_empty(skip)]
-    gradients += [like(weight, needed) for weight, needed in zip([*weights] * copies, needs[2:], strict=False)]
-    if has_bias:
-        gradients += [
-            x.new_empty(y.shape[1] if needed else 0, dtype=wide if needed else torch.float32)
-            for y, needed in zip([*outputs] * copies, needs[2 + count :], strict=True)
-        ]
-    return gradients
-
-
-def _setup(ctx, inputs: tuple, output: list[Tensor]) -> None:
-    x, weights, biases, skip, *settings, _, ctx.gradient_last = inputs
-    ctx.set_materialize_grads(False)  # the inner outputs have no gradients
-    ctx.settings, ctx.count = settings, len(weights)
-    ctx.biases, ctx.versions = biases, [_version(bias) for bias in biases]
-    ctx.save_for_backward(x, *weights, *_saved(output, settings[1]))
-    ctx.skip_size, ctx.skip_dtype = (0, x.dtype) if skip is None else (skip.shape[3], skip.dtype)
-
-
-def _backward(ctx, grads: list[Tensor | None]) -> tuple:
-    (x, *saved), stage = ctx.saved_tensors, _Stage(*ctx.settings)
-    weights, outputs = saved[: ctx.count], saved[ctx.count :]
-    need_x, need_w, need_b, need_skip = ctx.needs_input_grad[:4]
-    grad = grads[-1]
-    if grad is None:
-        return (None, [None] * len(need_w), [None] * len(need_b), *[None] * 8)
-    if torch.is_grad_enabled():  # create_graph=True
-        _refuse_skip(ctx.skip_size)
-        biases = _unchanged(ctx.biases, ctx.versions)
-        dx, *rest = _recorded(grad, x, weights, biases, stage, ctx.gradient_last, [need_x, *need_w, *need_b])
-        return (dx, rest[: ctx.count], rest[ctx.count :], *[None] * 8)
-    needs, biases = [need_x, need_skip, *need_w, *need_b], ctx.biases
-    outputs = _restored(outputs, grad, stage.activations)
-    packed = weights[: ctx.count // stage.copies]
-    dx, d_skip, *rest = _conv_stage_backward(grad, x, packed, outputs, ctx.skip_size, len(biases) > 0, *stage, needs)
-    dx = lay_out(dx, ctx.gradient_last) if need_x else None
-    rest = _unpacked(rest, weights, biases, stage.kinds, needs[2:])
-    return (dx, rest[: ctx.count], rest[ctx.count :], d_skip.to(ctx.skip_dtype) if need_skip else None, *[None] * 7)
-
-
-_conv_stage.register_autograd(_backward, setup_context=_setup)
+def _unpacked(gradients: Gradients, weights: Sequence[Tensor], biases: Sequence[Tensor], stage: Stage) -> Gradients:
+    """Gradients of the user's tensors, in their dtypes and memory formats."""
+    dx = None if gradients.x is None else lay_out(gradients.x, stage.gradient_last)
+    of_weights: list[Tensor | None] = []
+    for gradient, weight, kind in zip(gradients.weights, weights, stage.kinds * stage.copies, strict=True):
+        if gradient is not None:
+            last = is_channels_last(weight)
+            gradient = unpack_gradient(gradient, _packing(weight, kind), weight.dtype, channels_last=last)
+        of_weights.append(gradient)
+    of_biases = [
+        None if gradient is None else gradient.to(bias.dtype)
+        for gradient, bias in zip(gradients.biases, biases, strict=True)
+    ]
+    return Gradients(dx, gradients.skip, of_weights, of_biases)

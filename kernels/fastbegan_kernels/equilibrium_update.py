@@ -32,7 +32,7 @@ def equilibrium_update(  # noqa: PLR0913
     - k <- clamp(k + lambda_k (gamma L(x) - L(G(z))), 0, 1);
 
     where M = L(x) + |gamma L(x) - L(G(z))| measures convergence. NaN in a loss reaches k. All values stay on the
-    device, so a step needs no transfer. The fused tier is one launch. `reference.equilibrium_update` is the plain twin.
+    device, so a step needs no transfer. The fused tier is one kernel. `reference.equilibrium_update` is the plain twin.
 
     Not differentiable: call it under torch.no_grad(), as `layers.Equilibrium.update` does.
 
@@ -84,16 +84,16 @@ def _equilibrium_update(  # noqa: PLR0913
     lambda_k: float,
     impl: str,
 ) -> None:
-    fused = tuning.pointwise("equilibrium_update", torch.float32, k.device, impl)
+    fused = tuning.is_fused("equilibrium_update", torch.float32, k.device, impl)
     _update(fused)(loss_real, loss_fake, k, sums, window, skip, gamma=gamma, lambda_k=lambda_k)
 
 
 def _update(fused: bool) -> Callable[..., None]:
     """The kernel's launcher, or the plain twin."""
     if fused:
-        from .fused import launch
+        from .fused import equilibrium_update as kernel
 
-        return launch.equilibrium_update
+        return kernel.equilibrium_update
     return reference.equilibrium_update
 
 

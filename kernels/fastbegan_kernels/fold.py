@@ -274,9 +274,9 @@ def fold_flat(weights: Sequence[Tensor], kinds: Sequence[str], dtype: torch.dtyp
         The packed weights one after another, each in channels_last order.
     """
     if fused:
-        from .fused import packing
+        from .fused import fold as kernels
 
-        return packing.fold(weights, kinds, dtype)
+        return kernels.fold(weights, kinds, dtype)
     packed = (_PLAIN[kind](weight).to(dtype) for weight, kind in zip(weights, kinds, strict=True))
     return torch.cat([weight.permute(0, 2, 3, 1).flatten() for weight in packed])
 
@@ -294,9 +294,9 @@ def unfold_flat(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str], *
         The weights' gradients one after another, each dense with the strides of torch.empty_like(weight).
     """
     if fused:
-        from .fused import packing
+        from .fused import fold as kernels
 
-        return packing.fold_backward(grad, weights, kinds)
+        return kernels.unfold(grad, weights, kinds)
     gradients = []
     for part, kind, weight in zip(_packed_parts(grad, weights, kinds), kinds, weights, strict=True):
         gradient = _TRANSPOSES[kind](part.to(weight.dtype))
@@ -305,7 +305,7 @@ def unfold_flat(grad: Tensor, weights: Sequence[Tensor], kinds: Sequence[str], *
 
 
 def _is_fused(weights: Sequence[Tensor], dtype: torch.dtype, impl: str) -> bool:
-    return tuning.pointwise("fold", dtype, weights[0].device, impl)
+    return tuning.is_fused("fold", dtype, weights[0].device, impl)
 
 
 @torch.library.custom_op("fastbegan::fold", mutates_args=())

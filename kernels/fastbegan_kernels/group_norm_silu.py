@@ -65,7 +65,7 @@ def group_norm_silu(
 
 
 def _is_fused(x: Tensor, impl: str) -> bool:
-    return tuning.pointwise("group_norm_silu", x.dtype, x.device, impl)
+    return tuning.is_fused("group_norm_silu", x.dtype, x.device, impl)
 
 
 @torch.library.custom_op("fastbegan::group_norm_silu", mutates_args=())

@@ -102,9 +102,9 @@ def _loss_and_gradients(
     prediction: Tensor, target: Tensor, scale: Tensor, *, eta: int, to_target: bool, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if fused:
-        from .fused import launch
+        from .fused import l1_reconstruction_loss as kernel
 
-        loss, d_prediction, d_target = launch.l1_reconstruction_loss(
+        loss, d_prediction, d_target = kernel.l1_reconstruction_loss(
             prediction, target, scale.float().reshape(-1), eta=eta, to_target=to_target
         )
         assert loss is not None and d_prediction is not None
@@ -118,16 +118,16 @@ def _loss_and_gradients(
 
 
 def _is_fused(prediction: Tensor, impl: str) -> bool:
-    return tuning.pointwise("l1_reconstruction_loss", prediction.dtype, prediction.device, impl)
+    return tuning.is_fused("l1_reconstruction_loss", prediction.dtype, prediction.device, impl)
 
 
 @torch.library.custom_op("fastbegan::l1_reconstruction_loss", mutates_args=())
 def _l1_reconstruction_loss(prediction: Tensor, target: Tensor, eta: int, impl: str) -> Tensor:
     if not _is_fused(prediction, impl):
         return reference.l1_reconstruction_loss(prediction, target, eta=eta)
-    from .fused import launch
+    from .fused import l1_reconstruction_loss as kernel
 
-    loss = launch.l1_reconstruction_loss(prediction, target, eta=eta)[0]
+    loss = kernel.l1_reconstruction_loss(prediction, target, eta=eta)[0]
     assert loss is not None
     return loss
 
@@ -172,9 +172,9 @@ def _l1_reconstruction_loss_backward(
     grad: Tensor, prediction: Tensor, target: Tensor, eta: int, to_target: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     if _is_fused(prediction, impl):
-        from .fused import launch
+        from .fused import l1_reconstruction_loss as kernel
 
-        _, d_prediction, d_target = launch.l1_reconstruction_loss(
+        _, d_prediction, d_target = kernel.l1_reconstruction_loss(
             prediction, target, grad, eta=eta, loss=False, to_target=to_target
         )
         assert d_prediction is not None
@@ -217,10 +217,10 @@ def _check(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Tensor
         both = _loss_and_gradients(prediction, target, scale, eta=eta, to_target=True, fused=fused)
         results += both
         if fused:
-            from .fused import launch
+            from .fused import l1_reconstruction_loss as kernel
 
-            results.append(launch.l1_reconstruction_loss(prediction, target, eta=eta)[0])
-            results += launch.l1_reconstruction_loss(prediction, target, scale, eta=eta, loss=False)[1:2]
+            results.append(kernel.l1_reconstruction_loss(prediction, target, eta=eta)[0])
+            results += kernel.l1_reconstruction_loss(prediction, target, scale, eta=eta, loss=False)[1:2]
         else:
             results += both[:2]
     return [value for value in results if value is not None]

@@ -64,9 +64,9 @@ def normalize_images(
 def _launcher(fused: bool) -> Callable[..., Tensor]:
     """The kernel's launcher, or the plain twin."""
     if fused:
-        from .fused import launch
+        from .fused import normalize_images as kernel
 
-        return launch.normalize_images
+        return kernel.normalize_images
     return reference.normalize_images
 
 
@@ -80,7 +80,7 @@ def _normalize_images(
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    fused = tuning.pointwise("normalize_images", dtype, images.device, impl)
+    fused = tuning.is_fused("normalize_images", dtype, images.device, impl)
     return _launcher(fused)(images, index, flip, corner, margin=margin, dtype=dtype)
 
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from . import tuning
 from .conv_stage import conv_stage
 from .group_norm_silu import group_norm_silu
-from .problems import Race, dtype_named
+from .problems import Form, Named, Problem, Tensors, dtype_named
 from .reference import plain_layer
 
-UNTOUCHED, REPLACED = "untouched", "replaced"
+UNTOUCHED, REPLACED = Named("untouched"), Named("replaced")
 _VALUES = 1 << 22  # of the largest tensor in a check; a larger batch is checked in part
 
 
 @dataclass(frozen=True)
-class Replacement(Race):
+class Replacement(Problem):
     """One layer with its neighbours. `x` and `weight` are shapes, that of a GroupNorm's weight is empty."""
 
     kind: str  # a kind of conv_stage, or "norm"
@@ -38,7 +38,8 @@ class Replacement(Race):
     groups: int = 0
     eps: float = 1e-5
     tf32: bool = False
-    candidates = (UNTOUCHED, REPLACED)
+    plain = UNTOUCHED
+    tried_apart = False  # its parts are problems of their own
 
     @property
     def name(self) -> str:
@@ -46,7 +47,15 @@ class Replacement(Race):
         way = "forward and backward" if self.backward else "forward"
         return f"{self.kind} with {self.activation} in place of layers, {way}, {self.dtype}, {list(self.x)}"
 
-    def tensors(self, device: torch.device, *, whole: bool = True) -> dict[str, Tensor | None]:
+    def forms(self, device: torch.device, impl: str) -> list[Form]:
+        """Both: what is not replaced is timed too."""
+        return [UNTOUCHED, REPLACED]
+
+    def repeats(self, form: Form) -> bool:
+        """The library's sums may not have a fixed order."""
+        return False
+
+    def tensors(self, device: torch.device, *, whole: bool = True) -> Tensors:
         """Random inputs with outputs of about 1. Without `whole`, only as many samples as a check needs."""
         generator = torch.Generator(device).manual_seed(0)
         dtype, last = dtype_named(self.dtype), self.channels_last
@@ -66,7 +75,7 @@ class Replacement(Race):
             "bias": draw(outputs) if self.bias else None,
         }
 
-    def run(self, form: str, tensors: dict[str, Tensor | None]) -> list[Tensor]:
+    def run(self, form: Form, tensors: Tensors) -> list[Tensor]:
         """The output and, with `backward`, the gradients of its sum of squares."""
         given = {name: None if value is None else value.detach() for name, value in tensors.items()}
         leaves = [value.requires_grad_(self.backward) for value in given.values() if value is not None]
@@ -74,7 +83,7 @@ class Replacement(Race):
             y = self._output(form, **given)
             return [y.detach(), *torch.autograd.grad(y.square().sum() / 2, leaves)] if self.backward else [y]
 
-    def _output(self, form: str, x: Any, weight: Any, bias: Any) -> Tensor:
+    def _output(self, form: Form, x: Any, weight: Any, bias: Any) -> Tensor:
         if self.kind == "norm":
             if form == REPLACED:
                 return group_norm_silu(x, self.groups, weight, bias, eps=self.eps, activation=self.activation)
@@ -102,4 +111,4 @@ def pays(problem: Replacement, device: torch.device) -> bool:
     """
     if torch.are_deterministic_algorithms_enabled():
         return True
-    return tuning.race(problem, device) == REPLACED
+    return tuning.form(problem, device, "auto") == REPLACED

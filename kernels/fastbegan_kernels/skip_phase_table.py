@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import library, problems, reference, tuning
 from .dispatch import asked_for
 from .fold import fold
 from .layout import is_channels_last, lay_out
+from .library_op import library_op
 
 
 def skip_phase_table(h: Tensor, weight: Tensor, *, impl: str | None = None) -> Tensor:
@@ -59,3 +60,29 @@ def _join(sums: Tensor, space: int, dim: int) -> Tensor:
     before = torch.cat((edge, before.narrow(space, 0, size - 1)), space)
     behind = torch.cat((behind.narrow(space, 1, size - 1), edge), space)
     return torch.stack((before + first, inner, last + behind), dim)
+
+
+def _gradient_like(dz: Tensor, size: int, impl: str) -> Tensor:
+    return dz.new_empty(dz.shape[0], size, size, 3, 3, dz.shape[1]).permute(0, 3, 4, 1, 2, 5)
+
+
+@library_op(_gradient_like)
+def skip_gradient(dz: Tensor, size: int, impl: str) -> Tensor:
+    """The gradient of a phase table [N, 3, 3, size, size, K]: each entry sums dz [N, K, H, W] over its pixels."""
+    fused = dz.numel() > 0 and tuning.is_fused("skip_gradient", dz.dtype, dz.device, impl)
+    return _skip_gradient(dz, size, fused=fused)
+
+
+def _skip_gradient(dz: Tensor, size: int, *, fused: bool) -> Tensor:
+    """In memory [N, S, S, 3, 3, K]."""
+    if fused:
+        from .fused import skip_phase_table as kernel
+
+        return kernel.skip_gradient(dz, size)
+    return library.skip_gradient(dz, size).permute(0, 3, 4, 1, 2, 5).contiguous().permute(0, 3, 4, 1, 2, 5)
+
+
+@problems.checks("skip_gradient")
+def _check(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Tensor]:
+    small, large = problems.draw(device, dtype, 0, 2, 37, 12, 18), problems.draw(device, dtype, 1, 2, 32, 32, 32)
+    return [_skip_gradient(dz, size, fused=fused) for dz, size in ((small, 2), (small, 6), (large, 8))]

@@ -27,7 +27,7 @@ import torch
 
 from .child import FIELD
 from .faults import in_short, is_cuda_error, is_of_the_kernel, is_out_of_memory
-from .problems import Layer, Pointwise
+from .problems import PROBLEMS
 
 _IDLE = 60.0  # seconds; an idle child holds device memory
 
@@ -35,10 +35,9 @@ _IDLE = 60.0  # seconds; an idle child holds device memory
 def trial(task: dict[str, Any], say: Callable[..., None]) -> None:
     """Run each form of a problem on the inputs of its check; `say` reports before and after each."""
     device = torch.device(task["device"])
-    kind = {"Layer": Layer, "Pointwise": Pointwise}[task["type"]]
-    problem = kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in task["problem"].items()})
-    if isinstance(problem, Layer):
-        torch.backends.cudnn.allow_tf32 = problem.tf32
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in task["problem"].items()}
+    problem = PROBLEMS[task["type"]](**fields)
+    torch.backends.cudnn.allow_tf32 = problem.tf32
     try:
         torch.ones(8, device=device).sum().item()
     except Exception as error:
@@ -48,7 +47,7 @@ def trial(task: dict[str, Any], say: Callable[..., None]) -> None:
     for form in task["forms"]:
         say("begin", form)
         try:
-            for value in problem.results(form, device):
+            for value in problem.results(problem.form_named(form), device):
                 value.float().sum().item()  # waits for the device
         except Exception as error:
             lost = is_cuda_error(error) or not _answers(device)

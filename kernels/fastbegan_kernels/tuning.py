@@ -1,12 +1,12 @@
 """Chooses the form of a kernel on this machine: verified there first, then the fastest.
 
-A form is "plain" (PyTorch's operations), "algebraic", "fused" or the name of a tile (see `tiers`). The choice
-comes with the first call of a shape on a GPU, outside graph capture:
+A problem (`problems`) names its forms, checks them and runs them; this module knows no op. The choice comes with the
+first call of a shape on a GPU, outside graph capture:
 
 1. Forms that never ran on this kind of machine run in a child process (`child`): an illegal access kills its process.
 2. Every form runs on random data. Those that differ from float64 by too much are dropped with a warning.
-3. The fastest of the others is kept (`cache`). Its key is everything that could change the answer: GPU, driver, torch,
-   triton, the kernels' source and torch's flags.
+3. The fastest of the others (`clock`) is kept (`cache`). Its key is everything that could change the answer: GPU,
+   driver, torch, triton, the kernels' source and torch's flags.
 
 Kernels without a matrix product are verified once and not timed. Under torch.use_deterministic_algorithms nothing is
 timed: the algebraic tier runs.
@@ -17,9 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import statistics
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,15 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cache, child
+from . import cache, child, clock
 from .cache import cache_file, environment  # noqa: F401  # part of this module's interface
 from .child import NoChildError, Trial
+from .clock import Timing
 from .faults import in_short, is_cuda_error, is_of_the_kernel, is_out_of_memory
-from .problems import Layer, Pointwise, Race, dtype_named, excess
+from .problems import FUSED, NAMES, Form, Pointwise, Problem, Tensors, excess
 
-Problem = Layer | Pointwise | Race
 Asked = tuple[torch.device, Problem, str]
-_chosen: dict[Asked, str] = {}  # the key ends with a tier and torch's flags (`_tier`)
+_chosen: dict[Asked, Form] = {}  # the key ends with a tier and torch's flags (`_tier`)
 _adopted: dict[str, str] = {}
 _passing: set[Asked] = set()  # choices that a passing fault influenced: they are not cached
 _lock = threading.RLock()  # autograd has a thread for each device
@@ -51,68 +49,68 @@ _UNTRIED = "could not be tried in a process of its own"
 class Outcome:
     """The verdict on one `form` of a problem.
 
-    `fault` is None where the form is right, `seconds` None where it was not measured. `lasting` means that another try
+    `fault` is None where the form is right, `timing` None where it was not measured. `lasting` means that another try
     would end the same: the form killed its process, broke the device, or gave wrong values. Want of memory, of time or
     of a compiler does not last.
     """
 
-    form: str
+    form: Form
     fault: str | None
-    seconds: float | None = None
+    timing: Timing | None = None
     lasting: bool = True
 
+    @property
+    def seconds(self) -> float:
+        """The median time, 0 where it was not measured."""
+        return self.timing.seconds if self.timing else 0.0
 
-def layer(problem: Layer, device: torch.device, impl: str) -> str:
-    """The form for a layer (see `tiers`). `impl` is "auto", "algebraic" or "fused", which takes the best tile.
 
-    Raises RuntimeError where "fused" is forced and no tile computes this layer rightly.
+def form(problem: Problem, device: torch.device, impl: str) -> Form:
+    """The form for a problem. `impl` is "auto", "algebraic" or "fused", which takes the best of our kernels.
+
+    Raises RuntimeError where "fused" is forced and no kernel computes this rightly.
     """
     if impl == "auto" and torch.are_deterministic_algorithms_enabled():
         impl = "algebraic"
-    if (form := _chosen.get((device, problem, _tier(impl)))) is not None:
-        return form
+    if (chosen := _chosen.get((device, problem, _tier(impl)))) is not None:
+        return chosen
     if device.type == "cuda":
-        form = _first_met(problem, device, impl)
+        chosen = _first_met(problem, device, impl)
     else:
-        form = next(iter(forms(problem, device, impl)), "plain") if impl == "fused" else "plain"
-    if impl == "fused" and form == "plain" and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        chosen = next(iter(problem.forms(device, impl)), problem.plain) if impl == "fused" else problem.plain
+        _chosen[device, problem, _tier(impl)] = chosen
+    if impl == "fused" and chosen == problem.plain and not _is_capturing(device):
         raise RuntimeError(f"impl 'fused' has no kernel for {problem.name} that is right on {device} (use 'algebraic')")
-    return form
+    return chosen
 
 
-def pointwise(op: str, dtype: torch.dtype, device: torch.device, impl: str) -> bool:
+def is_fused(op: str, dtype: torch.dtype, device: torch.device, impl: str) -> bool:
     """Whether the kernel of `problems.POINTWISE` runs: it is verified on this machine, or "fused" is forced."""
     if impl == "fused" or device.type != "cuda":
         return impl == "fused"
-    problem = Pointwise(op, str(dtype).removeprefix("torch."))
-    if (form := _chosen.get((device, problem, _tier("auto")))) is None:
-        form = _first_met(problem, device, "auto")
-    return form == "fused"
+    return form(Pointwise(op, NAMES[dtype]), device, "auto") == FUSED
 
 
-def race(problem: Race, device: torch.device) -> str:
-    """The fastest right one of a problem's own `candidates`; "plain" where none is right."""
-    if (form := _chosen.get((device, problem, _tier("auto")))) is None:
-        form = _first_met(problem, device, "auto")
-    return form
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _first_met(problem: Problem, device: torch.device, impl: str) -> str:
+def _first_met(problem: Problem, device: torch.device, impl: str) -> Form:
     """The form for a problem that is new to this process. Never raises: a user's forward calls it."""
     if _observed is not None and impl != "fused":
         _observed[device, problem, impl] = None
-        return "plain"
+        return problem.plain
     try:
         if torch.cuda.is_current_stream_capturing():
             _warn(f"{problem.name} was first met during graph capture: it runs in its plain form; run it once before")
-            return "plain"
+            return problem.plain
         with _lock:
-            return choose(problem, device, forms(problem, device, impl), impl)
+            return choose(problem, device, problem.forms(device, impl), impl)
     except Exception as error:
         _warn(f"{problem.name}: nothing could be chosen ({in_short(error)}); the plain form runs")
-        _chosen[device, problem, _tier(impl)] = "plain"
+        _chosen[device, problem, _tier(impl)] = problem.plain
         _passing.add((device, problem, _tier(impl)))
-        return "plain"
+        return problem.plain
 
 
 @contextlib.contextmanager
@@ -157,7 +155,7 @@ def _new_variants(asked: Sequence[Asked]) -> int:
         known = {device: cache.read(device) for device in {device for device, _, _ in asked}}
         for device, problem, impl in asked:
             if _key(problem, impl) not in known[device]["choices"] | _adopted:
-                variants = {problem.variant(form) for form in forms(problem, device, impl)}
+                variants = {problem.variant(form) for form in problem.forms(device, impl)}
                 new |= variants - known[device]["passed"].keys()
     return len(new)
 
@@ -184,29 +182,18 @@ def _key(problem: Problem, impl: str) -> str:
     return f"{problem!r} {_tier(impl)}"
 
 
-def forms(problem: Problem, device: torch.device, impl: str) -> list[str]:
-    """The candidates besides "plain"."""
-    if isinstance(problem, Race):
-        return [*problem.candidates]
-    if isinstance(problem, Pointwise):
-        return ["fused"]
-    tiles = [] if impl == "algebraic" else _tiles(problem, device)
-    if torch.are_deterministic_algorithms_enabled():
-        tiles = tiles[:1]  # two measurements may disagree on the fastest
-    return tiles if impl == "fused" else ["algebraic", *tiles]
-
-
-def choose(problem: Problem, device: torch.device, candidates: Sequence[str], impl: str) -> str:
-    """The fastest right candidate, from the cache or measured; "plain" where none is right."""
-    form = _known(problem, device, impl)
-    if form not in (*candidates, "plain"):
-        form, lasting = _fastest(problem, device, candidates)
+def choose(problem: Problem, device: torch.device, candidates: Sequence[Form], impl: str) -> Form:
+    """The fastest right candidate, from the cache or measured; the plain form where none is right."""
+    name = _known(problem, device, impl)
+    chosen = next((form for form in (*candidates, problem.plain) if form.name == name), None)
+    if chosen is None:
+        chosen, lasting = _fastest(problem, device, candidates, impl)
         if lasting:
-            _keep(device, "choices", {_key(problem, impl): form})
+            _keep(device, "choices", {_key(problem, impl): chosen.name})
         else:
             _passing.add((device, problem, _tier(impl)))
-    _chosen[device, problem, _tier(impl)] = form
-    return form
+    _chosen[device, problem, _tier(impl)] = chosen
+    return chosen
 
 
 def _known(problem: Problem, device: torch.device, impl: str) -> Any:
@@ -224,7 +211,7 @@ def choices(device: torch.device, *, lasting: bool = False) -> dict[str, Any]:
     """The choices of this process for a device, for `adopt`: on other ranks or, with `lasting`, in a later run."""
     device = _numbered(device)
     chosen = {
-        f"{problem!r} {tier}": form
+        f"{problem!r} {tier}": form.name
         for (d, problem, tier), form in _chosen.items()
         if d == device and not (lasting and (d, problem, tier) in _passing)
     }
@@ -248,27 +235,30 @@ def _numbered(device: torch.device) -> torch.device:
     return device
 
 
-def _fastest(problem: Problem, device: torch.device, candidates: Sequence[str]) -> tuple[str, bool]:
+def _fastest(problem: Problem, device: torch.device, candidates: Sequence[Form], impl: str) -> tuple[Form, bool]:
     """The fastest of the right candidates, and whether the choice lasts. Warns about the others."""
     try:
         verdicts = outcomes(problem, device, candidates)
     except Exception as error:  # a user's forward must go on
         _warn(f"{problem.name}: nothing could be tried ({in_short(error)}); the plain form runs")
-        return "plain", False
+        return problem.plain, False
     for outcome in verdicts:
         if outcome.fault and outcome.lasting:
-            _warn(f"{problem.name}: {outcome.form} {outcome.fault} on this machine and is not used")
+            _warn(f"{problem.name}: {outcome.form.name} {outcome.fault} on this machine and is not used")
         elif outcome.fault not in (None, _UNTRIED):  # without names: one warning for each cause
             _warn(
                 f"kernels are not used for now, as one {outcome.fault}; plain forms run, the next process tries again"
             )
     right = [outcome for outcome in verdicts if outcome.fault is None]
     lasting = all(outcome.lasting for outcome in verdicts)
-    return min(right, key=lambda outcome: outcome.seconds or 0.0).form if right else "plain", lasting
+    if timed := {outcome.form.name: outcome.timing for outcome in right if outcome.timing is not None}:
+        times = {name: [timing.seconds, timing.spread] for name, timing in timed.items()}
+        _keep(device, "times", {_key(problem, impl): times})
+    return min(right, key=lambda outcome: outcome.seconds).form if right else problem.plain, lasting
 
 
 def outcomes(
-    problem: Problem, device: torch.device, candidates: Sequence[str], *, again: bool = False
+    problem: Problem, device: torch.device, candidates: Sequence[Form], *, again: bool = False
 ) -> list[Outcome]:
     """Each candidate tried, checked and, where more than one is right, timed. `again` ignores earlier verdicts."""
     trials = survivors(problem, device, candidates, again=again)
@@ -281,11 +271,11 @@ def outcomes(
         else:
             verdicts[form] = Outcome(form, trial.fault, lasting=trial.lasting)
     right = [form for form in candidates if verdicts[form].fault is None]
-    if not isinstance(problem, Pointwise) and (len(right) > 1 or (again and right)):
+    if problem.timed and (len(right) > 1 or (again and right)):
         try:
-            tensors = problem.tensors(device)
-            seconds = measure({form: functools.partial(problem.run, form, tensors) for form in right}, device)
-            verdicts |= {form: Outcome(form, None, seconds[form]) for form in right}
+            sets = clock.rotating(problem.tensors(device), device)
+            timings = clock.measure({form: functools.partial(_call, problem, form, sets) for form in right}, device)
+            verdicts |= {form: Outcome(form, None, timings[form]) for form in right}
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -294,7 +284,11 @@ def outcomes(
     return list(verdicts.values())
 
 
-def _checked(problem: Problem, device: torch.device, form: str, plain: list[Tensor], exact: list[Tensor]) -> Outcome:
+def _call(problem: Problem, form: Form, sets: list[Tensors], number: int) -> object:
+    return problem.run(form, sets[number % len(sets)])
+
+
+def _checked(problem: Problem, device: torch.device, form: Form, plain: list[Tensor], exact: list[Tensor]) -> Outcome:
     """The verdict on a form that runs in this process: right values, and the same ones twice."""
     try:
         got, again = problem.results(form, device), problem.results(form, device)
@@ -304,51 +298,22 @@ def _checked(problem: Problem, device: torch.device, form: str, plain: list[Tens
         if is_cuda_error(error):  # this process cannot run kernels any more
             raise
         return Outcome(form, f"failed ({in_short(error)})", lasting=is_of_the_kernel(error))
-    tf32 = not isinstance(problem, Pointwise) and problem.tf32
-    if len(got) != len(exact) or any(excess(*three, tf32=tf32) > 1 for three in zip(got, plain, exact, strict=True)):
+    triples = zip(got, plain, exact, strict=True)
+    if len(got) != len(exact) or any(excess(*three, tf32=problem.tf32) > 1 for three in triples):
         return Outcome(form, "gave wrong values")
-    # our kernels add in a fixed order; the library's convolutions inside "algebraic" may not
-    ours = form != "algebraic" and not isinstance(problem, Race)
-    if ours and not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
+    if problem.repeats(form) and not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
         return Outcome(form, "gave other values the second time")
     return Outcome(form, None)
 
 
-def measure(runs: dict[str, Callable[[], object]], device: torch.device, rounds: int = 7) -> dict[str, float]:
-    """Median seconds of each function. They run in turns, after two rounds of warm-up."""
-    times: dict[str, list[float]] = {form: [] for form in runs}
-    for number in range(rounds + 2):
-        for form, run in runs.items():
-            seconds = _seconds(run, device)
-            if number >= 2:
-                times[form].append(seconds)
-    return {form: statistics.median(measured) for form, measured in times.items()}
-
-
-def _seconds(run: Callable[[], object], device: torch.device, calls: int = 5) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.device(device):
-        torch.cuda._sleep(2_000_000)  # about a millisecond of lead, so that launches by the host are not timed
-        begin.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / calls
-
-
 def survivors(
-    problem: Problem, device: torch.device, candidates: Sequence[str], *, again: bool = False
-) -> dict[str, Trial]:
+    problem: Problem, device: torch.device, candidates: Sequence[Form], *, again: bool = False
+) -> dict[Form, Trial]:
     """Whether each candidate runs without harm. New ones (with `again`, all) are tried in a child process.
 
     The cache keeps forms that ran, and faults that last.
     """
-    if isinstance(problem, Race):  # its parts are tried by themselves
+    if not problem.tried_apart:
         return dict.fromkeys(candidates, Trial(None))
     mode = os.environ.get(child.VARIABLE)
     passed = {} if again else cache.read(device)["passed"]
@@ -375,19 +340,6 @@ def survivors(
             verdicts |= trials
     unknown = Trial(_UNTRIED, lasting=False)
     return {form: verdicts.get(form, unknown) for form in candidates}
-
-
-def _tiles(problem: Layer, device: torch.device) -> list[str]:
-    """Names of the fused kernels' tiles for a layer on a device."""
-    if problem.kind == "down_end" or (problem.backward and problem.kind == "down" and problem.weight[2] != 3):
-        return []
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return []  # no asynchronous copies, and Triton does not support these GPUs
-    from .fused import launch
-
-    dtype = dtype_named(problem.dtype)
-    tiles = launch.layer_tiles(problem.x, problem.weight, problem.kind, dtype, device, backward=problem.backward)
-    return [tile.name for tile in tiles]
 
 
 def _warn(message: str) -> None:

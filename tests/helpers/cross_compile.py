@@ -20,9 +20,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastbegan_kernels.fused import elementwise, group_norm_silu, implicit_gemm
-from fastbegan_kernels.fused import tma as tma_kernels
-from fastbegan_kernels.fused.tiles import AnyTile, TmaTile, pointer_tiles, tma_tiles
+from fastbegan_kernels.fused import (
+    activation,
+    conv_pointer,
+    conv_tma,
+    equilibrium_update,
+    fold,
+    group_norm_silu,
+    l1_reconstruction_loss,
+    normalize_images,
+    skip_phase_table,
+)
+from fastbegan_kernels.fused.conv_tiles import AnyTile, TmaTile, pointer_tiles, tma_tiles
+from tests.helpers.tile_model import loop_figures
 
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _INSTRUCTIONS = ("HMMA", "HGMMA", "FFMA", "LDGSTS", "UTMALDG", "LDSM", "LDL", "STL")
@@ -57,7 +67,7 @@ def _matrix_cases(name: str, tiles: Sequence[AnyTile], channels: str = "") -> It
                 "BLOCK_M": tile.block_m,
                 "FULL_C": full,
                 "ALIGNED": channels != "odd",
-                "PRECISION": "tf32" if name != "fp32" else "ieee",
+                "PRECISION": "tf32" if name == "tf32" else "ieee",
             }
         for label, transpose, kernel, stride, turned, backward in _PRODUCTS:
             skip = 8 if "skip" in label else 0
@@ -70,9 +80,9 @@ def _matrix_cases(name: str, tiles: Sequence[AnyTile], channels: str = "") -> It
             signature |= dict.fromkeys(("x_ptr", "w_ptr", "skip_ptr", "y_prev_ptr", "out_ptr"), data)
             if isinstance(tile, TmaTile):
                 signature |= _descriptors(tile, name, transpose, stride, transpose or turned)
-                code = tma_kernels._conv_transpose_tma_kernel if transpose else tma_kernels._conv_tma_kernel
+                code = conv_tma._conv_transpose_tma_kernel if transpose else conv_tma._conv_tma_kernel
             else:
-                code = implicit_gemm._conv_transpose_kernel if transpose else implicit_gemm._conv_kernel
+                code = conv_pointer._conv_transpose_kernel if transpose else conv_pointer._conv_kernel
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
             missing = f", channels {channels}" if channels else ""
             yield (
@@ -105,7 +115,7 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
     for skip in (0, 8):
         yield (
             f"activation{' with skip' if skip else ''} {dtype}",
-            elementwise._activation_kernel,
+            activation._activation_kernel,
             {"y_ptr": data, "b_ptr": "*fp32", "skip_ptr": data, "alpha": "fp32"}
             | dict.fromkeys(("rows", "height", "width", "K"), "i32"),
             rows | {"HAS_BIAS": True, "SKIP_SIZE": skip} | ({} if skip else {"skip_ptr": None}),
@@ -114,7 +124,7 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
         )
     yield (
         f"activation backward {dtype}",
-        elementwise._activation_backward_kernel,
+        activation._activation_backward_kernel,
         {
             "grad_ptr": data,
             "y_ptr": data,
@@ -130,7 +140,7 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
     )
     yield (
         f"skip gradient {dtype}",
-        elementwise._skip_gradient_kernel,
+        skip_phase_table._skip_gradient_kernel,
         {"dz_ptr": data, "out_ptr": data} | dict.fromkeys(("height", "width", "K"), "i32"),
         {"SIZE": 8, "BLOCK_W": 16, "BLOCK_K": 32},
         {},
@@ -143,7 +153,7 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
             absent += [] if loss else ["partial_ptr"]
             yield (
                 f"l1 {name} eta {eta} {dtype}",
-                elementwise._l1_kernel,
+                l1_reconstruction_loss._l1_kernel,
                 pointers | {"scale_ptr": "*fp32", "partial_ptr": "*fp32", "values": "i32"},
                 {"ETA": eta, "LOSS": loss, "GRADIENT": gradient, "TO_TARGET": gradient, "BLOCK": 1024}
                 | dict.fromkeys(absent),
@@ -153,7 +163,7 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
     for windows in (False, True):
         yield (
             f"normalize images{', windows' if windows else ''} {dtype}",
-            elementwise._normalize_images_kernel,
+            normalize_images._normalize_images_kernel,
             {"images_ptr": "*u8", "index_ptr": "*i64", "flip_ptr": "*u8", "corner_ptr": "*i64", "out_ptr": data}
             | dict.fromkeys(("height", "width", "margin"), "i32"),
             {"C": 3, "HAS_INDEX": True, "HAS_FLIP": True, "HAS_MARGIN": windows, "BLOCK": 1024}
@@ -164,9 +174,9 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
     for backward in (False, True):
         yield (
             f"fold{' backward' if backward else ''} {dtype}",
-            elementwise._fold_kernel,
+            fold._unfold_kernel if backward else fold._fold_kernel,
             {"table_ptr": "*i64", "owner_ptr": "*i32", "packed_ptr": data, "gradient_ptr": "*fp32"},
-            {"BACKWARD": backward, "BLOCK": 64} | ({} if backward else {"gradient_ptr": None}),
+            {"BLOCK": fold._FOLD_BLOCK},
             {},
             (),
         )
@@ -196,7 +206,7 @@ def cases(capability: int) -> Iterator[Case]:
     """All shipped kernels for an architecture: elementwise ones everywhere, matrix products from Ampere on."""
     yield (
         "equilibrium update",
-        elementwise._equilibrium_update_kernel,
+        equilibrium_update._equilibrium_update_kernel,
         {
             "real_ptr": "*fp32",
             "fake_ptr": "*fp32",
@@ -254,13 +264,16 @@ def measure(case: Case, capability: int) -> dict[str, Any]:
     if "tma" in name:  # loads into registers between the first and the last product would mean operands not in place
         products = [found.start() for found in re.finditer(r"\bHGMMA\b", machine)]
         counts["LDSM"] = len(re.findall(r"\bLDSM\b", machine[products[0] : products[-1]])) if products else 0
+    registers, shared = int(found[1]), compiled.metadata.shared
+    matrix = loop_figures(machine, name, capability, registers, shared) if "conv" in name else {}
     return {
         "kernel": name,
         "sm": capability,
-        "registers": int(found[1]),
+        "registers": registers,
         "stack": int(found[2]),
-        "shared": compiled.metadata.shared,
+        "shared": shared,
         **counts,
+        **matrix,
     }
 
 

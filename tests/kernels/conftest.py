@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,10 +34,12 @@ class _Poisoning:
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the launchers get such memory: torch's own functions would keep what they were patched with."""
     if HAS_TRITON:
-        from fastbegan_kernels.fused import group_norm_silu, launch, packing
+        from fastbegan_kernels import fused
 
-        for module in (group_norm_silu, launch, packing):
-            monkeypatch.setattr(module, "torch", _Poisoning())
+        for name in (module.name for module in pkgutil.iter_modules(fused.__path__)):
+            module = importlib.import_module(f"{fused.__name__}.{name}")
+            if hasattr(module, "torch"):
+                monkeypatch.setattr(module, "torch", _Poisoning())
 
 
 @pytest.fixture(autouse=True)

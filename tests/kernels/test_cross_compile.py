@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import tile_model
+
 ROOT = Path(__file__).parents[2]
 RECORD = Path(__file__).parent / "cross_compiled.json"
 SHARED = {60: 49_152, 80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one block may have
@@ -23,7 +25,7 @@ MATRIX = {80: ("HMMA", "LDGSTS"), 90: ("HGMMA", "LDGSTS")}  # pointer kernels: m
 
 
 def _compiled(capability: int, part: str = "", site: Path | None = None) -> list[dict[str, Any]]:
-    paths = [str(ROOT / "kernels"), *([str(site)] if site else [])]
+    paths = [str(ROOT / "kernels"), str(ROOT), *([str(site)] if site else [])]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # interpreted code has no binary
     environment |= {"PYTHONPATH": os.pathsep.join(reversed(paths)), "TRITON_DEFAULT_FP_FUSION": "1"}
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "cross_compile.py"), str(capability), part]
@@ -97,19 +99,27 @@ def _figures(rows: list[dict[str, Any]]) -> str:
     return "\n".join(("registers a thread / KiB of shared memory a program, the most of any product", "", *lines, ""))
 
 
-def test_the_readme_shows_the_record() -> None:
-    text = (ROOT / "kernels" / "README.md").read_text()
-    shown = text.partition("test_cross_compile.py -->\n")[2].partition("<!-- end of figures")[0]
-    assert shown == _figures(json.loads(RECORD.read_text())["rows"])
+README = ROOT / "kernels" / "README.md"
+TABLES = {"figures": _figures, "model": tile_model.table}  # by the name in the README's markers
+MARK, END = "<!-- {}: made by tests/kernels/test_cross_compile.py -->\n", "<!-- end of {} -->"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_readme_shows_the_record(name: str) -> None:
+    shown = README.read_text().partition(MARK.format(name))[2].partition(END.format(name))[0]
+    assert shown == TABLES[name](json.loads(RECORD.read_text())["rows"])
 
 
 def _record() -> None:
     found = [row for capability in SHARED for row in _compiled(capability)]
     lines = ",\n".join(json.dumps(row) for row in found)
     RECORD.write_text(f'{{"triton": "{version("triton")}", "rows": [\n{lines}\n]}}\n')
-    readme = ROOT / "kernels" / "README.md"
-    head, mark, rest = readme.read_text().partition("test_cross_compile.py -->\n")
-    readme.write_text(head + mark + _figures(found) + "<!-- end" + rest.partition("<!-- end")[2])
+    text = README.read_text()
+    for name, table in TABLES.items():
+        head, mark, rest = text.partition(MARK.format(name))
+        _, end, tail = rest.partition(END.format(name))
+        text = head + mark + table(found) + end + tail
+    README.write_text(text)
 
 
 if __name__ == "__main__":

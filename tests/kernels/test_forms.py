@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from fastbegan_kernels import problems, tuning
-from fastbegan_kernels.problems import Layer, Pointwise
-from fastbegan_kernels.tiers import KINDS
+from fastbegan_kernels.conv_layer import KINDS, Layer
+from fastbegan_kernels.problems import FUSED, Form, Pointwise, Problem
 
-launch = pytest.importorskip("fastbegan_kernels.fused.launch")
-from fastbegan_kernels.fused import tiles  # noqa: E402
+conv = pytest.importorskip("fastbegan_kernels.fused.conv")
+from fastbegan_kernels.fused import conv_tiles as tiles  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
-CAPABILITY = launch._capability(DEVICE)
+CAPABILITY = conv.capability_of(DEVICE)
 pytestmark = pytest.mark.skipif(CAPABILITY < 80, reason="no tile ships for this GPU")
 # the interpreter multiplies bf16 wrongly, and has no TF32
 MODES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32", "tf32": "float32"}
@@ -58,9 +58,9 @@ def _problem(kind: str, mode: str, shape: Shape, taps: int = 3, *, backward: boo
 
 def _takes(problem: Layer, tile: tiles.AnyTile) -> bool:
     """Whether a launcher may ask this tile for this layer: channels that are no multiples of 8 get the last one."""
-    product = launch.product_of(problem.x, problem.weight, problem.kind, backward=problem.backward)
+    product = conv.product_of(problem.x, problem.weight, problem.kind, problem.backward)
     if isinstance(tile, tiles.TmaTile):
-        return product.fits(tile)
+        return tiles.fits(product, tile)
     return product.aligned or tile == tiles.pointer_tiles(problems.dtype_named(problem.dtype), CAPABILITY)[-1]
 
 
@@ -87,13 +87,12 @@ def _layers(kind: str, mode: str, *, wide: bool) -> Iterator[Layer]:
                 yield _problem(kind, mode, shape, 1, backward=True)
 
 
-def _check(problem: Layer | Pointwise, form: str) -> None:
+def _check(problem: Problem, form: Form) -> None:
     own, exact = problem.expected(DEVICE)
     first, second = problem.results(form, DEVICE), problem.results(form, DEVICE)
-    tf32 = isinstance(problem, Layer) and problem.tf32
-    worst = max(problems.excess(*three, tf32=tf32) for three in zip(first, own, exact, strict=True))
-    assert worst <= 1, f"{problem} by {form}: {worst:.3g} times the allowed error"
-    assert all(map(torch.equal, first, second)), f"{problem} by {form}: two runs differ"
+    worst = max(problems.excess(*three, tf32=problem.tf32) for three in zip(first, own, exact, strict=True))
+    assert worst <= 1, f"{problem} by {form.name}: {worst:.3g} times the allowed error"
+    assert all(map(torch.equal, first, second)), f"{problem} by {form.name}: two runs differ"
 
 
 @pytest.fixture
@@ -120,14 +119,14 @@ def test_a_tile(kind: str, mode: str, name: str) -> None:
     suited = [problem for problem in _layers(kind, mode, wide=wide) if _takes(problem, tile)]
     assert suited
     for problem in suited:
-        _check(problem, name)
+        _check(problem, tile)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter cuts bf16 off where GPUs round")
 @pytest.mark.parametrize("op", [op for op in problems.POINTWISE if op != "equilibrium_update"])
 def test_a_kernel_without_a_product_in_bf16(op: str) -> None:
     """The other types are in test_tuning.py."""
-    _check(Pointwise(op, "bfloat16"), "fused")
+    _check(Pointwise(op, "bfloat16"), FUSED)
 
 
 def _random(rng: random.Random, mode: str) -> Layer:
@@ -156,7 +155,7 @@ def test_random_layers(seed: int, mode: str) -> None:
         problem = _random(rng, mode)
         suited = [tile for tile in _tiles(MODES[mode]) if _takes(problem, tile)]
         descriptors = [tile for tile in suited if isinstance(tile, tiles.TmaTile)]  # few sizes suit one
-        _check(problem, rng.choice(rng.choice((descriptors or suited, suited))).name)
+        _check(problem, rng.choice(rng.choice((descriptors or suited, suited))))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="nothing is chosen by measurement on a CPU")
@@ -165,7 +164,7 @@ def test_a_first_run_chooses_and_keeps(backward: bool) -> None:
     """With trials in a child process, as a user's first run does it, and without a warning."""
     warnings.simplefilter("error", RuntimeWarning)  # pytest resets it
     for problem in (_problem("up", "bf16", SQUARE[0], backward=backward), Pointwise("normalize_images", "bfloat16")):
-        form = tuning.choose(problem, DEVICE, tuning.forms(problem, DEVICE, "auto"), "auto")
-        assert form != "plain"
-        assert tuning.choices(DEVICE)["choices"][f"{problem!r} auto"] == form
-        assert form in tuning.cache_file().read_text()
+        form = tuning.choose(problem, DEVICE, problem.forms(DEVICE, "auto"), "auto")
+        assert form != problem.plain
+        assert tuning.choices(DEVICE)["choices"][f"{problem!r} auto"] == form.name
+        assert form.name in tuning.cache_file().read_text()

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbegan_kernels import conv2d_elu, conv_stage, reference, tiers, upsample_conv2d_elu
+from fastbegan_kernels import conv2d_elu, conv_stage, library, reference, upsample_conv2d_elu
+from fastbegan_kernels.conv_layer import KINDS
 from fastbegan_kernels.fold import fold_upsample
 from tests.helpers.oracle import DEVICE, DTYPES, ON_GPU, check, compare, layer_inputs, random_tensor
 
-launch = pytest.importorskip("fastbegan_kernels.fused.launch")  # where there is no Triton there is nothing to test
-from fastbegan_kernels.fused import tiles  # noqa: E402
+conv = pytest.importorskip("fastbegan_kernels.fused.conv")  # where there is no Triton there is nothing to test
+from fastbegan_kernels.fused import conv_tiles as tiles  # noqa: E402
 
 SHAPES = [  # N, C, H, W, K
     (2, 16, 8, 8, 16),  # one tile
@@ -110,29 +111,27 @@ def _check_tile(kind: str, shape: Sequence[int], tile: tiles.AnyTile, dtype: tor
     def forward(values: Sequence[Tensor | None]) -> list[Tensor]:
         a, b, c, d = values
         assert a is not None and b is not None
-        return [tiers.forward(a, b, c, d, **settings, form="plain")]
+        return [library.forward(a, b, c, d, kind, "elu", 0.7)]
 
     def backward(d: Tensor, y: Tensor, w: Tensor) -> list[Tensor]:
-        dx, db = tiers.input_gradient(d, y, w, **settings, form="plain")
+        dx, db = library.input_gradient(d, y, w, kind, "elu", 0.7)
         assert db is not None
         return [dx, db]
 
     given = [x, weight, bias, table]
-    got = launch.layer(*given, **settings, tile=tile)
+    got = conv.forward(*given, **settings, tile=tile)
     compare([got], forward(given), forward([None if v is None else v.double() for v in given]), dtype)
     y = reference.activate(x, "elu", 0.7)
-    dx, db = launch.input_gradient(dz, weight, y, **settings, size=x.shape[2:], tile=tile)
+    dx, db = conv.input_gradient(dz, weight, y, **settings, size=x.shape[2:], tile=tile)
     assert db is not None
     compare([dx, db], backward(dz, y, weight), backward(dz.double(), y.double(), weight.double()), dtype)
-    plain, none = launch.input_gradient(dz, weight, kind=kind, size=x.shape[2:], tile=tile)
-    exact = tiers.input_gradient(
-        dz.double(), x.double(), weight.double(), kind=kind, activation=None, alpha=1, form="plain"
-    )
+    plain, none = conv.input_gradient(dz, weight, kind=kind, size=x.shape[2:], tile=tile)
+    exact = library.input_gradient(dz.double(), x.double(), weight.double(), kind, None, 1.0)
     assert none is None and (plain - exact[0]).abs().max() <= 1e-2 * exact[0].abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", tiers.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1, 24, 5, 6, 24), pytest.param((2, 40, 3, 4, 16), marks=SLOW)])
 def test_pointer_tiles(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
     """Several blocks in every direction, the last of each partly empty."""
@@ -157,7 +156,7 @@ TILINGS = {
             tiling, kind, marks=() if tiling == ("whole tiles" if kind == "up" else "nothing divides") else SLOW
         )
         for tiling in TILINGS
-        for kind in tiers.KINDS
+        for kind in KINDS
     ],
 )
 def test_tma_tiles(tiling: str, kind: str, dtype: torch.dtype) -> None:
@@ -165,7 +164,7 @@ def test_tma_tiles(tiling: str, kind: str, dtype: torch.dtype) -> None:
     tile = tiles.TmaTile(*block, 16, 16, 4, 2)
     for backward in (False, True):
         weight = (shape[1], shape[4], 4, 4) if kind == "up" else (shape[4], shape[1], 3, 3)
-        assert launch.product_of(shape[:4], weight, kind, backward=backward).fits(tile)
+        assert tiles.fits(conv.product_of(shape[:4], weight, kind, backward), tile)
     _check_tile(kind, shape, tile, dtype, skip=2 if kind == "up" else 0)
 
 
@@ -174,7 +173,7 @@ def test_tma_tiles_take_channels_left_over(dtype: torch.dtype) -> None:
     _check_tile("same", (2, 24, 5, 7, 40), tiles.TmaTile(1, 4, 8, 16, 16, 4, 2), dtype)
 
 
-@pytest.mark.parametrize("kind", tiers.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_shipped_tile_of_each_family(kind: str) -> None:
     for tile in (tiles.HALF[2], tiles.TMA[-1]):
         _check_tile(kind, (2, 64, 8, 8, 64), tile, torch.float16)
@@ -187,7 +186,7 @@ def test_descriptors_get_aligned_memory() -> None:
     assert shifted.data_ptr() % 16
     settings = {"kind": "same", "activation": "none", "alpha": 1.0, "tile": tiles.TmaTile(1, 4, 4, 16, 16, 4, 2)}
     assert torch.equal(
-        launch.layer(shifted, weight, None, None, **settings), launch.layer(x, weight, None, None, **settings)
+        conv.forward(shifted, weight, None, None, **settings), conv.forward(x, weight, None, None, **settings)
     )
 
 
@@ -195,7 +194,7 @@ def test_what_descriptor_kernels_do_not_take() -> None:
     tile = tiles.TmaTile(1, 8, 8, 64, 64, 4, 4)
 
     def fits(x: tuple[int, ...], weight: tuple[int, ...], kind: str, backward: bool = False) -> bool:
-        return launch.product_of(x, weight, kind, backward=backward).fits(tile)
+        return tiles.fits(conv.product_of(x, weight, kind, backward), tile)
 
     assert fits((2, 64, 8, 8), (64, 64, 3, 3), "same") and fits((2, 64, 8, 8), (64, 64, 3, 3), "down")
     assert not fits((2, 3, 8, 8), (64, 3, 3, 3), "same")  # rows of six bytes
@@ -211,7 +210,7 @@ def test_what_descriptor_kernels_do_not_take() -> None:
 
 def test_tiles_shrink_with_the_layer() -> None:
     def pick(dtype: torch.dtype, height: int, channels: int, outputs: int, capability: int) -> tiles.Tile:
-        product = launch.product_of((16, channels, height, 256), (outputs, channels, 3, 3), "same", backward=False)
+        product = conv.product_of((16, channels, height, 256), (outputs, channels, 3, 3), "same", False)
         return tiles.pick_tile(product, dtype, capability)
 
     assert pick(torch.bfloat16, 256, 128, 128, 80) == tiles.HALF[0]

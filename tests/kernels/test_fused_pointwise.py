@@ -9,14 +9,16 @@ from fastbegan_kernels import (
     equilibrium_update,
     l1_reconstruction_loss,
     l1_reconstruction_loss_with_gradients,
+    library,
     normalize_images,
     reference,
-    tiers,
 )
 from tests.helpers.oracle import DEVICE, EXACT, check, compare, outputs_and_gradients, random_tensor
 
 pytestmark = pytest.mark.core
-launch = pytest.importorskip("fastbegan_kernels.fused.launch")
+pytest.importorskip("triton")
+from fastbegan_kernels.fused import activation as kernels  # noqa: E402
+from fastbegan_kernels.fused.skip_phase_table import skip_gradient  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", EXACT)
@@ -167,12 +169,11 @@ def test_the_algebraic_epilogue(skip: int, activation: str, alpha: float, dtype:
         y = y if table is None else y + reference.expand_phase_table(table.to(dtype), 8, 12)
         return reference.activate(y, activation, alpha)
 
-    got = launch.activation(z.clone(), bias, table, activation=activation, alpha=alpha)
+    got = kernels.activation(z.clone(), bias, table, activation=activation, alpha=alpha)
     compare([got], [plain(dtype)], [plain(torch.float64)], dtype)
     grad, y = random_tensor(2, 37, 8, 12, seed=4, dtype=dtype), plain(dtype)
-    settings = {"activation": activation, "alpha": alpha, "form": "plain"}
-    own, exact = (tiers.activation_backward(grad.to(t), y.to(t), **settings) for t in (dtype, torch.float64))
-    back = launch.activation_backward(grad, y, activation=activation, alpha=alpha)
+    own, exact = (library.activation_backward(grad.to(t), y.to(t), activation, alpha) for t in (dtype, torch.float64))
+    back = kernels.activation_backward(grad, y, activation=activation, alpha=alpha)
     compare(list(back), list(own), list(exact), dtype)
 
 
@@ -185,6 +186,6 @@ def test_skip_gradient(size: int, height: int, width: int, dtype: torch.dtype) -
     dz = random_tensor(2, 70, height, width, seed=1, dtype=dtype)
     table = torch.zeros(2, 3, 3, size, size, 70, dtype=torch.float64, device=DEVICE, requires_grad=True)
     (exact,) = torch.autograd.grad(reference.expand_phase_table(table, height, width), table, dz.double())
-    own = tiers.skip_gradient(dz, size, form="plain")
-    compare([launch.skip_gradient(dz, size)], [own], [exact], dtype)
-    torch.testing.assert_close(tiers.skip_gradient(dz.double(), size, form="plain"), exact)
+    own = library.skip_gradient(dz, size)
+    compare([skip_gradient(dz, size)], [own], [exact], dtype)
+    torch.testing.assert_close(library.skip_gradient(dz.double(), size), exact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fastbegan_kernels import (
     conv2d_elu,
+    conv_layer,
     conv_stage,
     dispatch,
     fold,
@@ -18,13 +20,13 @@ from fastbegan_kernels import (
     l1_reconstruction_loss,
     normalize_images,
     reference,
-    tiers,
     upsample_conv2d_elu,
 )
 from tests.helpers.oracle import DEVICE, layer_inputs, random_tensor
 
 pytestmark = pytest.mark.core
 pytest.importorskip("triton")
+conv_stage_module = importlib.import_module("fastbegan_kernels.conv_stage")  # its name is the function's too
 LAYERS = [conv2d_elu, upsample_conv2d_elu]
 
 
@@ -69,12 +71,12 @@ def test_a_stage_computes_only_what_is_needed(wanted: int, monkeypatch: pytest.M
     for number, leaf in enumerate(leaves):
         leaf.requires_grad_(number == wanted)
     products: list[str] = []
-    for name in ("input_gradient", "weight_gradient"):
-        monkeypatch.setattr(tiers, name, _counted(getattr(tiers, name), name, products))
+    for name in ("_input_gradient", "_weight_gradient"):
+        monkeypatch.setattr(conv_layer, name, _counted(getattr(conv_layer, name), name, products))
     (alone,) = torch.autograd.grad(run(), leaves[wanted])
     torch.testing.assert_close(alone, everything[wanted])
     expected = {0: (2, 0), 1: (1, 1), 2: (0, 1), 3: (1, 0), 4: (0, 0)}[wanted]
-    assert (products.count("input_gradient"), products.count("weight_gradient")) == expected
+    assert (products.count("_input_gradient"), products.count("_weight_gradient")) == expected
 
 
 def _counted(function: Callable[..., Tensor], name: str, calls: list[str]) -> Callable[..., Tensor]:
@@ -110,16 +112,15 @@ def test_nan_stays_nan(op: Callable[..., Tensor], activation: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["auto", "algebraic"])
-def test_the_ops_run_without_a_kernel_too(impl: str) -> None:
+def test_the_ops_run_without_a_kernel_too(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all kernels are wrong, plain operations run inside the op, with the op's own backward."""
     x, weight, bias = layer_inputs(2, 6, 4, 4, 6)
     leaves = [value.requires_grad_() for value in (x, weight, bias)]
     folded = torch.ops.fastbegan.fold([weight, weight], "conv up", torch.float32, impl)
     split = folded.split([324, 576])
     packed = [split[0].view(6, 3, 3, 6).permute(0, 3, 1, 2), split[1].view(6, 4, 4, 6).permute(0, 3, 1, 2)]
-    got = torch.ops.fastbegan.conv_stage(
-        x, packed, [bias, bias], None, "same up", "elu elu", 1.0, impl, 1, True, False
-    )[-1]
+    monkeypatch.setattr(conv_stage_module, "op_impl", lambda *_: impl)
+    got = conv_stage(x, packed, (bias, bias), kinds=("same", "up"))
     expected = reference.conv_stage(x, (weight, weight), (bias, bias), kinds=("same", "up"))
     torch.testing.assert_close(got, expected)
     grad = torch.randn_like(expected)
@@ -213,21 +214,21 @@ def test_opcheck(every: bool) -> None:
     weight = weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     images = torch.randint(0, 256, (3, 4, 4, 3), dtype=torch.uint8, device=DEVICE)
     y, up = (torch.rand(2, 5, size, size, device=DEVICE) for size in (4, 8))
-    still = [value.detach() for value in (x, weight, folded)]
+    still = [value.detach() for value in (x, weight, folded, bias)]
     losses, mean = torch.rand(4, device=DEVICE), torch.rand(2, 3, device=DEVICE)
     k, sums = torch.zeros((), device=DEVICE), torch.zeros(6, device=DEVICE)
     window = torch.zeros(2, dtype=torch.float64, device=DEVICE)
-    elu, two = ("elu", 1.0, "fused"), ("elu elu", 1.0, "fused")
+    elu = ("elu", 1.0, "fused")
     calls = [
-        (ops.conv_stage, (x, [weight], [bias], None, "same", *elu, 1, True, True)),
-        (ops.conv_stage, (x, [weight], [], None, "down", "none", 1.0, "fused", 1, False, False)),
-        (ops.conv_stage, (x, [weight, folded], [bias, bias], table, "same up", *two, 1, True, False)),
-        (ops.conv_stage, (y, [folded, folded], [bias, bias], None, "up up", "elu none", 1.0, "fused", 1, False, True)),
-        (ops.conv_stage_backward, (y, still[0], [still[1]], [y], 0, True, "same", *elu, 1, [True, False, True, True])),
-        (ops.conv_stage_backward, (y, still[0], [still[1]], [y], 0, False, "same", *elu, 1, [False] * 3)),
-        (ops.conv_stage_backward, (up, still[0], still[1:], [y, up], 4, True, "same up", *two, 1, [True] * 6)),
-        (ops.conv_stage, (x, [weight] * 2, [], None, "same", *elu, 2, True, False)),
-        (ops.conv_stage_backward, (y, still[0], [still[1]], [y], 0, True, "same", *elu, 2, [True, False, *[True] * 4])),
+        (ops.layer, (still[0], still[1], still[3], None, "same", *elu)),
+        (ops.layer, (still[0], still[1], None, None, "down", "none", 1.0, "fused")),
+        (ops.layer, (y, still[2], still[3], table.detach(), "up", *elu)),
+        (ops.layer_input_gradient, (y, still[0], still[1], "same", *elu)),
+        (ops.layer_input_gradient, (up, y, still[2], "up", None, 1.0, "fused")),
+        (ops.layer_weight_gradient, (y, still[0], still[1], "same", "fused")),
+        (ops.layer_weight_gradient, (up, y, still[2], "up", "fused")),
+        (ops.activation_backward, (y, y + 1, *elu)),
+        (ops.skip_gradient, (up, 4, "fused")),
         (ops.fold, ([weight, weight], "conv up", torch.float16, "fused")),
         (ops.fold_backward, (torch.rand(750, device=DEVICE), [still[1], still[1]], "conv up", "fused")),
         (ops.group_norm_silu, (x, 3, None, x.detach()[0, :, 0, 0].requires_grad_(), 1e-5, "silu", "fused")),

@@ -5,6 +5,7 @@ The machinery is the same on a CPU, where kernels are interpreted and times are 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -21,14 +22,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbegan_kernels import cache, child, problems, tiers, tuning
+from fastbegan_kernels import cache, child, clock, conv_layer, problems, tuning
 from fastbegan_kernels.child import Trial
-from fastbegan_kernels.problems import Layer, Pointwise
+from fastbegan_kernels.conv_layer import EPILOGUE, Layer
+from fastbegan_kernels.fused.conv_tiles import FULL
+from fastbegan_kernels.problems import FUSED, PLAIN, Form, Named, Pointwise
 from tests.helpers.oracle import DEVICE
 
 pytest.importorskip("triton")
 PROBLEM = Layer("same", False, "float32", (2, 16, 6, 6), (16, 16, 3, 3))
-FORMS = ["pointer 64x16x16 w4 s2", "algebraic"]
+FORMS: list[Form] = [FULL[-1], EPILOGUE]
 
 
 @pytest.fixture(autouse=True)
@@ -50,15 +53,15 @@ def _trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "survivors", lambda problem, device, hows, **_: dict.fromkeys(hows, Trial(None)))
 
 
-def _patched(monkeypatch: pytest.MonkeyPatch, form: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Pass the outputs of form `form` through `change`."""
-    forward = tiers.forward
+def _patched(monkeypatch: pytest.MonkeyPatch, form: Form, change: Callable[[Tensor], Tensor]) -> None:
+    """Pass the outputs of a form through `change`."""
+    forward = conv_layer._forward
 
-    def changed(*arguments: Tensor, **options: str) -> Tensor:
-        result = forward(*arguments, **options)  # type: ignore[arg-type]
-        return change(result) if options["form"] == form else result
+    def changed(chosen: Form, *arguments: Any) -> Tensor:
+        result = forward(chosen, *arguments)
+        return change(result) if chosen == form else result
 
-    monkeypatch.setattr(tiers, "forward", changed)
+    monkeypatch.setattr(conv_layer, "_forward", changed)
 
 
 class _Clock:
@@ -66,9 +69,9 @@ class _Clock:
 
     now = 0.0
 
-    def seconds(self, run: Callable[[], object], device: torch.device) -> float:
+    def seconds(self, run: Callable[[int], object], device: torch.device) -> float:
         before = self.now
-        run()
+        run(0)
         return self.now - before
 
     def slow(self, result: Tensor) -> Tensor:
@@ -78,16 +81,19 @@ class _Clock:
 
 @pytest.mark.usefixtures("_trusting")
 @pytest.mark.parametrize("slow", FORMS)
-def test_the_fastest_right_form_is_chosen_and_kept(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = _Clock()
-    monkeypatch.setattr(tuning, "_seconds", clock.seconds)
-    _patched(monkeypatch, slow, clock.slow)
+def test_the_fastest_right_form_is_chosen_and_kept(slow: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    hands = _Clock()
+    monkeypatch.setattr(clock, "_seconds", hands.seconds)
+    _patched(monkeypatch, slow, hands.slow)
     (fast,) = (form for form in FORMS if form != slow)
     assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == fast
     monkeypatch.setattr(tuning, "outcomes", _unwanted)
     monkeypatch.setattr(tuning, "_chosen", {})
     assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == fast  # from the disk
-    assert fast in tuning.cache_file().read_text()
+    kept = cache.read(DEVICE)
+    assert kept["choices"] == {f"{PROBLEM!r} auto": fast.name}
+    times = kept["times"][f"{PROBLEM!r} auto"]
+    assert times == {slow.name: [1.0, 0.0], fast.name: [0.0, 0.0]}
 
 
 def _unwanted(*_: object, **__: object) -> str:
@@ -99,12 +105,12 @@ def _unwanted(*_: object, **__: object) -> str:
 def test_a_wrong_form_is_dropped_with_one_warning(
     change: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = _Clock()
-    monkeypatch.setattr(tuning, "_seconds", clock.seconds)
-    _patched(monkeypatch, "algebraic", clock.slow)
+    hands = _Clock()
+    monkeypatch.setattr(clock, "_seconds", hands.seconds)
+    _patched(monkeypatch, EPILOGUE, hands.slow)
     _patched(monkeypatch, FORMS[0], change)
-    with pytest.warns(RuntimeWarning, match=rf"same forward float32 .*{FORMS[0]} gave wrong values") as caught:
-        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "algebraic"
+    with pytest.warns(RuntimeWarning, match=rf"same forward float32 .*{FORMS[0].name} gave wrong values") as caught:
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == EPILOGUE
     assert len(caught) == 1
 
 
@@ -113,7 +119,7 @@ def test_an_unsteady_form_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = iter(range(100))
     _patched(monkeypatch, FORMS[0], lambda y: y * (1 + 1e-7 * next(noise)))
     with pytest.warns(RuntimeWarning, match="gave other values the second time"):
-        assert tuning.choose(PROBLEM, DEVICE, FORMS[:1], "auto") == "plain"
+        assert tuning.choose(PROBLEM, DEVICE, FORMS[:1], "auto") == PLAIN
 
 
 @pytest.mark.usefixtures("_trusting")
@@ -123,20 +129,20 @@ def test_a_form_that_does_not_compile_is_dropped(monkeypatch: pytest.MonkeyPatch
 
     _patched(monkeypatch, FORMS[0], broken)
     with pytest.warns(RuntimeWarning, match=r"failed \(RuntimeError: out of registers\)"):
-        assert tuning.choose(PROBLEM, DEVICE, FORMS[:1], "auto") == "plain"
+        assert tuning.choose(PROBLEM, DEVICE, FORMS[:1], "auto") == PLAIN
 
 
 @pytest.mark.usefixtures("_trusting")
 def test_forcing_what_is_wrong_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     _patched(monkeypatch, FORMS[0], lambda y: y + 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tuning, "forms", lambda *_: FORMS[:1])
+    monkeypatch.setattr(Layer, "forms", lambda *_: FORMS[:1])
     monkeypatch.setattr(tuning, "_first_met", lambda one, _, impl: tuning.choose(one, DEVICE, FORMS[:1], impl))
     with (
         pytest.warns(RuntimeWarning),
         pytest.raises(RuntimeError, match=r"no kernel for same forward .* that is right"),
     ):
-        tuning.layer(PROBLEM, torch.device("cuda", 7), "fused")
+        tuning.form(PROBLEM, torch.device("cuda", 7), "fused")
 
 
 def _children(monkeypatch: pytest.MonkeyPatch, *bodies: str) -> list[child.Child]:
@@ -158,14 +164,14 @@ def _children(monkeypatch: pytest.MonkeyPatch, *bodies: str) -> list[child.Child
 _CHILD = child.Child
 _CHILD_BEGIN = """
 import os, time, torch
-from fastbegan_kernels import tiers, trial
-real, SLOW = tiers.forward, "algebraic"
+from fastbegan_kernels import conv_layer, trial
+real = conv_layer._forward
 def with_change(change):
-    def forward(*arguments, **options):
-        if options["form"] == SLOW:
+    def forward(form, *arguments):
+        if form == conv_layer.EPILOGUE:
             change()
-        return real(*arguments, **options)
-    tiers.forward = forward
+        return real(form, *arguments)
+    conv_layer._forward = forward
 """
 CRASHES = "with_change(lambda: os.kill(os.getpid(), 11))"
 KILLED = "with_change(lambda: os.kill(os.getpid(), 9))"  # by the host's want of memory, say
@@ -201,19 +207,19 @@ def test_a_child_that_was_left_in_the_middle_answers_nobody_else(monkeypatch: py
 
     with pytest.raises(KeyboardInterrupt):
         child.tried(PROBLEM, DEVICE, FORMS, interrupted)
-    assert child.tried(PROBLEM, DEVICE, ["plain"]) == {"plain": Trial(None)} and len(started) == 2
+    assert child.tried(PROBLEM, DEVICE, [PLAIN]) == {PLAIN: Trial(None)} and len(started) == 2
 
 
 def test_a_crash_is_the_childs_alone_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     started = _children(monkeypatch, CRASHES)
-    forms = [FORMS[0], "algebraic", "plain"]  # one before it and one behind
+    forms = [FORMS[0], EPILOGUE, PLAIN]  # one before it and one behind
     fine, crash = Trial(None), Trial("killed its process (SIGSEGV)")
-    assert tuning.survivors(PROBLEM, DEVICE, forms) == {FORMS[0]: fine, "algebraic": crash, "plain": fine}
+    assert tuning.survivors(PROBLEM, DEVICE, forms) == {FORMS[0]: fine, EPILOGUE: crash, PLAIN: fine}
     assert len(started) == 2
-    remembered = {FORMS[0]: fine, "algebraic": Trial("failed or crashed in a trial"), "plain": fine}
+    remembered = {FORMS[0]: fine, EPILOGUE: Trial("failed or crashed in a trial"), PLAIN: fine}
     assert tuning.survivors(PROBLEM, DEVICE, forms) == remembered and len(started) == 2
-    with pytest.warns(RuntimeWarning, match="algebraic failed or crashed in a trial"):
-        assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "plain"
+    with pytest.warns(RuntimeWarning, match="library with epilogue failed or crashed in a trial"):
+        assert tuning.choose(PROBLEM, DEVICE, [EPILOGUE], "auto") == PLAIN
 
 
 LASTING = {
@@ -235,16 +241,18 @@ LASTING = {
 def test_only_a_kernels_own_faults_last(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Faults of the surroundings do not last: once they are repaired, the next process uses the kernels."""
     _children(monkeypatch, body)
-    with pytest.warns(RuntimeWarning, match="algebraic .* is not used|kernels are not used for now, as one") as caught:
-        assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "plain"
+    with pytest.warns(
+        RuntimeWarning, match="with epilogue .* is not used|kernels are not used for now, as one"
+    ) as caught:
+        assert tuning.choose(PROBLEM, DEVICE, [EPILOGUE], "auto") == PLAIN
     assert len(caught) == 1
     child.close()
     monkeypatch.setattr(tuning, "_chosen", {})
     _children(monkeypatch)
     if LASTING[body]:
-        assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "plain"
+        assert tuning.choose(PROBLEM, DEVICE, [EPILOGUE], "auto") == PLAIN
     else:
-        assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "algebraic"
+        assert tuning.choose(PROBLEM, DEVICE, [EPILOGUE], "auto") == EPILOGUE
 
 
 @pytest.mark.slow
@@ -252,18 +260,18 @@ def test_only_a_kernels_own_faults_last(body: str, monkeypatch: pytest.MonkeyPat
 def test_a_lost_context_is_the_fault_of_who_lost_it(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later forms in the same child would fail too, so a new child tries them."""
     started = _children(monkeypatch, _raising(f"RuntimeError({words!r})"))
-    found = tuning.survivors(PROBLEM, DEVICE, ["algebraic", FORMS[0]])
-    assert found["algebraic"].fault and found["algebraic"].lasting and found[FORMS[0]] == Trial(None)
+    found = tuning.survivors(PROBLEM, DEVICE, [EPILOGUE, FORMS[0]])
+    assert found[EPILOGUE].fault and found[EPILOGUE].lasting and found[FORMS[0]] == Trial(None)
     assert len(started) == 2
     monkeypatch.setenv(child.VARIABLE, "inside")  # what is known to crash is not run in here
-    assert tuning.survivors(PROBLEM, DEVICE, ["algebraic", "plain"])["algebraic"].fault
+    assert tuning.survivors(PROBLEM, DEVICE, [EPILOGUE, PLAIN])[EPILOGUE].fault
 
 
 def test_one_cause_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     _children(monkeypatch, _raising("RuntimeError('Failed to find C compiler')"))
     with pytest.warns(RuntimeWarning) as caught:
         for alpha in (0.5, 1.0, 2.0):
-            tuning.choose(replace(PROBLEM, alpha=alpha), DEVICE, ["algebraic"], "auto")
+            tuning.choose(replace(PROBLEM, alpha=alpha), DEVICE, [EPILOGUE], "auto")
     (words,) = {str(one.message) for one in caught}
     assert len(caught) == 1 and "failed (RuntimeError: Failed to find C compiler)" in words
 
@@ -288,7 +296,7 @@ def test_without_a_child_the_cause_and_a_way_on_are_named_once(
         cause = "FileNotFoundError: .*missing"
     with pytest.warns(RuntimeWarning, match=f"of their own: {cause}.*FASTBEGAN_TRIAL=inside") as caught:
         for alpha in (0.5, 1.0, 2.0):
-            assert tuning.choose(replace(PROBLEM, alpha=alpha), DEVICE, FORMS, "auto") == "plain"
+            assert tuning.choose(replace(PROBLEM, alpha=alpha), DEVICE, FORMS, "auto") == PLAIN
     assert len(caught) == 1 and len(started) <= 1
     kept = cache.read(DEVICE)
     assert not kept["choices"] and not kept["passed"]
@@ -299,7 +307,7 @@ def test_without_a_child_the_cause_and_a_way_on_are_named_once(
 def test_a_child_begins_no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(child.VARIABLE, "child")
     monkeypatch.setattr(child, "tried", _unwanted)
-    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "plain"
+    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == PLAIN
     assert not cache.read(DEVICE)["choices"]
 
 
@@ -315,30 +323,28 @@ def test_want_of_memory_is_not_remembered(words: str, monkeypatch: pytest.Monkey
     def starving(*_: object) -> Tensor:
         raise (torch.OutOfMemoryError if words.startswith("CUDA out") else RuntimeError)(words)
 
-    monkeypatch.setattr(tuning, "measure", starving)
+    monkeypatch.setattr(clock, "measure", starving)
     with pytest.warns(RuntimeWarning, match="not enough memory to measure"):
         assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == FORMS[0]
     _patched(monkeypatch, FORMS[0], starving)
     _patched(monkeypatch, FORMS[1], starving)
     with pytest.warns(RuntimeWarning, match="had not enough memory"):
-        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "plain"
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == PLAIN
     monkeypatch.setattr(Layer, "expected", starving)
     with pytest.warns(RuntimeWarning, match="nothing could be tried"):
-        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "plain"
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == PLAIN
     assert not cache.read(DEVICE)["choices"]
 
 
 def test_what_is_not_for_good_is_not_kept_with_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        tuning, "outcomes", lambda *_: [tuning.Outcome("algebraic", "failed (no compiler)", None, False)]
-    )
+    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome(EPILOGUE, "failed (no compiler)", None, False)])
     with pytest.warns(RuntimeWarning, match="no compiler"):
-        assert tuning.choose(PROBLEM, DEVICE, ["algebraic"], "auto") == "plain"
-    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome("algebraic", None)])
+        assert tuning.choose(PROBLEM, DEVICE, [EPILOGUE], "auto") == PLAIN
+    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome(EPILOGUE, None)])
     other = replace(PROBLEM, alpha=0.5)
-    assert tuning.choose(other, DEVICE, ["algebraic"], "auto") == "algebraic"
+    assert tuning.choose(other, DEVICE, [EPILOGUE], "auto") == EPILOGUE
     assert len(tuning.choices(DEVICE)["choices"]) == 2
-    assert list(tuning.choices(DEVICE, lasting=True)["choices"].values()) == ["algebraic"]
+    assert list(tuning.choices(DEVICE, lasting=True)["choices"].values()) == [EPILOGUE.name]
 
 
 def test_choices_stay_where_the_search_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,12 +389,10 @@ def test_problems_are_observed_and_prepared_for(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "environment", lambda device: "a GPU")
     monkeypatch.setattr(cache, "environment", lambda device: "a GPU")
-    monkeypatch.setattr(tuning, "_tiles", lambda *_: FORMS[:1])
+    monkeypatch.setattr(Layer, "_tiles", lambda *_: FORMS[:1])
     with tuning.observed() as asked:
-        assert tuning.layer(PROBLEM, gpu, "auto") == "plain" and not tuning.pointwise(
-            "fold", torch.float32, gpu, "auto"
-        )
-        assert tuning.layer(PROBLEM, gpu, "auto") == "plain"
+        assert tuning.form(PROBLEM, gpu, "auto") == PLAIN and not tuning.is_fused("fold", torch.float32, gpu, "auto")
+        assert tuning.form(PROBLEM, gpu, "auto") == PLAIN
     assert len(asked) == 2 and not tuning._chosen and not started
     here = [(DEVICE, problem, impl) for _, problem, impl in asked]
     told: list[tuple[int, int]] = []
@@ -408,10 +412,10 @@ def test_nothing_is_raised_into_a_forward(monkeypatch: pytest.MonkeyPatch) -> No
 
     gpu = torch.device("cuda", 7)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tuning, "_tiles", lambda *_: FORMS)
+    monkeypatch.setattr(Layer, "_tiles", lambda *_: FORMS)
     monkeypatch.setattr(cache, "environment", raising)
     with pytest.warns(RuntimeWarning, match="nothing could be chosen .RuntimeError: cuDNN version"):
-        assert tuning.layer(PROBLEM, gpu, "auto") == "plain"
+        assert tuning.form(PROBLEM, gpu, "auto") == PLAIN
     monkeypatch.setattr(torch.backends.cudnn, "version", raising)
     assert cache.cudnn_version() is None
 
@@ -448,8 +452,8 @@ def test_a_spoiled_cache_is_measured_anew(text: str) -> None:
 @pytest.mark.parametrize("form", ["no such form", 5, None])
 def test_a_form_that_does_not_exist_is_not_taken_from_the_cache(form: object, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write(DEVICE, "choices", {f"{PROBLEM!r} auto": form})
-    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome("algebraic", None)])
-    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "algebraic"
+    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome(EPILOGUE, None)])
+    assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == EPILOGUE
 
 
 def test_choices_travel_to_machines_of_the_same_kind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,51 +475,51 @@ def test_a_cache_that_cannot_be_written_only_warns(tmp_path: Path, monkeypatch: 
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("FASTBEGAN_CACHE", str(file))
-    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome("algebraic", None)])
+    monkeypatch.setattr(tuning, "outcomes", lambda *_: [tuning.Outcome(EPILOGUE, None)])
     with pytest.warns(RuntimeWarning, match="choices of kernels cannot be kept"):
-        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "algebraic"
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == EPILOGUE
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuning.choose(Layer(**{**vars(PROBLEM), "alpha": 0.5}), DEVICE, FORMS, "auto") == "algebraic"
+        assert tuning.choose(Layer(**{**vars(PROBLEM), "alpha": 0.5}), DEVICE, FORMS, "auto") == EPILOGUE
         monkeypatch.setattr(tuning, "_chosen", {})
         monkeypatch.setattr(tuning, "outcomes", _unwanted)
-        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == "algebraic"  # this process knows
+        assert tuning.choose(PROBLEM, DEVICE, FORMS, "auto") == EPILOGUE  # this process knows
 
 
 @pytest.mark.usefixtures("_trusting")
 def test_deterministic_algorithms_are_not_chosen_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 7)
-    monkeypatch.setattr(tuning, "_tiles", lambda *_: ["a", "b"])
-    assert tuning.forms(PROBLEM, gpu, "auto") == ["algebraic", "a", "b"]
-    assert tuning.forms(PROBLEM, gpu, "algebraic") == ["algebraic"]
+    monkeypatch.setattr(Layer, "_tiles", lambda *_: [Named("a"), Named("b")])
+    assert PROBLEM.forms(gpu, "auto") == [EPILOGUE, Named("a"), Named("b")]
+    assert PROBLEM.forms(gpu, "algebraic") == [EPILOGUE]
     torch.use_deterministic_algorithms(True)
     try:
-        assert tuning.forms(PROBLEM, gpu, "fused") == ["a"]
+        assert PROBLEM.forms(gpu, "fused") == [Named("a")]
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(tuning, "choose", lambda problem, device, hows, impl: f"{hows} {impl}")
-        assert tuning.layer(PROBLEM, gpu, "auto") == "['algebraic'] algebraic"
+        monkeypatch.setattr(tuning, "choose", lambda problem, device, forms, impl: (forms, impl))
+        assert tuning.form(PROBLEM, gpu, "auto") == ([EPILOGUE], "algebraic")
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_during_capture_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 7)
-    monkeypatch.setattr(tuning, "_tiles", lambda *_: ["a"])
+    monkeypatch.setattr(Layer, "_tiles", lambda *_: [Named("a")])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(tuning, "outcomes", _unwanted)
     with pytest.warns(RuntimeWarning, match="first met during graph capture"):
-        assert tuning.layer(PROBLEM, gpu, "auto") == "plain"
+        assert tuning.form(PROBLEM, gpu, "auto") == PLAIN
     with pytest.warns(RuntimeWarning, match="fold float32 was first met during graph capture"):
-        assert not tuning.pointwise("fold", torch.float32, gpu, "auto")
-    tuning._chosen[gpu, PROBLEM, "auto"] = "a"  # met before
-    assert tuning.layer(PROBLEM, gpu, "auto") == "a"
+        assert not tuning.is_fused("fold", torch.float32, gpu, "auto")
+    tuning._chosen[gpu, PROBLEM, "auto"] = Named("a")  # met before
+    assert tuning.form(PROBLEM, gpu, "auto") == Named("a")
 
 
 def test_choices_are_found_whatever_the_device_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors are on cuda:0, while a command line has cuda."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tuning, "environment", lambda device: f"machine of {device}")
-    tuning._chosen[torch.device("cuda", 0), PROBLEM, "auto"] = "a"
+    tuning._chosen[torch.device("cuda", 0), PROBLEM, "auto"] = Named("a")
     found = tuning.choices(torch.device("cuda"))
     assert found == {"environment": "machine of cuda:0", "choices": {f"{PROBLEM!r} auto": "a"}}
     tuning.adopt(torch.device("cuda"), found)
@@ -551,23 +555,29 @@ def test_every_pointwise_kernel_passes_its_check(op: str) -> None:
             continue
         problem = Pointwise(op, dtype)
         own, exact = problem.expected(DEVICE)
-        got = problem.results("fused", DEVICE)
+        got = problem.results(FUSED, DEVICE)
         assert len(got) == len(exact)
         assert all(problems.excess(*three) <= 1 for three in zip(got, own, exact, strict=True))
 
 
 @pytest.mark.parametrize("op", problems.POINTWISE)
 def test_checks_run_the_kernel_that_they_check(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastbegan_kernels.fused import group_norm_silu, launch, packing
+    from fastbegan_kernels.fused import activation, fold, group_norm_silu, skip_phase_table
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("this is the kernel")
 
-    places = {"fold": (packing, "fold"), "group_norm_silu": (group_norm_silu, "forward")}
-    monkeypatch.setattr(*places.get(op, (launch, op)), broken)
+    places = {
+        "activation_backward": (activation, "activation_backward"),
+        "fold": (fold, "fold"),
+        "group_norm_silu": (group_norm_silu, "forward"),
+        "skip_gradient": (skip_phase_table, "skip_gradient"),
+    }
+    stem = importlib.import_module(f"fastbegan_kernels.fused.{op}") if op not in places else None
+    monkeypatch.setattr(*places.get(op, (stem, op)), broken)
     problem = Pointwise(op, "float32")
     own, exact = problem.expected(DEVICE)
-    assert "this is the kernel" in (tuning._checked(problem, DEVICE, "fused", own, exact).fault or "")
+    assert "this is the kernel" in (tuning._checked(problem, DEVICE, FUSED, own, exact).fault or "")
 
 
 def test_two_binaries_are_two_variants() -> None:
@@ -583,16 +593,16 @@ def test_two_binaries_are_two_variants() -> None:
 
 
 def test_a_large_batch_is_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problems, "_VALUES", 3 * 16 * 36)
+    monkeypatch.setattr(conv_layer, "_VALUES", 3 * 16 * 36)
     problem = Layer("same", True, "float32", (9, 16, 6, 6), (8, 16, 3, 3))
     part, whole = (problem.tensors(DEVICE, whole=w)["dz"] for w in (False, True))
     assert part is not None and whole is not None and (len(part), len(whole)) == (3, 9)
 
 
-@pytest.mark.parametrize(("impl", "expected"), [("fused", "pointer 64x16x16 w4 s2"), ("auto", "plain")])
-def test_without_a_gpu_nothing_is_measured(impl: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("impl", "expected"), [("fused", FULL[-1]), ("auto", PLAIN)])
+def test_without_a_gpu_nothing_is_measured(impl: str, expected: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "outcomes", _unwanted)
     cpu = torch.device("cpu")
     small = Layer("same", False, "float32", (2, 16, 6, 6), (3, 16, 3, 3))
-    assert tuning.layer(small, cpu, impl) == expected
-    assert tuning.pointwise("fold", torch.float32, cpu, impl) == (impl == "fused")
+    assert tuning.form(small, cpu, impl) == expected
+    assert tuning.is_fused("fold", torch.float32, cpu, impl) == (impl == "fused")

@@ -14,7 +14,7 @@ import torch
 
 from fastbegan.config import ModelConfig, TrainConfig
 from fastbegan.training.tune import tune
-from fastbegan_kernels import child, problems, tuning
+from fastbegan_kernels import child, conv_layer, problems, tuning
 
 _ANSWERS = """
 from fastbegan_kernels import problems, trial
@@ -35,9 +35,9 @@ def main() -> None:
     module.Child, module.command = Counted, lambda: [sys.executable, "-c", _ANSWERS]
     module = tuning
     module._checked = lambda problem, device, form, own, exact: tuning.Outcome(form, None)
-    for kind in (problems.Layer, problems.Pointwise):
+    for kind in (conv_layer.Layer, conv_layer.WeightGradient, problems.Pointwise):
         setattr(kind, "expected", lambda *_: ([], []))  # noqa: B010
-    problems.Layer.tensors = lambda *_, **__: {}
+    conv_layer.Layer.tensors = conv_layer.WeightGradient.tensors = lambda *_, **__: {}
     told: list[tuple[int, int]] = []
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")

@@ -18,7 +18,7 @@ from tests.helpers.processes import ROOT, environment
 SITE = Path(__file__).parent / "site"
 
 
-def pretended(cache: Path, gpus: str = "80", tuning: str = "algebraic", **more: object) -> dict[str, str]:
+def pretended(cache: Path, gpus: str = "80", tuning: str = "library", **more: object) -> dict[str, str]:
     """The environment of such a process; `more` are other variables by name, without their PRETENDED_."""
     found = {name: value for name, value in environment().items() if not name.startswith("PRETENDED_")}
     found["PYTHONPATH"] = os.pathsep.join((str(SITE), found["PYTHONPATH"]))

@@ -168,8 +168,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 if __name__ == "__main__":
-    from fastbegan_kernels.fused import packing
+    from fastbegan_kernels.fused import fold
 
-    packing._FOLD_BLOCK = 1024  # few programs, which the interpreter takes one after another
+    fold._FOLD_BLOCK = 1024  # few programs, which the interpreter takes one after another
     for each in sys.argv[1:] or VARIANTS:
         print(json.dumps(compare(each)), flush=True)

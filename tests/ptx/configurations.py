@@ -57,7 +57,7 @@ class Configuration:
     @property
     def work(self) -> float:
         """About how long it takes, to begin with the longest."""
-        layers = [problem for problem in self.problems if isinstance(problem, problems.Layer)]
+        layers = [problem for problem in self.problems if isinstance(problem, project.Layer)]
         return sum(
             layer.x[0] * layer.x[2] * layer.x[3] * layer.weight[0] * layer.weight[1] * layer.weight[2] ** 2
             for layer in layers
@@ -98,15 +98,16 @@ def configurations(capability: int) -> tuple[Configuration, ...]:
 
 
 def _on_tensor_cores(configuration: Configuration) -> bool:
-    layers = (problem for problem in configuration.problems if isinstance(problem, problems.Layer))
-    return any(layer.dtype != "float32" or layer.tf32 for layer in layers)
+    layers = (problem for problem in configuration.problems if isinstance(problem, project.Layer))
+    return configuration.form != project.EPILOGUE and any(layer.dtype != "float32" or layer.tf32 for layer in layers)
 
 
 def _configurations(capability: int) -> Iterator[Configuration]:
     for case in cross_compile.cases(capability):
         matrix = project.matrix_case(case[0])
         if matrix is None:
-            yield Configuration(case[0], (elementwise(case[0]),), project.FUSED, case)
+            problem, form = elementwise(case[0])
+            yield Configuration(case[0], (problem,), form, case)
         else:
             yield Configuration(case[0], tuple(gate_layers(matrix)), project.form_of(matrix.tile), case)
     for op in problems.POINTWISE:
@@ -145,8 +146,7 @@ def ptx_hash(configuration: Configuration, capability: int) -> str:
 
 def _results(device: Device, problem: Problem, form: Any) -> list[Tensor]:
     cudnn = torch.backends.cudnn
-    exact = str(problem.dtype).endswith("float32") and not getattr(problem, "tf32", False)
-    before, cudnn.allow_tf32 = cudnn.allow_tf32, not exact  # torch allows it at first, to which half precision is blind
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, getattr(problem, "tf32", False)
     try:
         with device.installed():
             return problem.results(form, _CPU)

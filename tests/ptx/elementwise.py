@@ -7,6 +7,7 @@ everything is partly empty.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor
 
 import fastbegan_kernels as fk
-from fastbegan_kernels import problems, reference, tiers
+from fastbegan_kernels import problems, reference
+from fastbegan_kernels.activation import activation_backward
+from fastbegan_kernels.skip_phase_table import skip_gradient
 
 from . import project
+from .project import Layer
 
 Compute = Callable[[torch.dtype, bool], list[Tensor]]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,16 +46,17 @@ class Elementwise:
         return self.compute(self.dtype, False), self.compute(torch.float64, False)
 
 
-def elementwise(case: str) -> Elementwise:
-    """The problem for a case of the gate, by its name."""
+def elementwise(case: str) -> tuple[Elementwise | Layer, problems.Form]:
+    """The problem for a case of the gate by its name, and the form that runs the kernel."""
     if case == "equilibrium update":
-        return Elementwise(case, _equilibrium, torch.float32)
+        return Elementwise(case, _equilibrium, torch.float32), project.FUSED
     head, _, word = case.rpartition(" ")
-    if head.startswith("group norm"):
-        head = "group norm"
-    if head.startswith("fold"):
-        head = "fold"
-    return Elementwise(case, _COMPUTE[head], _DTYPES[word])
+    if head in _LAYERS:
+        dtype = str(_DTYPES[word]).removeprefix("torch.")
+        return dataclasses.replace(_LAYERS[head], dtype=dtype), project.EPILOGUE
+    for family in ("group norm", "fold"):
+        head = family if head.startswith(family) else head
+    return Elementwise(case, _COMPUTE[head], _DTYPES[word]), project.FUSED
 
 
 def _draw(dtype: torch.dtype, seed: int, *shape: int) -> Tensor:
@@ -62,29 +67,16 @@ def _impl(fused: bool) -> str:
     return "fused" if fused else "reference"
 
 
-def _activation(dtype: torch.dtype, fused: bool, *, skip: bool) -> list[Tensor]:
-    """After a library convolution of few channels."""
-    outputs, wide = 144, torch.float64 if dtype == torch.float64 else torch.float32
-    bias, form = _draw(wide, 2, outputs), project.WITH_KERNELS if fused else project.PLAIN
-    if skip:  # cells of 3 x 5
-        x, weight = _draw(dtype, 0, 1, 2, 12, 20), _draw(dtype, 1, 2, outputs, 4, 4)
-        table = _draw(dtype, 3, 1, 3, 3, 8, 8, outputs)
-        return [tiers.forward(x, weight, bias, table, kind="up", activation="elu", alpha=0.7, form=form)]
-    x, weight = _draw(dtype, 0, 3, 2, 7, 5), _draw(dtype, 1, outputs, 2, 1, 1)
-    return [tiers.forward(x, weight, bias, None, kind="same", activation="elu", alpha=0.7, form=form)]
-
-
 def _activation_backward(dtype: torch.dtype, fused: bool) -> list[Tensor]:
     shape = (3, 144, 7, 5)
     grad, before = _draw(dtype, 0, *shape), _draw(torch.float32, 1, *shape)
     y = reference.activate(before, "elu", 0.7).bfloat16().half().to(dtype)
-    form = project.WITH_KERNELS if fused else project.PLAIN
-    return list(tiers.activation_backward(grad, y, activation="elu", alpha=0.7, form=form))
+    return list(activation_backward(grad, y, "elu", 0.7, _impl(fused)))
 
 
 def _skip_gradient(dtype: torch.dtype, fused: bool) -> list[Tensor]:
     dz = _draw(dtype, 0, 2, 48, 24, 120)  # cells of 3 x 15: one column of the block is empty
-    return [tiers.skip_gradient(dz, 8, form=project.WITH_KERNELS if fused else project.PLAIN)]
+    return [skip_gradient(dz, 8, _impl(fused))]
 
 
 def _l1(dtype: torch.dtype, fused: bool, *, eta: int, what: str) -> list[Tensor]:
@@ -133,9 +125,11 @@ def _group_norm(dtype: torch.dtype, fused: bool) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
+_LAYERS = {  # library convolutions of few channels; with a phase table, of cells of 3 x 5
+    "activation": Layer("same", False, "float32", (3, 2, 7, 5), (144, 2, 1, 1), alpha=0.7),
+    "activation with skip": Layer("up", False, "float32", (1, 2, 12, 20), (2, 144, 4, 4), skip=8, alpha=0.7),
+}
 _COMPUTE: dict[str, Compute] = {
-    "activation": functools.partial(_activation, skip=False),
-    "activation with skip": functools.partial(_activation, skip=True),
     "activation backward": _activation_backward,
     "skip gradient": _skip_gradient,
     "normalize images": functools.partial(_normalize, windows=False),

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fastbegan_kernels.problems import Layer
-
 from . import project
-from .project import MatrixCase
+from .project import Layer, MatrixCase
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _LABELS = (

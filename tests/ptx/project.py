@@ -12,8 +12,8 @@ from typing import NamedTuple
 import triton
 from triton.runtime.jit import JITFunction
 
-from fastbegan_kernels import dispatch, fused
-from fastbegan_kernels.fused import tiles
+from fastbegan_kernels import conv_layer, dispatch, fused, problems
+from fastbegan_kernels.fused import conv_tiles as tiles
 
 IN_PLACE = {
     "_activation_kernel": ("y_ptr",),
@@ -30,9 +30,10 @@ PROMISED = {"activation with skip": ("rows",)}
 A map with a phase table has cells, eight in a row and eight in a column.
 """
 
-FUSED, PLAIN = "fused", "plain"
-"""Forms of the checks in `problems.POINTWISE`; and the one of layers that is all the library's."""
-WITH_KERNELS = "algebraic"
+Layer = conv_layer.Layer
+FUSED = problems.FUSED
+"""The form of checks in `problems.POINTWISE` with the kernel."""
+EPILOGUE = conv_layer.EPILOGUE
 """The form of layers with library convolutions, and a kernel for what is pointwise around them."""
 
 Tile = tiles.AnyTile
@@ -72,9 +73,9 @@ def promised(case: str) -> tuple[str, ...]:
     return next((names for head, names in PROMISED.items() if case.startswith(head)), ())
 
 
-def form_of(tile: Tile) -> str:
+def form_of(tile: Tile) -> problems.Form:
     """The form of a layer that runs this tile."""
-    return tile.name
+    return tile
 
 
 class MatrixCase(NamedTuple):

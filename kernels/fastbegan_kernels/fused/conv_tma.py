@@ -1,9 +1,9 @@
 # pyright: reportGeneralTypeIssues=false
 # (Triton's range is typed as never iterated)
-"""The loops of `implicit_gemm` for Hopper and newer, in half precision: tensor descriptors load tiles.
+"""The loops of `conv_pointer` for Hopper and newer, in half precision: tensor descriptors load tiles.
 
 A descriptor reads zeros outside its tensor, so padding needs no mask and no address. Weights are the rows of the
-product and pixels its columns, other than in `implicit_gemm`: both factors then reach the matrix units from shared
+product and pixels its columns, other than in `conv_pointer`: both factors then reach the matrix units from shared
 memory. A tile has SAMPLES x HEIGHT x WIDTH output pixels.
 
 Maps of stride 2 are read and written through a view [N, H / 2, 2, W / 2, 2 C]. The row's parity is its third
@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .implicit_gemm import activate, derivative, skip_entry
+from .activation import activate, derivative
+from .skip_phase_table import skip_entry
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def _conv_tma_kernel(  # noqa: PLR0913
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """As `implicit_gemm._conv_kernel`, with weights as a matrix [A, taps B].
+    """As `conv_pointer._conv_kernel`, with weights as a matrix [A, taps B].
 
     A block of weights may run into the next tap. There it meets channels of x that are zero, or outputs that are not
     stored.
@@ -143,7 +144,7 @@ def _conv_transpose_tma_kernel(  # noqa: PLR0913
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """As `implicit_gemm._conv_transpose_kernel`, for even output sizes and K in whole blocks."""
+    """As `conv_pointer._conv_transpose_kernel`, for even output sizes and K in whole blocks."""
     PIXELS: tl.constexpr = SAMPLES * HEIGHT * WIDTH
     tile = tl.program_id(0)
     tiles_w = tl.cdiv(in_w, WIDTH)

@@ -20,48 +20,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .activation import activate, derivative
+from .skip_phase_table import skip_entry
+
 # Triton makes a binary of its own for a size that is 1 or divisible by 16; these stay run-time numbers
 SIZES = ("in_h", "in_w", "out_h", "out_w", "c_blocks")
-
-
-@triton.jit
-def activate(z, ACTIVATION: tl.constexpr, alpha):
-    """act(z) for elu, relu, leaky_relu and none, in float32."""
-    if ACTIVATION == "elu":
-        y = tl.where(z > 0, z, alpha * (tl.exp(z) - 1.0))  # NaN stays NaN; an infinite exp is not selected
-    elif ACTIVATION == "relu":
-        y = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "leaky_relu":
-        y = tl.where(z > 0, z, alpha * z)
-    else:
-        y = z
-    return y
-
-
-@triton.jit
-def derivative(y, ACTIVATION: tl.constexpr, alpha):
-    """act'(z) from y = act(z); exact for alpha >= 0, where the sign of y is that of z."""
-    if ACTIVATION == "elu":
-        d = tl.where(y > 0, 1.0, y + alpha)
-    elif ACTIVATION == "relu":
-        d = tl.where(y > 0, 1.0, 0.0)
-    elif ACTIVATION == "leaky_relu":
-        d = tl.where(y > 0, 1.0, alpha)
-    else:
-        d = tl.full(y.shape, 1.0, tl.float32)
-    return d
-
-
-@triton.jit
-def skip_entry(n, oh, ow, out_h, out_w, SIZE: tl.constexpr):
-    """Row of the phase table, [N, SIZE, SIZE, 3, 3, K] in memory, that is added to output pixel (n, oh, ow)."""
-    cell_h = out_h // SIZE
-    cell_w = out_w // SIZE
-    row = oh % cell_h
-    column = ow % cell_w
-    part_h = tl.where(row == 0, 0, tl.where(row == cell_h - 1, 2, 1))
-    part_w = tl.where(column == 0, 0, tl.where(column == cell_w - 1, 2, 1))
-    return (((n * SIZE + oh // cell_h) * SIZE + ow // cell_w) * 3 + part_h) * 3 + part_w
 
 
 @triton.jit

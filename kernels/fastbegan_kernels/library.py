@@ -1,8 +1,4 @@
-"""One convolution layer and its gradients in three forms; the keyword `form` names it.
-
-- "plain": the library's own operations.
-- "algebraic": the library's convolutions, and one Triton kernel for all that is pointwise around them.
-- any other name: the tile of a fused kernel.
+"""One convolution layer and its gradients in the library's own operations.
 
 Weights are packed (`fold`): [K, C, k, k], and [C, K, 4, 4] for kind "up". All tensors are channels_last. Autograd
 records nothing here.
@@ -19,43 +15,29 @@ from torch import Tensor
 
 from . import reference
 
-KINDS = ("same", "down", "up")
-"""The kinds that fused kernels compute; "down_end" is always the library's."""
-
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    *,
-    kind: str,
-    activation: str,
-    alpha: float,
-    form: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, kind: str, activation: str, alpha: float
 ) -> Tensor:
     """act(conv(x) + bias + skip): x [N, C, H, W] -> [N, K, H', W']; skip [N, 3, 3, S, S, K] with kind "up" only."""
-    if form not in ("plain", "algebraic"):
-        launch, tiles = _fused()
-        tile = tiles.tile_named(form)
-        return launch.layer(x, weight, bias, skip, kind=kind, activation=activation, alpha=alpha, tile=tile)
-    inside = bias.to(x.dtype) if bias is not None and form == "plain" else None
-    if _to_few(x, weight, kind):
-        y = _convolve_to_few(x, weight, inside)
-    elif kind == "up":
-        y = F.conv_transpose2d(x, weight, inside, stride=2, padding=1)
-    elif kind == "down_end":
-        y = F.conv2d(F.pad(x, reference.END), weight, inside, 2)
-    else:
-        y = F.conv2d(x, weight, inside, 1 if kind == "same" else 2, weight.shape[2] // 2)
-    if form == "algebraic":
-        return _fused()[0].activation(y, bias, skip, activation=activation, alpha=alpha)
+    y = convolve(x, weight, None if bias is None else bias.to(x.dtype), kind)
     y = y.contiguous(memory_format=torch.channels_last)
     if skip is not None and torch.compiler.is_compiling():  # inductor fuses this gather with the activation's loop
         y = y + reference.expand_phase_table(skip, y.shape[2], y.shape[3])
     elif skip is not None:
         _add_phase_table(y, skip)
     return _IN_PLACE[activation](y, alpha)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """conv(x) + bias, in the memory format that the library chooses."""
+    if _to_few(x, weight, kind):
+        return _convolve_to_few(x, weight, bias)
+    if kind == "up":
+        return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
+    if kind == "down_end":
+        return F.conv2d(F.pad(x, reference.END), weight, bias, 2)
+    return F.conv2d(x, weight, bias, 1 if kind == "same" else 2, weight.shape[2] // 2)
 
 
 def _elu(y: Tensor, alpha: float) -> Tensor:
@@ -86,14 +68,12 @@ def _add_phase_table(y: Tensor, table: Tensor) -> None:
 
 
 def activation_backward(
-    grad: Tensor, y: Tensor, *, activation: str, alpha: float, form: str, overwrite: bool = False
+    grad: Tensor, y: Tensor, activation: str, alpha: float, *, overwrite: bool = False
 ) -> tuple[Tensor, Tensor]:
     """grad * act'(y), both [N, K, H, W], and its sum over pixels [K] in float32 (float64 for float64).
 
     `overwrite`: the result may take grad's memory.
     """
-    if form != "plain":
-        return _fused()[0].activation_backward(grad, y, activation=activation, alpha=alpha)
     dz = grad
     if activation != "none":
         derivative, arguments = _DERIVATIVE[activation]
@@ -112,25 +92,23 @@ _DERIVATIVE: dict[str, tuple[Any, Callable[[Tensor, Tensor, float], tuple]]] = {
 
 
 def input_gradient(
-    dz: Tensor, x: Tensor, weight: Tensor, *, kind: str, activation: str | None, alpha: float, form: str
+    dz: Tensor, x: Tensor, weight: Tensor, kind: str, activation: str | None, alpha: float
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient dx at a layer's input x, from dz at its convolution's output.
 
-    With `activation`, the one whose output x is: dx * act'(x), and its sum over pixels. Kind "down" with a 1x1 kernel
-    is the library's in every form.
+    With `activation`, the one whose output x is: dx * act'(x), and its sum over pixels.
     """
-    if form not in ("plain", "algebraic"):
-        launch, tiles = _fused()
-        y_prev = None if activation is None else x
-        size, tile, act = (x.shape[2], x.shape[3]), tiles.tile_named(form), activation or "none"
-        return launch.input_gradient(dz, weight, y_prev, kind=kind, size=size, activation=act, alpha=alpha, tile=tile)
-    if _to_few(dz, across := weight.transpose(0, 1), kind):
-        dx = _convolve_to_few(dz, across.flip(2, 3), None)
-    else:
-        dx = _library(dz, x, weight, kind, [True, False, False])[0]
+    dx = convolution_gradient(dz, x, weight, kind)
     if activation is None:
         return dx.contiguous(memory_format=torch.channels_last), None
-    return activation_backward(dx, x, activation=activation, alpha=alpha, form=form, overwrite=True)
+    return activation_backward(dx, x, activation, alpha, overwrite=True)
+
+
+def convolution_gradient(dz: Tensor, x: Tensor, weight: Tensor, kind: str) -> Tensor:
+    """The gradient at a convolution's input x, in the memory format that the library chooses."""
+    if _to_few(dz, across := weight.transpose(0, 1), kind):
+        return _convolve_to_few(dz, across.flip(2, 3), None)
+    return _library(dz, x, weight, kind, [True, False, False])[0]
 
 
 def bias_gradient(dz: Tensor) -> Tensor:
@@ -138,22 +116,42 @@ def bias_gradient(dz: Tensor) -> Tensor:
     return dz.sum((0, 2, 3), dtype=torch.promote_types(dz.dtype, torch.float32))
 
 
-def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, *, kind: str) -> Tensor:
-    """The gradient of a layer's packed weight, in its shape and dtype. The library computes it in every form."""
+def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, kind: str) -> Tensor:
+    """The gradient of a layer's packed weight, in its shape and dtype."""
     if kind == "same" and x.device.type == "cpu" and 1 < weight.shape[0] < 8 <= weight.shape[1]:
-        # oneDNN runs two to four times as fast with the few channels at the input. Exchanging x and dz gives the
-        # transposed gradient with its taps reversed.
-        swapped = _library(x, dz, weight.transpose(0, 1), kind, [False, True, False])[1]
-        dw = swapped.transpose(0, 1).flip(2, 3)
-    else:
-        dw = _library(dz, x, weight, kind, [False, True, False])[1]
+        # oneDNN runs two to four times as fast with the few channels at the input
+        return exchanged_weight_gradient(dz, x, weight)
+    dw = _library(dz, x, weight, kind, [False, True, False])[1]
     return dw.contiguous(memory_format=torch.channels_last)
 
 
-def skip_gradient(dz: Tensor, size: int, *, form: str) -> Tensor:
+def exchanged_weight_gradient(dz: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The same for kind "same": exchanging x and dz gives the transposed gradient with its taps reversed."""
+    exchanged = _library(x, dz, weight.transpose(0, 1), "same", [False, True, False])[1]
+    return exchanged.transpose(0, 1).flip(2, 3).contiguous(memory_format=torch.channels_last)
+
+
+def phases_weight_gradient(dz: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The same for kind "up": one 3x3 weight gradient between x and the four phases of dz as channels.
+
+    Output phase (py, px) at (2i + py, 2j + px) reads x[i + dh, j + dw] with the 4x4 tap (1 + py - 2 dh, 1 + px - 2 dw).
+    So each tap of the folded weight is one tap of the 3x3 gradient of one phase, and 20 of the 36 are not used.
+    """
+    channels, outputs = weight.shape[:2]
+    phases = F.pixel_unshuffle(dz, 2)  # [N, 4 K, H, W], channel 4 k + 2 py + px
+    wide = x.new_empty(1).expand(4 * outputs, channels, 3, 3)
+    taps = _library(phases, x, wide, "same", [False, True, False])[1].unflatten(0, (outputs, 2, 2))
+    rows = [taps[:, parity, :, :, place] for parity, place in _TAPS]  # [K, px, C, column] each
+    dw = torch.stack([torch.stack([row[:, parity, :, place] for parity, place in _TAPS], -1) for row in rows], -2)
+    return dw.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+# tap t of a 4x4 direction: the output's parity p and dh + 1, where t = 1 + p - 2 dh
+_TAPS = ((1, 2), (0, 1), (1, 1), (0, 0))
+
+
+def skip_gradient(dz: Tensor, size: int) -> Tensor:
     """The gradient of a phase table [N, 3, 3, size, size, K]: each entry sums dz [N, K, H, W] over its pixels."""
-    if form != "plain":
-        return _fused()[0].skip_gradient(dz, size)
     cells = dz.permute(0, 2, 3, 1).unflatten(1, (size, -1))  # [N, S, cell, W, K]
     rows = torch.stack((cells[:, :, 0], cells[:, :, 1:-1].sum(2), cells[:, :, -1]), 1)
     rows = rows.unflatten(3, (size, -1))  # [N, 3, S, S, cell, K]
@@ -200,10 +198,3 @@ def _library_convolution(
     return torch.ops.aten.convolution_backward(
         dz, x, weight, None, [stride] * 2, padding, [1, 1], transposed, [0, 0], 1, mask
     )
-
-
-def _fused():
-    """Imported late: Triton takes a second."""
-    from .fused import launch, tiles
-
-    return launch, tiles

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .conv import Product
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
@@ -47,58 +51,6 @@ class TmaTile:
 
 
 AnyTile = Tile | TmaTile
-
-
-@dataclass(frozen=True)
-class Product:
-    """The matrix product of a layer, or of its input gradient. Sizes are those of the kernel's input and output."""
-
-    transpose: bool  # a transposed convolution of stride 2, in four phases
-    turned: bool  # weights turned by 180 degrees; the sum runs over their first dimension
-    stride: int
-    kernel: int
-    batch: int
-    channels: int
-    out_channels: int
-    in_h: int
-    in_w: int
-    out_h: int
-    out_w: int
-
-    @property
-    def padding(self) -> int:
-        return self.kernel // 2 if self.kernel < 4 else 1
-
-    @property
-    def rows(self) -> int:
-        """Pixels of the product; with four phases, those of one."""
-        return self.batch * (self.in_h * self.in_w if self.transpose else self.out_h * self.out_w)
-
-    @property
-    def aligned(self) -> bool:
-        """Whether rows of both factors are multiples of eight values, so that 16-byte copies can load them."""
-        return self.channels % 8 == 0 == self.out_channels % 8
-
-    def tiles(self, tile: AnyTile) -> int:
-        """The number of programs for the pixels."""
-        if isinstance(tile, Tile):
-            return -(-self.rows // tile.block_m)
-        height, width = (self.in_h, self.in_w) if self.transpose else (self.out_h, self.out_w)
-        return -(-self.batch // tile.samples) * -(-height // tile.height) * -(-width // tile.width)
-
-    def fits(self, tile: TmaTile) -> bool:
-        """Whether a descriptor kernel can compute this without wasting most of a tile.
-
-        Rows must be multiples of 16 bytes. With stride 2 a view joins two pixels: sizes must be even and blocks whole.
-        """
-        height, width = (self.in_h, self.in_w) if self.transpose else (self.out_h, self.out_w)
-        if not self.aligned or tile.block_k > max(64, self.out_channels):
-            return False
-        if tile.height > max(8, height) or tile.width > max(8, width) or (tile.samples > 1 and height * width > 256):
-            return False
-        if self.transpose:
-            return self.out_h == 2 * height and self.out_w == 2 * width and self.out_channels % tile.block_k == 0
-        return self.stride == 1 or (self.in_h % 2 == 0 == self.in_w % 2 and self.channels % tile.block_c == 0)
 
 
 # tests/kernels/test_cross_compile.py holds these tiles to ceilings of registers and shared memory. The widest come
@@ -153,6 +105,22 @@ def pick_tile(product: Product, dtype: torch.dtype, capability: int) -> Tile:
     return fitting[0] if fitting else table[-1]
 
 
+def fits(product: Product, tile: TmaTile) -> bool:
+    """Whether a descriptor kernel can compute a product without wasting most of a tile.
+
+    Rows must be multiples of 16 bytes. With stride 2 a view joins two pixels: sizes must be even and blocks whole.
+    """
+    height, width = (product.in_h, product.in_w) if product.transpose else (product.out_h, product.out_w)
+    if not product.aligned or tile.block_k > max(64, product.out_channels):
+        return False
+    if tile.height > max(8, height) or tile.width > max(8, width) or (tile.samples > 1 and height * width > 256):
+        return False
+    if product.transpose:
+        whole = product.out_channels % tile.block_k == 0
+        return whole and product.out_h == 2 * height and product.out_w == 2 * width
+    return product.stride == 1 or (product.in_h % 2 == 0 == product.in_w % 2 and product.channels % tile.block_c == 0)
+
+
 def tiles_for(product: Product, dtype: torch.dtype, capability: int, *, descriptors: bool) -> list[AnyTile]:
     """The tiles to measure for a product. Unmeasured, the first is used."""
     first = pick_tile(product, dtype, capability)
@@ -165,7 +133,7 @@ def tiles_for(product: Product, dtype: torch.dtype, capability: int, *, descript
     ]
     tiles: list[AnyTile] = [first, *near[:2]]
     if descriptors:
-        tiles += [tile for tile in tma_tiles(dtype, capability) if product.fits(tile)]
+        tiles += [tile for tile in tma_tiles(dtype, capability) if fits(product, tile)]
     return tiles
 
 
