@@ -10,7 +10,7 @@ endif
 CONSTRAINTS := $(if $(TORCH),constraints-torch27.txt,constraints.txt)
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup --durations=12
 
-.PHONY: train test test-slow test-compat check bench gpu experiments gallery venv format reference constraints clean
+.PHONY: train test test-slow test-compat ptx check bench gpu experiments gallery venv format reference constraints clean
 
 train: $(VENV)/.core
 	$(BIN)/python -m fastbegan train
@@ -38,6 +38,16 @@ check: $(VENV)/.dev
 	$(BIN)/pyright
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 	$(BIN)/pydoclint -q $(DOCUMENTED)
+
+# Execute the PTX of all shipped kernel configurations on this CPU: minutes (tests/ptx/README.md).
+# make ptx TRITON=3.6.0 does it with another Triton, in a temporary folder; make ptx PTX="--record" keeps the results.
+TRITON ?=
+PTX ?=
+ptx: $(VENV)/.dev
+	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && \
+	$(if $(TRITON),$(BIN)/python -m pip install -q --no-deps --target "$$site" triton==$(TRITON) &&) \
+	env -u TRITON_INTERPRET PYTHONPATH="$$site:.:kernels" OMP_NUM_THREADS=1 \
+	$(BIN)/python -m tests.ptx 60 80 90 100 --jobs 2 $(PTX)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/ --quick -q -s
