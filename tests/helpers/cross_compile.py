@@ -120,7 +120,8 @@ def _elementwise_cases(dtype: str) -> Iterator[Case]:
             | dict.fromkeys(("rows", "height", "width", "K"), "i32"),
             rows | {"HAS_BIAS": True, "SKIP_SIZE": skip} | ({} if skip else {"skip_ptr": None}),
             {},
-            ("K",),
+            # a map with a phase table of eight by eight cells has a multiple of 64 pixels
+            ("K", "rows") if skip else ("K",),
         )
     yield (
         f"activation backward {dtype}",

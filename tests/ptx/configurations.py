@@ -18,7 +18,7 @@ from fastbegan_kernels import problems
 from tests.helpers import cross_compile
 
 from . import project
-from .elementwise import elementwise
+from .elementwise import elementwise, singles
 from .launch import Device
 from .layers import gate_layers, variants
 from .record import hash_of, normalized
@@ -113,6 +113,8 @@ def _configurations(capability: int) -> Iterator[Configuration]:
     for op in problems.POINTWISE:
         for dtype in _CHECKED if op != "equilibrium_update" else _CHECKED[:1]:
             yield Configuration(f"check {op} {dtype}", (problems.Pointwise(op, dtype),), project.FUSED)
+    for name, problem in singles():
+        yield Configuration(f"single {name}", (problem,), project.FUSED)
     if capability < 80:
         return
     for name, layer, tile in variants():
@@ -120,9 +122,8 @@ def _configurations(capability: int) -> Iterator[Configuration]:
 
 
 def gate_ptx(case: cross_compile.Case, capability: int) -> str:
-    """What the gate compiles, with what launchers promise beyond that."""
-    label, kernel, given, constants, options, by_16 = case
-    by_16 = (*by_16, *project.promised(label))
+    """What the gate compiles."""
+    _, kernel, given, constants, options, by_16 = case
     signature = {name: "constexpr" if name in constants else given[name] for name in kernel.arg_names}
     attributes = {
         (i,): [["tt.divisibility", 16]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 import fastbegan_kernels as fk
 from fastbegan_kernels import problems, reference
 from fastbegan_kernels.activation import activation_backward
+from fastbegan_kernels.fold import fold_flat
 from fastbegan_kernels.skip_phase_table import skip_gradient
 
 from . import project
@@ -123,6 +124,34 @@ def _group_norm(dtype: torch.dtype, fused: bool) -> list[Tensor]:
     leaves = [value.requires_grad_() for value in (x, weight, bias)]
     y = fk.group_norm_silu(x, 4, weight, bias, impl=_impl(fused))
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def _single(op: str, dtype: torch.dtype, fused: bool) -> list[Tensor]:
+    """An op on maps of one pixel, channel and sample. Triton makes sizes of one compile-time numbers."""
+    impl, image, one = _impl(fused), _draw(dtype, 0, 1, 1, 1, 1), torch.ones(1)
+    if op == "activation_backward":
+        return list(activation_backward(image, image, "elu", 0.7, impl))
+    if op == "skip_gradient":
+        return [skip_gradient(_draw(dtype, 0, 1, 1, 2, 2), 1, impl)]
+    if op == "l1_reconstruction_loss":
+        return list(fk.l1_reconstruction_loss_with_gradients(image, 2 * image, one, to_target=True, impl=impl)[:2])
+    if op == "normalize_images":
+        return [fk.normalize_images(torch.full((1, 1, 1, 1), 200, dtype=torch.uint8), dtype=dtype, impl=impl)]
+    if op == "fold":
+        master = torch.float64 if dtype == torch.float64 else torch.float32
+        weights = [_draw(master, seed, 1, 1, 3, 3) for seed in (0, 1)]
+        return [fold_flat(weights, ["conv", "up"], dtype, fused=fused)]
+    grad = _draw(dtype, 1, 1, 1, 2, 2)
+    x = _draw(dtype, 0, 1, 1, 2, 2).requires_grad_()
+    y = fk.group_norm_silu(x, 1, impl=impl)
+    return [y.detach(), *torch.autograd.grad(y, x, grad)]
+
+
+def singles() -> Iterator[tuple[str, Elementwise]]:
+    """Name and problem of each op on single values."""
+    for op in problems.POINTWISE:
+        if op != "equilibrium_update":  # its check has a batch of one
+            yield op, Elementwise(op, functools.partial(_single, op), torch.float32)
 
 
 _LAYERS = {  # library convolutions of few channels; with a phase table, of cells of 3 x 5

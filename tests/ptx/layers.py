@@ -92,11 +92,13 @@ def variants() -> Iterator[tuple[str, Layer, project.Tile]]:
     def x(label: str, channels: int) -> tuple[int, int, int, int]:
         return (2, channels, 8, 8) if "skip" in label else (2, channels, 7, 9)
 
-    for label in _LABELS:  # to 3 channels and from 3, as at both ends of a network
+    for label in _LABELS:  # to 3 channels or 1 and from them, as at both ends of a network
         for dtype, tile in (("bf16", small), ("fp32", project.SMALL_FULL)):
             made = case(label, tile, dtype)
             yield f"{label} {dtype} to image", layer(made, x(label, 64), 3), tile
             yield f"{label} {dtype} from image", layer(made, x(label, 3), 48), tile
+            yield f"{label} {dtype} to grey", layer(made, x(label, 64), 1), tile
+            yield f"{label} {dtype} from grey", layer(made, x(label, 1), 48), tile
         for tile in (middle, small):
             made = layer(case(label, tile), x(label, 72), 40)
             yield f"{label} bf16 multiples of 8 {tile.name}", made, tile

@@ -21,15 +21,6 @@ IN_PLACE = {
 }
 """Parameters whose memory a kernel changes on purpose. A store to another input is an error."""
 
-_FORGIVEN = {"_equilibrium_update_kernel": ("global race",)}
-"""Every thread reads the running sums that the first one stores; nobody else uses what it read."""
-
-PROMISED = {"activation with skip": ("rows",)}
-"""Numbers that launchers always pass as multiples of 16, by cases of the gate that do not promise it.
-
-A map with a phase table has cells, eight in a row and eight in a column.
-"""
-
 Layer = conv_layer.Layer
 FUSED = problems.FUSED
 """The form of checks in `problems.POINTWISE` with the kernel."""
@@ -48,7 +39,7 @@ def forgiven(kernel: str) -> tuple[str, ...]:
     Triton before 3.9 (seen in 3.6) makes no proxy fence between cp.async and wgmma. PTX asks for it.
     """
     old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-    return _FORGIVEN.get(kernel, ()) + ("proxy fence missing after cp.async",) * old
+    return ("proxy fence missing after cp.async",) * old
 
 
 def modules() -> Iterator[ModuleType]:
@@ -66,11 +57,6 @@ def kernels(module: ModuleType) -> dict[str, JITFunction]:
 def refusal() -> tuple[ModuleType, str]:
     """What refuses to run fused forms on CPU tensors."""
     return dispatch, "_require_fused"
-
-
-def promised(case: str) -> tuple[str, ...]:
-    """See PROMISED."""
-    return next((names for head, names in PROMISED.items() if case.startswith(head)), ())
 
 
 def form_of(tile: Tile) -> problems.Form:

@@ -1,5 +1,5 @@
-# pyright: reportGeneralTypeIssues=false
-# (Triton's range is typed as never iterated)
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# (Triton's range is typed as never iterated, and constexpr parameters as constexpr)
 """Convolutions as matrix products without stored patches: pointer kernels, for sm_80 and newer.
 
 Two loops serve every layer, and each is the other's input gradient.
@@ -191,7 +191,7 @@ def _conv_kernel(  # noqa: PLR0913
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     tap = 0
     c_start = 0
-    for step in tl.range(0, TAPS * c_blocks, num_stages=STAGES):
+    for _ in tl.range(0, TAPS * c_blocks, num_stages=STAGES):
         inside = (inside_bits & (1 << tap)) != 0
         row = row_of(tap, KERNEL)
         x_shift = ((row - PAD) * in_w + tap - row * KERNEL - PAD) * C
@@ -261,7 +261,7 @@ def _conv_transpose_kernel(  # noqa: PLR0913
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     tap = 0
     c_start = 0
-    for step in tl.range(0, taps_h * taps_w * c_blocks, num_stages=STAGES):
+    for _ in tl.range(0, taps_h * taps_w * c_blocks, num_stages=STAGES):
         dh = (tap >> (1 if KERNEL == 4 else px)) + (py - 1 if KERNEL == 4 else 0)
         dw = (tap & (taps_w - 1)) + (px - 1 if KERNEL == 4 else 0)
         inside = (inside_bits & (1 << (3 * dh + dw + 4))) != 0

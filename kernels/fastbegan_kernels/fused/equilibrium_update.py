@@ -26,7 +26,10 @@ def _equilibrium_update_kernel(  # noqa: PLR0913
     HAS_SKIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program advances k and the running sums from per-sample losses. Where skip holds, it stores nothing."""
+    """One program advances k and the running sums from per-sample losses. Where skip holds, it stores nothing.
+
+    sums are those of L(x), L(G(z)), k, M, |L(x) - L(G(z))| and 1; window has M and 1.
+    """
     i = tl.arange(0, BLOCK)
     real_sum = tl.zeros((BLOCK,), tl.float32)
     fake_sum = tl.zeros((BLOCK,), tl.float32)
@@ -36,20 +39,20 @@ def _equilibrium_update_kernel(  # noqa: PLR0913
         fake_sum += tl.load(fake_ptr + start + i, mask=ok, other=0.0)
     real = tl.sum(real_sum, 0) / samples
     fake = tl.sum(fake_sum, 0) / samples
+    j = tl.arange(0, 8)
     k = tl.load(k_ptr)
-    balance = gamma * real - fake
-    measure = real + tl.abs(balance)
+    sums = tl.load(sums_ptr + j, mask=j < 6, other=0.0)
+    window = tl.load(window_ptr + j, mask=j < 2, other=0.0)
     go = True
     if HAS_SKIP:
         go = tl.load(skip_ptr) == 0
-    tl.store(sums_ptr + 0, tl.load(sums_ptr + 0) + real, mask=go)
-    tl.store(sums_ptr + 1, tl.load(sums_ptr + 1) + fake, mask=go)
-    tl.store(sums_ptr + 2, tl.load(sums_ptr + 2) + k, mask=go)
-    tl.store(sums_ptr + 3, tl.load(sums_ptr + 3) + measure, mask=go)
-    tl.store(sums_ptr + 4, tl.load(sums_ptr + 4) + tl.abs(real - fake), mask=go)
-    tl.store(sums_ptr + 5, tl.load(sums_ptr + 5) + 1.0, mask=go)
-    tl.store(window_ptr + 0, tl.load(window_ptr + 0) + measure.to(tl.float64), mask=go)
-    tl.store(window_ptr + 1, tl.load(window_ptr + 1) + 1.0, mask=go)
+    tl.debug_barrier()  # all threads have read the state, which one of them overwrites
+    balance = gamma * real - fake
+    measure = real + tl.abs(balance)
+    of_k = tl.where(j == 2, k, tl.where(j == 3, measure, tl.where(j == 4, tl.abs(real - fake), 1.0)))
+    sums += tl.where(j == 0, real, tl.where(j == 1, fake, of_k))
+    tl.store(sums_ptr + j, sums, mask=go & (j < 6))
+    tl.store(window_ptr + j, window + tl.where(j == 0, measure, 1.0).to(tl.float64), mask=go & (j < 2))
     new_k = tl.maximum(k + lambda_k * balance, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(k_ptr, tl.minimum(new_k, 1.0, propagate_nan=tl.PropagateNan.ALL), mask=go)
 

@@ -83,7 +83,7 @@ def _combine_kernel(  # noqa: PLR0913
     n = (tl.program_id(0) // groups).to(tl.int64)
     channel = tl.program_id(0) % groups * depth
     parts = splits * depth
-    count = pixels.to(tl.float32) * depth.to(tl.float32)
+    count = (pixels * 1.0) * depth  # a size of one is a compile-time number, which has no method
     origin = tl.load(mean_ptr + n * splits * C + channel)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, parts, BLOCK):
