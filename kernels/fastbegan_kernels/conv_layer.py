@@ -132,8 +132,8 @@ class Layer(Problem):
             return []  # no asynchronous copies, and Triton does not support these GPUs
         from .fused import conv
 
-        dtype = problems.dtype_named(self.dtype)
-        return [*conv.layer_tiles(self.x, self.weight, self.kind, dtype, device, backward=self.backward)]
+        product = conv.product_of(self.x, self.weight, self.kind, self.backward, self.skip > 0)
+        return [*conv.layer_tiles(product, problems.dtype_named(self.dtype), device)]
 
     def form_named(self, name: str) -> Form:
         """The form with a name."""

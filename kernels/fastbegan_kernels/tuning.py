@@ -154,7 +154,7 @@ def _new_variants(asked: Sequence[Asked]) -> int:
     with contextlib.suppress(Exception):  # only a progress bar needs it
         known = {device: cache.read(device) for device in {device for device, _, _ in asked}}
         for device, problem, impl in asked:
-            if _key(problem, impl) not in known[device]["choices"] | _adopted:
+            if problem.tried_apart and _key(problem, impl) not in known[device]["choices"] | _adopted:
                 variants = {problem.variant(form) for form in problem.forms(device, impl)}
                 new |= variants - known[device]["passed"].keys()
     return len(new)

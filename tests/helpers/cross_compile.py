@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from fastbegan_kernels.fused import (
     normalize_images,
     skip_phase_table,
 )
-from fastbegan_kernels.fused.conv_tiles import AnyTile, TmaTile, pointer_tiles, tma_tiles
+from fastbegan_kernels.fused.conv import Product
+from fastbegan_kernels.fused.conv_tiles import AnyTile, Tile, TmaTile, pointer_tiles, suits, tma_tiles
 from tests.helpers.tile_model import loop_figures
 
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -71,8 +73,15 @@ def _matrix_cases(name: str, tiles: Sequence[AnyTile], channels: str = "") -> It
             }
         for label, transpose, kernel, stride, turned, backward in _PRODUCTS:
             skip = 8 if "skip" in label else 0
+            sizes = (1, 2 * tile.block_c, tile.block_k, 8, 8, 8, 8)
+            product = Product(transpose, turned, stride, kernel, backward, skip > 0, *sizes)
+            if (tile.flat and not transpose) or (isinstance(tile, Tile) and not suits(product, tile)):
+                continue
             constants = blocks | {"KERNEL": kernel, "HAS_BIAS": not backward, "ACTIVATION": "elu", "BACKWARD": backward}
-            constants |= {"SKIP_SIZE": skip} if transpose else {"STRIDE": stride, "PAD": 1, "TURNED": turned}
+            if transpose:
+                constants |= {"SKIP_SIZE": skip, "FLAT": tile.flat}
+            else:
+                constants |= {"STRIDE": stride, "PAD": 1, "TURNED": turned}
             absent = ["b_ptr"] if backward else ["db_ptr", "y_prev_desc" if tma else "y_prev_ptr"]
             absent += ["skip_ptr"] if transpose and not skip else []
             signature = dict.fromkeys(("batch", "pixels", "in_h", "in_w", "out_h", "out_w", "c_blocks"), "i32")
@@ -230,15 +239,18 @@ def cases(capability: int) -> Iterator[Case]:
         return
     pointer = pointer_tiles(torch.bfloat16, capability)
     exact = pointer_tiles(torch.float32, capability)
+    by_descriptors = tma_tiles(torch.bfloat16, capability)
     yield from _matrix_cases("bf16", pointer)
-    yield from _matrix_cases("bf16", pointer[1:2], "left over")
+    yield from _matrix_cases("bf16", [Tile(128, 64, 64, 4, 3)], "left over")
     yield from _matrix_cases("bf16", pointer[-1:], "odd")
     yield from _matrix_cases("fp16", pointer[:1])
     yield from _matrix_cases("fp32", exact)
     yield from _matrix_cases("fp32", exact[-1:], "odd")
     yield from _matrix_cases("tf32", exact[:2])
-    yield from _matrix_cases("bf16", tma_tiles(torch.bfloat16, capability))
-    yield from _matrix_cases("fp16", tma_tiles(torch.float16, capability)[:1])
+    yield from _matrix_cases("bf16", by_descriptors)
+    yield from _matrix_cases("fp16", by_descriptors[:1])
+    yield from _matrix_cases("bf16", [replace(tile, flat=True) for tile in (*pointer, *by_descriptors)])
+    yield from _matrix_cases("fp32", [replace(tile, flat=True) for tile in exact])
 
 
 def measure(case: Case, capability: int) -> dict[str, Any]:

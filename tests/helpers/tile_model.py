@@ -338,7 +338,8 @@ def main() -> None:
     capability, label, dtype, *texts = sys.argv[1:]
     for text in texts:
         sizes = [int(number) for number in text.split(",")]
-        tile = TmaTile(*sizes) if len(sizes) == 7 else PointerTile(*sizes)
+        kind: Any = TmaTile if len(sizes) == 7 else PointerTile
+        tile = kind(*sizes)
         for case in cross_compile._matrix_cases(dtype, [tile]):
             if label == "all" or case[0].startswith(f"{label} {dtype} "):
                 print(line(cross_compile.measure(case, int(capability))), flush=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -213,7 +215,8 @@ def test_tiles_shrink_with_the_layer() -> None:
         product = conv.product_of((16, channels, height, 256), (outputs, channels, 3, 3), "same", False)
         return tiles.pick_tile(product, dtype, capability)
 
-    assert pick(torch.bfloat16, 256, 128, 128, 80) == tiles.HALF[0]
+    assert pick(torch.bfloat16, 256, 128, 128, 80) == tiles.AMPERE[0]
+    assert pick(torch.bfloat16, 256, 128, 128, 90) == tiles.HALF[0]
     assert pick(torch.bfloat16, 256, 128, 128, 100) == tiles.HALF[1]
     assert pick(torch.bfloat16, 256, 64, 64, 90) == tiles.HALF[1]
     assert pick(torch.bfloat16, 1, 128, 128, 90).block_m == 64
@@ -223,8 +226,30 @@ def test_tiles_shrink_with_the_layer() -> None:
     assert all(a <= b for a, b in pairwise(widths))
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("channels", [16, 32, 64, 96, 128, 256])
+def test_candidates_are_few_and_suit(channels: int, capability: int) -> None:
+    """Each candidate costs every new user a compilation and a trial: at most two more than the three of old."""
+    for kind, backward, skip in itertools.product(("same", "down", "up"), (False, True), (False, True)):
+        if skip and (kind != "up" or backward):
+            continue
+        weight = (channels, channels, 4, 4) if kind == "up" else (channels, channels, 3, 3)
+        for dtype, side in itertools.product((torch.bfloat16, torch.float32), (8, 64)):
+            product = conv.product_of((16, channels, side, side), weight, kind, backward, skip)
+            candidates = tiles.tiles_for(product, dtype, capability, descriptors=True)
+            pointer = [tile for tile in candidates if isinstance(tile, tiles.Tile)]
+            fitting = [tile for tile in tiles.tma_tiles(dtype, capability) if tiles.fits(product, tile)]
+            flat = product.transpose and capability >= 90
+            assert len(pointer) <= 5 - (flat and len(fitting) > 0) and len(candidates) <= 3 + len(fitting) + 2
+            assert all(tiles.suits(product, tile) for tile in pointer) and len(set(candidates)) == len(candidates)
+            assert [tile.flat for tile in pointer] == [False] * (len(pointer) - product.transpose) + [
+                True
+            ] * product.transpose
+
+
 def test_tiles_are_found_by_their_names() -> None:
-    every = (*tiles.HALF, *tiles.FULL, *tiles.TMA)
+    every = (*tiles.AMPERE, *tiles.HALF, *tiles.FULL, *tiles.TMA)
+    every += tuple(replace(tile, flat=True) for tile in every)
     assert [tiles.tile_named(tile.name) for tile in every] == list(every)
     with pytest.raises(ValueError, match="tile is 'pointer 1x1x1 w1 s1'"):
         tiles.tile_named("pointer 1x1x1 w1 s1")

@@ -37,6 +37,8 @@ class Product:
     turned: bool  # weights turned by 180 degrees; the sum runs over their first dimension
     stride: int
     kernel: int
+    backward: bool
+    has_skip: bool
     batch: int
     channels: int
     out_channels: int
@@ -107,7 +109,7 @@ def forward(
     weight is [K, C, k, k] (k 1 or 3, "same" padding), for kind "up" the folded [C, K, 4, 4]; `skip` is the phase table
     [N, 3, 3, S, S, K], for kind "up" only.
     """
-    product = product_of(tuple(x.shape), tuple(weight.shape), kind, False)
+    product = product_of(tuple(x.shape), tuple(weight.shape), kind, False, skip is not None)
     # float32, so that one binary serves every dtype of bias
     bias = None if bias is None else bias.float().contiguous()
     skip = None if skip is None else table_memory(skip)
@@ -144,7 +146,9 @@ def input_gradient(
 
 
 @functools.lru_cache(maxsize=1024)
-def product_of(x: tuple[int, ...], weight: tuple[int, ...], kind: str, backward: bool) -> Product:
+def product_of(
+    x: tuple[int, ...], weight: tuple[int, ...], kind: str, backward: bool, has_skip: bool = False
+) -> Product:
     """The matrix product of a layer, or of its input gradient, from the shapes of its input and packed weight."""
     batch, _, *size = x
     out_size = output_size(size, kind)
@@ -157,6 +161,8 @@ def product_of(x: tuple[int, ...], weight: tuple[int, ...], kind: str, backward:
         turned=first and not transpose,
         stride=1 if transpose or kind == "same" else 2,
         kernel=weight[2],
+        backward=backward,
+        has_skip=has_skip,
         batch=batch,
         channels=channels,
         out_channels=out_channels,
@@ -167,12 +173,9 @@ def product_of(x: tuple[int, ...], weight: tuple[int, ...], kind: str, backward:
     )
 
 
-def layer_tiles(
-    x: Sequence[int], weight: Sequence[int], kind: str, dtype: torch.dtype, device: torch.device, *, backward: bool
-) -> list[AnyTile]:
-    """The tiles to measure for a layer of these shapes, or its input gradient. Unmeasured, the first is used."""
+def layer_tiles(product: Product, dtype: torch.dtype, device: torch.device) -> list[AnyTile]:
+    """The tiles to measure for a product. Unmeasured, the first is used."""
     descriptors = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
-    product = product_of(tuple(x), tuple(weight), kind, backward)
     return tiles_for(product, dtype, capability_of(device), descriptors=descriptors)
 
 
@@ -189,11 +192,13 @@ def _prepare(product: Product, x: Tensor, weight: Tensor, epilogue: _Epilogue, t
     x, weight = _aligned(lay_out(x, True)), _aligned(lay_out(weight.to(x.dtype), True))
     shape = (product.batch, product.out_channels, product.out_h, product.out_w)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    # the third axis of the grid is the phase of a transposed convolution
-    grid = (product.programs(tile), triton.cdiv(product.out_channels, tile.block_k), 4 if product.transpose else 1)
+    pixel_tiles, phases = product.programs(tile), 4 if product.transpose else 1
+    grid = (pixel_tiles, triton.cdiv(product.out_channels, tile.block_k), phases)
     partial = None
     if epilogue.y_prev is not None:
-        partial = torch.empty((grid[0] * grid[2], product.out_channels), dtype=torch.float32, device=x.device)
+        partial = torch.empty((pixel_tiles * phases, product.out_channels), dtype=torch.float32, device=x.device)
+    if tile.flat:
+        grid = (grid[0] * grid[1] * grid[2], 1, 1)
     if isinstance(tile, TmaTile):
         kernel, arguments, settings = _tma(product, x, weight, epilogue, out, partial, tile)
     else:
@@ -215,7 +220,7 @@ def _settings(product: Product, epilogue: _Epilogue, tile: AnyTile) -> dict[str,
         "num_warps": tile.warps,
     }
     if product.transpose:
-        return settings | {"SKIP_SIZE": 0 if epilogue.skip is None else epilogue.skip.shape[1]}
+        return settings | {"SKIP_SIZE": 0 if epilogue.skip is None else epilogue.skip.shape[1], "FLAT": tile.flat}
     return settings | {"STRIDE": product.stride, "PAD": product.padding, "TURNED": product.turned}
 
 

@@ -205,6 +205,21 @@ def _conv_kernel(  # noqa: PLR0913
     _store(acc, pixel, m_ok, k, K, b_ptr, y_prev_ptr, out_ptr, db_ptr, program, alpha, HAS_BIAS, ACTIVATION, BACKWARD)
 
 
+@triton.jit
+def program_of(K, BLOCK_K: tl.constexpr, FLAT: tl.constexpr):
+    """Tile of pixels, block of output channels and phase of this program of a transposed convolution."""
+    if FLAT:
+        blocks = tl.cdiv(K, BLOCK_K)
+        tile = tl.program_id(0) // (4 * blocks)
+        k_block = tl.program_id(0) // 4 % blocks
+        phase = tl.program_id(0) % 4
+    else:
+        tile = tl.program_id(0)
+        k_block = tl.program_id(1)
+        phase = tl.program_id(2)
+    return tile, k_block, phase
+
+
 @triton.jit(do_not_specialize=["pixels", *SIZES])
 def _conv_transpose_kernel(  # noqa: PLR0913
     x_ptr,
@@ -228,6 +243,7 @@ def _conv_transpose_kernel(  # noqa: PLR0913
     ALIGNED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SKIP_SIZE: tl.constexpr,
+    FLAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BACKWARD: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -241,10 +257,11 @@ def _conv_transpose_kernel(  # noqa: PLR0913
     Output row 2i + py reads input row i + dh with tap 1 + py - 2 dh. Of four taps, each phase uses two per direction.
     Of three, phase 0 uses one and phase 1 two. With SKIP_SIZE = S the phase table is added before the activation.
     """
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    py = tl.program_id(2) // 2
-    px = tl.program_id(2) % 2
+    tile, k_block, phase = program_of(K, BLOCK_K, FLAT)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    py = phase // 2
+    px = phase % 2
     m_ok = m < pixels
     j = m % in_w
     i = tl.where(m_ok, (m // in_w) % in_h, -2)  # rows past the end are outside for every tap
@@ -271,7 +288,7 @@ def _conv_transpose_kernel(  # noqa: PLR0913
         tap, c_start = next_block(tap, c_start, c_blocks, BLOCK_C)
         tap = tl.minimum(tap, taps_h * taps_w - 1)
     # c_start is 0 again. The compiler does not know it, so it computes rows anew instead of keeping them in registers
-    m = tl.program_id(0) * BLOCK_M + c_start + tl.arange(0, BLOCK_M)
+    m = tile * BLOCK_M + c_start + tl.arange(0, BLOCK_M)
     n = (m // (in_w * in_h)).to(tl.int64)
     oh = 2 * ((m // in_w) % in_h) + py
     ow = 2 * (m % in_w) + px
@@ -281,5 +298,5 @@ def _conv_transpose_kernel(  # noqa: PLR0913
         ok = m_ok[:, None] & (k < K)[None, :]
         acc += tl.load(skip_ptr + entry[:, None] * K + k[None, :], mask=ok, other=0.0).to(tl.float32)
     pixel = (n * out_h + oh) * out_w + ow
-    program = tl.program_id(0) * 4 + tl.program_id(2)
+    program = tile * 4 + phase
     _store(acc, pixel, m_ok, k, K, b_ptr, y_prev_ptr, out_ptr, db_ptr, program, alpha, HAS_BIAS, ACTIVATION, BACKWARD)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,17 +15,23 @@ HALF_TYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of a pointer kernel: pixels, output channels, input channels, warps and pipeline stages."""
+    """A tile of a pointer kernel: pixels, output channels, input channels, warps and pipeline stages.
+
+    `flat`: programs are numbered with the four phases of a transposed convolution first, then output channels, then
+    pixels. So programs that run together read the same pixels. Else phases come last.
+    """
 
     block_m: int
     block_k: int
     block_c: int
     warps: int
     stages: int
+    flat: bool = False
 
     @property
     def name(self) -> str:
-        return f"pointer {self.block_m}x{self.block_k}x{self.block_c} w{self.warps} s{self.stages}"
+        blocks = f"{self.block_m}x{self.block_k}x{self.block_c} w{self.warps} s{self.stages}"
+        return f"pointer {blocks}{' flat' if self.flat else ''}"
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class TmaTile:
     block_c: int
     warps: int
     stages: int
+    flat: bool = False
 
     @property
     def pixels(self) -> int:
@@ -47,7 +54,8 @@ class TmaTile:
     @property
     def name(self) -> str:
         pixels = f"{self.samples}x{self.height}x{self.width}"
-        return f"tma {pixels}x{self.block_k}x{self.block_c} w{self.warps} s{self.stages}"
+        blocks = f"{pixels}x{self.block_k}x{self.block_c} w{self.warps} s{self.stages}"
+        return f"tma {blocks}{' flat' if self.flat else ''}"
 
 
 AnyTile = Tile | TmaTile
@@ -55,11 +63,14 @@ AnyTile = Tile | TmaTile
 
 # tests/kernels/test_cross_compile.py holds these tiles to ceilings of registers and shared memory. The widest come
 # first. None was timed on a GPU yet.
+AMPERE = (Tile(128, 128, 32, 4, 3), Tile(256, 128, 32, 8, 3))
+"""For sm_80 only: two programs an SM, and a quarter less to read. Each spills registers in some products (`suits`)."""
 HALF = (
     Tile(128, 128, 64, 8, 3),
     Tile(128, 64, 64, 4, 3),
     Tile(64, 64, 64, 4, 3),
     Tile(64, 32, 32, 4, 3),
+    Tile(64, 16, 64, 4, 3),
     Tile(64, 16, 32, 4, 3),
     Tile(64, 16, 16, 4, 3),
 )
@@ -79,6 +90,8 @@ def pointer_tiles(dtype: torch.dtype, capability: int) -> tuple[Tile, ...]:
     """The pointer kernels' tiles for an architecture (80, 90, 100, ...), the widest first."""
     if dtype not in HALF_TYPES:
         return FULL
+    if capability < 90:
+        return AMPERE + HALF
     return HALF if capability < 100 else HALF[1:]  # the widest spills in up-convolutions on sm_100 (Triton 3.9)
 
 
@@ -87,6 +100,20 @@ def tma_tiles(dtype: torch.dtype, capability: int) -> tuple[TmaTile, ...]:
     if capability < 90 or dtype not in HALF_TYPES:
         return ()
     return TMA if capability < 100 else tuple(tile for tile in TMA if tile.pixels < 256)  # those spill on sm_100
+
+
+def suits(product: Product, tile: Tile) -> bool:
+    """Whether a pointer kernel with this tile keeps its values in registers.
+
+    Tiles of AMPERE have none to spare: not for channels left over, nor for the phase table or the input gradient of
+    stride 2, and the wider one not in any backward.
+    """
+    if replace(tile, flat=False) not in AMPERE:
+        return True
+    whole = product.channels % tile.block_c == 0
+    if tile.block_m == 256:
+        return whole and not (product.transpose or product.backward)
+    return whole and not product.has_skip and not (product.transpose and product.backward)
 
 
 def pick_tile(product: Product, dtype: torch.dtype, capability: int) -> Tile:
@@ -98,7 +125,9 @@ def pick_tile(product: Product, dtype: torch.dtype, capability: int) -> Tile:
     if not product.aligned:
         return table[-1]
     fitting = [
-        tile for tile in table if tile.block_k < 2 * product.out_channels and tile.block_c < 2 * product.channels
+        tile
+        for tile in table
+        if tile.block_k < 2 * product.out_channels and tile.block_c < 2 * product.channels and suits(product, tile)
     ]
     if product.rows < _FEW_PIXELS:
         fitting = [tile for tile in fitting if tile.block_m <= 64] or fitting
@@ -122,24 +151,34 @@ def fits(product: Product, tile: TmaTile) -> bool:
 
 
 def tiles_for(product: Product, dtype: torch.dtype, capability: int, *, descriptors: bool) -> list[AnyTile]:
-    """The tiles to measure for a product. Unmeasured, the first is used."""
+    """The tiles to measure for a product, as wide as the first or half as wide. Unmeasured, the first is used.
+
+    Each costs every new user a compilation, a trial and a measurement.
+    """
     first = pick_tile(product, dtype, capability)
     if not product.aligned:
         return [first]
     near = [
         tile
         for tile in pointer_tiles(dtype, capability)
-        if tile != first and tile.block_k in (first.block_k, first.block_k // 2) and tile.block_m <= first.block_m
+        if tile != first
+        and tile.block_k in (first.block_k, first.block_k // 2)
+        and (tile.block_m <= first.block_m or tile in AMPERE)
+        and suits(product, tile)
     ]
-    tiles: list[AnyTile] = [first, *near[:2]]
-    if descriptors:
-        tiles += [tile for tile in tma_tiles(dtype, capability) if fits(product, tile)]
-    return tiles
+    tiles: list[AnyTile] = [first, *near]
+    if product.transpose:
+        tiles.append(replace(first, flat=True))
+    by_descriptors = [tile for tile in tma_tiles(dtype, capability) if descriptors and fits(product, tile)]
+    if by_descriptors and product.transpose:
+        by_descriptors.append(replace(by_descriptors[0], flat=True))
+    return tiles + by_descriptors
 
 
 def tile_named(name: str) -> AnyTile:
     """The shipped tile of this name. Raises ValueError for another name."""
-    for tile in (*HALF, *FULL, *TMA):
-        if tile.name == name:
-            return tile
+    for tile in (*AMPERE, *HALF, *FULL, *TMA):
+        for shipped in (tile, replace(tile, flat=True)):
+            if shipped.name == name:
+                return shipped
     raise ValueError(f"tile is {name!r}; accepted: the names of shipped tiles")

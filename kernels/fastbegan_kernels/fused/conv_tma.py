@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate, derivative
-from .conv_pointer import next_block, row_of
+from .conv_pointer import next_block, program_of, row_of
 from .skip_phase_table import skip_entry
 
 
@@ -136,6 +136,7 @@ def _conv_transpose_tma_kernel(  # noqa: PLR0913
     KERNEL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SKIP_SIZE: tl.constexpr,
+    FLAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BACKWARD: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -147,15 +148,15 @@ def _conv_transpose_tma_kernel(  # noqa: PLR0913
 ):
     """As `conv_pointer._conv_transpose_kernel`, for even output sizes and K in whole blocks."""
     PIXELS: tl.constexpr = SAMPLES * HEIGHT * WIDTH
-    tile = tl.program_id(0)
+    tile, k_block, phase = program_of(K, BLOCK_K, FLAT)
     tiles_w = tl.cdiv(in_w, WIDTH)
     tiles_h = tl.cdiv(in_h, HEIGHT)
     j0 = tile % tiles_w * WIDTH
     i0 = tile // tiles_w % tiles_h * HEIGHT
     n0 = tile // (tiles_w * tiles_h) * SAMPLES
-    k0 = tl.program_id(1) * BLOCK_K
-    py = tl.program_id(2) // 2
-    px = tl.program_id(2) % 2
+    k0 = k_block * BLOCK_K
+    py = phase // 2
+    px = phase % 2
     taps_h = 2 if KERNEL == 4 else 1 + py
     taps_w = 2 if KERNEL == 4 else 1 + px
     acc = tl.zeros((BLOCK_K, PIXELS), tl.float32)
@@ -180,7 +181,5 @@ def _conv_transpose_tma_kernel(  # noqa: PLR0913
     y_prev = acc
     if BACKWARD:
         y_prev = y_prev_desc.load([n0, i0, py, j0, px * K + k0]).reshape(PIXELS, BLOCK_K)
-    acc = _finish(
-        acc, y_prev, ok, k, K, b_ptr, db_ptr, tile * 4 + tl.program_id(2), alpha, HAS_BIAS, ACTIVATION, BACKWARD
-    )
+    acc = _finish(acc, y_prev, ok, k, K, b_ptr, db_ptr, tile * 4 + phase, alpha, HAS_BIAS, ACTIVATION, BACKWARD)
     out_desc.store([n0, i0, py, j0, px * K + k0], acc.to(out_desc.dtype).T.reshape(SAMPLES, HEIGHT, 1, WIDTH, BLOCK_K))

@@ -43,7 +43,7 @@ def _equilibrium_update_kernel(  # noqa: PLR0913
     k = tl.load(k_ptr)
     sums = tl.load(sums_ptr + j, mask=j < 6, other=0.0)
     window = tl.load(window_ptr + j, mask=j < 2, other=0.0)
-    go = True
+    go = samples >= 0  # always
     if HAS_SKIP:
         go = tl.load(skip_ptr) == 0
     tl.debug_barrier()  # all threads have read the state, which one of them overwrites
