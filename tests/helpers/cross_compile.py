@@ -213,7 +213,15 @@ def _group_norm_cases(dtype: str) -> Iterator[Case]:
 
 
 def cases(capability: int) -> Iterator[Case]:
-    """All shipped kernels for an architecture: elementwise ones everywhere, matrix products from Ampere on."""
+    """All shipped kernels for an architecture: elementwise ones everywhere, matrix products from Ampere on.
+
+    Of sm_103 and sm_120 only matrix products by one tile of each kind: they are what other architectures compile.
+    """
+    if capability in (103, 120):
+        yield from _matrix_cases(
+            "bf16", [pointer_tiles(torch.bfloat16, capability)[0], TmaTile(1, 8, 16, 64, 64, 4, 4)]
+        )
+        return
     yield (
         "equilibrium update",
         equilibrium_update._equilibrium_update_kernel,

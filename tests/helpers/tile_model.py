@@ -70,7 +70,10 @@ class Limits(NamedTuple):
 
 
 CHIPS = {80: Chip("A100", 1024, 64), 90: Chip("H100", 2048, 128, l2=32.0, copy_latency=450)}
-LIMITS = {80: Limits(164 << 10), 90: Limits(228 << 10), 100: Limits(228 << 10)}
+LIMITS = {sm: Limits(228 << 10) for sm in (90, 100, 103)} | {
+    80: Limits(164 << 10),
+    120: Limits(100 << 10, warps=48, programs=24),
+}
 _ROUNDS, _UNSTEADY = 20, 8  # rounds of the loop that are played, and those of them before it is taken to be steady
 
 
@@ -278,7 +281,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in rows:
         _, _, tile = row["kernel"].partition(" bf16 ")
-        if "loop" in row and tile:
+        if "loop" in row and tile and not tile.endswith(" flat"):  # a flat grid has the same loop
             groups.setdefault((row["sm"], tile), []).append(row)
     if not groups:
         return "model: not recorded yet\n"

@@ -92,7 +92,8 @@ def pointer_tiles(dtype: torch.dtype, capability: int) -> tuple[Tile, ...]:
         return FULL
     if capability < 90:
         return AMPERE + HALF
-    return HALF if capability < 100 else HALF[1:]  # the widest spills in up-convolutions on sm_100 (Triton 3.9)
+    # the widest spills in up-convolutions on sm_100 (Triton 3.9), and the next in forwards on sm_120
+    return HALF if capability < 100 else HALF[1:] if capability < 120 else HALF[2:]
 
 
 def tma_tiles(dtype: torch.dtype, capability: int) -> tuple[TmaTile, ...]:
