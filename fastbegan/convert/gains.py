@@ -91,7 +91,7 @@ def pays_by_itself(chain: Chain) -> bool:
 
 
 def to_few(chain: Chain) -> bool:
-    """Whether the chain is a 3x3 convolution to an image, for which a CPU has another way (`tiers`)."""
+    """Whether the chain is a 3x3 convolution to an image, for which a CPU has another way (`library`)."""
     weight = example(chain.weights[0]) if chain.weights[0] is not None else None
     if chain.kinds != ["same"] or chain.paddings != [1] or weight is None or weight.dtype != torch.float32:
         return False
