@@ -241,13 +241,16 @@ def _gradients(
     weight_gradients: list[Tensor | None] = [None] * len(needs.weights)
     bias_gradients: list[Tensor | None] = [None] * len(needs.biases)
     x = lay_out(x, True)
-    dz, bias_sum = lay_out(grad, True), None
-    if stage.activations[-1] != "none":
-        grad = lay_out(grad, is_channels_last(outputs[-1]))
-        if plain:
-            dz, bias_sum = library.activation_backward(grad, outputs[-1], stage.activations[-1], alpha)
-        else:
-            dz, bias_sum = activation_backward(grad, outputs[-1], stage.activations[-1], alpha, stage.impl)
+    bias_sum: Tensor | None = None
+    name = stage.activations[-1]
+    # a last output without activation is not kept
+    grad = lay_out(grad, name == "none" or is_channels_last(outputs[-1]))
+    if name == "none":
+        dz = grad
+    elif plain:
+        dz, bias_sum = library.activation_backward(grad, outputs[-1], name, alpha)
+    else:
+        dz, bias_sum = activation_backward(grad, outputs[-1], name, alpha, stage.impl)
     d_skip = None
     if needs.skip:
         d_skip = library.skip_gradient(dz, skip_size) if plain else skip_gradient(dz, skip_size, stage.impl)

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+"""What each operator runs, by its name, for those who look inside."""
+
 
 def library_op(like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function the operator torch.ops.fastbegan.<its name>.
@@ -23,6 +26,7 @@ def library_op(like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Calla
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f"fastbegan::{function.__name__}"
+        FUNCTIONS[name] = function
         torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
         torch.library.impl(name, "default", function)
         torch.library.register_fake(name, like)

@@ -43,9 +43,9 @@ def _equilibrium_update_kernel(  # noqa: PLR0913
     k = tl.load(k_ptr)
     sums = tl.load(sums_ptr + j, mask=j < 6, other=0.0)
     window = tl.load(window_ptr + j, mask=j < 2, other=0.0)
-    go = samples >= 0  # always
+    go = j >= 0
     if HAS_SKIP:
-        go = tl.load(skip_ptr) == 0
+        go = tl.load(skip_ptr + 0 * j) == 0
     tl.debug_barrier()  # all threads have read the state, which one of them overwrites
     balance = gamma * real - fake
     measure = real + tl.abs(balance)
@@ -54,7 +54,7 @@ def _equilibrium_update_kernel(  # noqa: PLR0913
     tl.store(sums_ptr + j, sums, mask=go & (j < 6))
     tl.store(window_ptr + j, window + tl.where(j == 0, measure, 1.0).to(tl.float64), mask=go & (j < 2))
     new_k = tl.maximum(k + lambda_k * balance, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(k_ptr, tl.minimum(new_k, 1.0, propagate_nan=tl.PropagateNan.ALL), mask=go)
+    tl.store(k_ptr + j, tl.minimum(new_k, 1.0, propagate_nan=tl.PropagateNan.ALL), mask=go & (j == 0))
 
 
 def equilibrium_update(
