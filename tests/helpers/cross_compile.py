@@ -52,7 +52,7 @@ _PRODUCTS = (  # name, transposed convolution, kernel, stride, weights turned, w
 )
 
 
-def _matrix_cases(name: str, tiles: Sequence[AnyTile], channels: str = "") -> Iterator[Case]:
+def _matrix_cases(name: str, tiles: Sequence[AnyTile], channels: str = "", capability: int = 80) -> Iterator[Case]:
     """Every product by every tile; `name` is a data type, or tf32.
 
     `channels` is "left over" where the last block of channels is partly empty, "odd" where they come one by one.
@@ -75,7 +75,7 @@ def _matrix_cases(name: str, tiles: Sequence[AnyTile], channels: str = "") -> It
             skip = 8 if "skip" in label else 0
             sizes = (1, 2 * tile.block_c, tile.block_k, 8, 8, 8, 8)
             product = Product(transpose, turned, stride, kernel, backward, skip > 0, *sizes)
-            if (tile.flat and not transpose) or (isinstance(tile, Tile) and not suits(product, tile)):
+            if (tile.flat and not transpose) or (isinstance(tile, Tile) and not suits(product, tile, capability)):
                 continue
             constants = blocks | {"KERNEL": kernel, "HAS_BIAS": not backward, "ACTIVATION": "elu", "BACKWARD": backward}
             if transpose:
@@ -248,17 +248,18 @@ def cases(capability: int) -> Iterator[Case]:
     pointer = pointer_tiles(torch.bfloat16, capability)
     exact = pointer_tiles(torch.float32, capability)
     by_descriptors = tma_tiles(torch.bfloat16, capability)
-    yield from _matrix_cases("bf16", pointer)
-    yield from _matrix_cases("bf16", [Tile(128, 64, 64, 4, 3)], "left over")
-    yield from _matrix_cases("bf16", pointer[-1:], "odd")
-    yield from _matrix_cases("fp16", pointer[:1])
-    yield from _matrix_cases("fp32", exact)
-    yield from _matrix_cases("fp32", exact[-1:], "odd")
-    yield from _matrix_cases("tf32", exact[:2])
-    yield from _matrix_cases("bf16", by_descriptors)
-    yield from _matrix_cases("fp16", by_descriptors[:1])
-    yield from _matrix_cases("bf16", [replace(tile, flat=True) for tile in (*pointer, *by_descriptors)])
-    yield from _matrix_cases("fp32", [replace(tile, flat=True) for tile in exact])
+    yield from _matrix_cases("bf16", pointer, capability=capability)
+    yield from _matrix_cases("bf16", [Tile(128, 64, 64, 4, 3)], "left over", capability=capability)
+    yield from _matrix_cases("bf16", pointer[-1:], "odd", capability=capability)
+    yield from _matrix_cases("fp16", pointer[:1], capability=capability)
+    yield from _matrix_cases("fp32", exact, capability=capability)
+    yield from _matrix_cases("fp32", exact[-1:], "odd", capability=capability)
+    yield from _matrix_cases("tf32", exact[:2], capability=capability)
+    yield from _matrix_cases("bf16", by_descriptors, capability=capability)
+    yield from _matrix_cases("fp16", by_descriptors[:1], capability=capability)
+    flat = [replace(tile, flat=True) for tile in (*pointer, *by_descriptors)]
+    yield from _matrix_cases("bf16", flat, capability=capability)
+    yield from _matrix_cases("fp32", [replace(tile, flat=True) for tile in exact], capability=capability)
 
 
 def measure(case: Case, capability: int) -> dict[str, Any]:

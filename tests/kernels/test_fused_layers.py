@@ -239,12 +239,11 @@ def test_candidates_are_few_and_suit(channels: int, capability: int) -> None:
             candidates = tiles.tiles_for(product, dtype, capability, descriptors=True)
             pointer = [tile for tile in candidates if isinstance(tile, tiles.Tile)]
             fitting = [tile for tile in tiles.tma_tiles(dtype, capability) if tiles.fits(product, tile)]
-            flat = product.transpose and capability >= 90
-            assert len(pointer) <= 5 - (flat and len(fitting) > 0) and len(candidates) <= 3 + len(fitting) + 2
-            assert all(tiles.suits(product, tile) for tile in pointer) and len(set(candidates)) == len(candidates)
-            assert [tile.flat for tile in pointer] == [False] * (len(pointer) - product.transpose) + [
-                True
-            ] * product.transpose
+            assert len(pointer) <= 5 and len(candidates) <= 3 + len(fitting) + 2
+            assert all(tiles.suits(product, tile, capability) for tile in pointer)
+            assert len(set(candidates)) == len(candidates)
+            flat = [tile.flat for tile in pointer]
+            assert flat == [False] * (len(pointer) - product.transpose) + [True] * product.transpose
 
 
 def test_tiles_are_found_by_their_names() -> None:

@@ -103,14 +103,15 @@ def tma_tiles(dtype: torch.dtype, capability: int) -> tuple[TmaTile, ...]:
     return TMA if capability < 100 else tuple(tile for tile in TMA if tile.pixels < 256)  # those spill on sm_100
 
 
-def suits(product: Product, tile: Tile) -> bool:
-    """Whether a pointer kernel with this tile keeps its values in registers.
+def suits(product: Product, tile: Tile, capability: int) -> bool:
+    """Whether a pointer kernel with this tile keeps its values in registers (Triton 3.9).
 
     Tiles of AMPERE have none to spare: not for channels left over, nor for the phase table or the input gradient of
     stride 2, and the wider one not in any backward.
     """
     if replace(tile, flat=False) not in AMPERE:
-        return True
+        spills = capability >= 100 and (tile.block_m, tile.block_k) == (64, 64) and tile.block_c == 64
+        return not (spills and product.transpose and product.backward)
     whole = product.channels % tile.block_c == 0
     if tile.block_m == 256:
         return whole and not (product.transpose or product.backward)
@@ -128,7 +129,9 @@ def pick_tile(product: Product, dtype: torch.dtype, capability: int) -> Tile:
     fitting = [
         tile
         for tile in table
-        if tile.block_k < 2 * product.out_channels and tile.block_c < 2 * product.channels and suits(product, tile)
+        if tile.block_k < 2 * product.out_channels
+        and tile.block_c < 2 * product.channels
+        and suits(product, tile, capability)
     ]
     if product.rows < _FEW_PIXELS:
         fitting = [tile for tile in fitting if tile.block_m <= 64] or fitting
@@ -165,7 +168,7 @@ def tiles_for(product: Product, dtype: torch.dtype, capability: int, *, descript
         if tile != first
         and tile.block_k in (first.block_k, first.block_k // 2)
         and (tile.block_m <= first.block_m or tile in AMPERE)
-        and suits(product, tile)
+        and suits(product, tile, capability)
     ]
     tiles: list[AnyTile] = [first, *near]
     if product.transpose:
