@@ -52,12 +52,17 @@ def getter(program: Program, operand: Operand, kind: str) -> Get:
 def _register(program: Program, operand: Reg, kind: str) -> Get:
     index, name, dtype = program.register[operand.name], operand.name, np.dtype(TYPES[kind])
     raw = UNSIGNED[8 * dtype.itemsize]
-    same = program.kernel.widths[name] == bits_of(kind)
+    width = program.kernel.widths[name]
+    same = width == bits_of(kind)
+    garbage = None if kind == "pred" else np.array(0xDEADBEEFDEADBEEF & ((1 << width) - 1), UNSIGNED[width])
 
     def read(m: Machine) -> np.ndarray:
         value = m.r[index]
-        if value is None:
-            raise RuntimeError(f"line {m.current.line}: {name} is read before it is written")
+        if value is None:  # LLVM leaves halves of pairs undefined that it does not use
+            if garbage is None:
+                raise RuntimeError(f"line {m.current.line}: {name} is read before it is written")
+            m.report_at("register never written", 1, name)
+            value = garbage
         return value.view(dtype) if same else value.astype(raw).view(dtype)  # the low bits
 
     return read

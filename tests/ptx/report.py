@@ -31,7 +31,14 @@ ERRORS = frozenset(
         "tensor copy in flight at exit",
     )
 )
-NOTES = frozenset(("masked copy address out of bounds", "copies in flight at exit", "same value written twice"))
+NOTES = frozenset(
+    (
+        "masked copy address out of bounds",
+        "copies in flight at exit",
+        "same value written twice",
+        "register never written",
+    )
+)
 
 
 @dataclass
