@@ -26,7 +26,7 @@ class Timing:
 
 
 def rotating(tensors: Tensors, device: torch.device) -> list[Tensors]:
-    """The inputs and copies of them, together larger than twice the device's cache, while memory lasts."""
+    """The inputs and copies of them, at most eight, which fill the device's cache twice where memory lasts."""
     if device.type != "cuda":
         return [tensors]
     size = sum(value.nbytes for value in tensors.values() if value is not None)
@@ -44,7 +44,7 @@ def measure(runs: dict[Key, Callable[[int], object]], device: torch.device, roun
     times: dict[Key, list[float]] = {key: [] for key in runs}
     for number in range(rounds + 2):
         for key, run in runs.items():
-            seconds = _seconds(run, device)
+            seconds = _seconds(run, device, number * _CALLS)
             if number >= 2:
                 times[key].append(seconds)
     return {key: _timing(measured) for key, measured in times.items()}
@@ -55,16 +55,17 @@ def _timing(measured: list[float]) -> Timing:
     return Timing(middle, (high - low) / middle if middle else 0.0)
 
 
-def _seconds(run: Callable[[int], object], device: torch.device) -> float:
+def _seconds(run: Callable[[int], object], device: torch.device, first: int) -> float:
+    """Seconds of a call, whose numbers begin at `first`."""
     if device.type != "cuda":
         start = time.perf_counter()
-        run(0)
+        run(first)
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(device):
         torch.cuda._sleep(2_000_000)  # about a millisecond of lead, so that launches by the host are not timed
         begin.record()
-        for call in range(_CALLS):
+        for call in range(first, first + _CALLS):
             run(call)
         end.record()
         end.synchronize()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,8 +81,8 @@ def conv_stage(  # noqa: PLR0913
     `upsample_conv2d_elu` does. The last layer may add `skip` before its activation.
 
     In the backward of the fused tier, one kernel computes a layer's input gradient, applies the derivative of the
-    activation before it, and sums the bias gradient of the layer before. Only x, the weights and each layer's output
-    are kept. Inside the stage all maps are channels_last. `reference.conv_stage` is the plain twin.
+    activation before it, and sums the bias gradient of the layer before. Only x, the weights, also as packed, and each
+    layer's output are kept. Inside the stage all maps are channels_last. `reference.conv_stage` is the plain twin.
 
     Gradients reach x, weights, biases and skip. With create_graph=True they come from plain operations, so they can be
     differentiated again, at the speed of plain PyTorch. With `skip` this raises RuntimeError, because the table is not
@@ -135,10 +135,10 @@ def conv_stage(  # noqa: PLR0913
     (x,) = autocast(x)
     formats = is_channels_last(x, *weights), is_channels_last(x, weights[0])
     stage = Stage(tuple(kinds), tuple(activations), alpha, copies, mode, *formats)
-    for part in _parts(stage, x.dtype, weights, biases or (), skip):
+    for part in _parts(stage, x, weights, biases or (), skip):
         tensors = [value for value in (x, part.skip, *part.weights, *part.biases) if value is not None]
         if mode == "plain" and _without_gradient(tensors):
-            layers = zip(part.weights, part.stage.kinds, strict=False)
+            layers = zip(part.weights[: len(part.stage.kinds)], part.stage.kinds, strict=True)
             packed = [kept(weight, _packing(weight, kind), x.dtype) for weight, kind in layers]
             x = lay_out(_outputs(x, packed, part.biases, part.skip, part.stage)[-1], part.stage.output_last)
         else:
@@ -149,20 +149,21 @@ def conv_stage(  # noqa: PLR0913
 
 
 def _parts(
-    stage: Stage, dtype: torch.dtype, weights: Sequence[Tensor], biases: Sequence[Tensor], skip: Tensor | None
+    stage: Stage, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], skip: Tensor | None
 ) -> list[_Part]:
     """The whole stage, or each layer by itself where one has silu.
 
     silu's derivative needs its input: such a layer runs without activation, and its output is kept.
     """
-    skip = None if skip is None else skip.to(dtype)
+    skip = None if skip is None else skip.to(x.dtype)
     count = len(stage.kinds)
     if stage.impl != "plain":
         weights = [
-            _folded(weight, kind, dtype, stage.impl)
+            _folded(weight, kind, x.dtype, stage.impl)
             for weight, kind in zip(weights, stage.kinds * stage.copies, strict=True)
         ]
-    weights, biases = _distinct(weights), _distinct(biases)
+    _, skip, *values = _distinct([x, skip, *weights, *biases])
+    weights, biases = values[: len(weights)], values[len(weights) :]
     if all(name in reference.FROM_OUTPUT for name in stage.activations):
         return [_Part(stage, weights, biases, skip, "none")]
     parts: list[_Part] = []
@@ -177,12 +178,12 @@ def _parts(
     return parts
 
 
-def _distinct(values: Sequence[Tensor]) -> list[Tensor]:
+def _distinct(values: Sequence[Tensor | None]) -> list[Any]:
     """The tensors, for torch.compile each as one of its own: Dynamo passes none twice to an autograd.Function."""
     if not torch.compiler.is_compiling():
         return list(values)
     return [
-        torch.ops.aten.alias(value) if any(value is other for other in values[:number]) else value
+        torch.ops.aten.alias(value) if value is not None and any(value is other for other in values[:number]) else value
         for number, value in enumerate(values)
     ]
 
@@ -327,7 +328,7 @@ class _Stage(torch.autograd.Function):
     @staticmethod
     def forward(ctx, stage: Stage, x: Tensor, skip: Tensor | None, count: int, *weights_and_biases: Tensor) -> Tensor:
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
-        layers = zip(weights, stage.kinds, strict=False)  # the first copy's
+        layers = zip(weights[: len(stage.kinds)], stage.kinds, strict=True)  # the first copy's
         packed = [pack(weight, _packing(weight, kind), x.dtype) for weight, kind in layers]
         outputs = _outputs(x, packed, biases, skip, stage)
         outputs[-1] = lay_out(outputs[-1], stage.output_last)  # before it is saved: the next op saves the same memory

@@ -27,7 +27,8 @@ def library_op(like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Calla
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f"fastbegan::{function.__name__}"
         FUNCTIONS[name] = function
-        torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(name, "default", function)
         torch.library.register_fake(name, like)
         return getattr(torch.ops.fastbegan, function.__name__).default

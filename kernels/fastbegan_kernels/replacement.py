@@ -81,7 +81,11 @@ class Replacement(Problem):
         leaves = [value.requires_grad_(self.backward) for value in given.values() if value is not None]
         with torch.set_grad_enabled(self.backward):
             y = self._output(form, **given)
-            return [y.detach(), *torch.autograd.grad(y.square().sum() / 2, leaves)] if self.backward else [y]
+            if not self.backward:
+                return [y]
+            # in autograd's own thread, ops of the backward would wait for the lock that `tuning` holds in this one
+            with torch.autograd.set_multithreading_enabled(False):
+                return [y.detach(), *torch.autograd.grad(y.square().sum() / 2, leaves)]
 
     def _output(self, form: Form, x: Any, weight: Any, bias: Any) -> Tensor:
         if self.kind == "norm":

@@ -72,13 +72,12 @@ def form(problem: Problem, device: torch.device, impl: str) -> Form:
     """
     if impl == "auto" and torch.are_deterministic_algorithms_enabled():
         impl = "algebraic"
-    if (chosen := _chosen.get((device, problem, _tier(impl)))) is not None:
-        return chosen
-    if device.type == "cuda":
-        chosen = _first_met(problem, device, impl)
-    else:
-        chosen = next(iter(problem.forms(device, impl)), problem.plain) if impl == "fused" else problem.plain
-        _chosen[device, problem, _tier(impl)] = chosen
+    if (chosen := _chosen.get((device, problem, _tier(impl)))) is None:
+        if device.type == "cuda":
+            chosen = _first_met(problem, device, impl)
+        else:
+            chosen = next(iter(problem.forms(device, impl)), problem.plain) if impl == "fused" else problem.plain
+            _chosen[device, problem, _tier(impl)] = chosen
     if impl == "fused" and chosen == problem.plain and not _is_capturing(device):
         raise RuntimeError(f"impl 'fused' has no kernel for {problem.name} that is right on {device} (use 'algebraic')")
     return chosen
@@ -88,7 +87,7 @@ def is_fused(op: str, dtype: torch.dtype, device: torch.device, impl: str) -> bo
     """Whether the kernel of `problems.POINTWISE` runs: it is verified on this machine, or "fused" is forced."""
     if impl == "fused" or device.type != "cuda":
         return impl == "fused"
-    return form(Pointwise(op, NAMES[dtype]), device, "auto") == FUSED
+    return dtype in NAMES and form(Pointwise(op, NAMES[dtype]), device, "auto") == FUSED
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -97,15 +96,18 @@ def _is_capturing(device: torch.device) -> bool:
 
 def _first_met(problem: Problem, device: torch.device, impl: str) -> Form:
     """The form for a problem that is new to this process. Never raises: a user's forward calls it."""
-    if _observed is not None and impl != "fused":
-        _observed[device, problem, impl] = None
-        return problem.plain
     try:
+        candidates = problem.forms(device, impl)
+        if not candidates:
+            return _chosen.setdefault((device, problem, _tier(impl)), problem.plain)
+        if _observed is not None and impl != "fused":
+            _observed[device, problem, impl] = None
+            return problem.plain
         if torch.cuda.is_current_stream_capturing():
             _warn(f"{problem.name} was first met during graph capture: it runs in its plain form; run it once before")
             return problem.plain
         with _lock:
-            return choose(problem, device, problem.forms(device, impl), impl)
+            return choose(problem, device, candidates, impl)
     except Exception as error:
         _warn(f"{problem.name}: nothing could be chosen ({in_short(error)}); the plain form runs")
         _chosen[device, problem, _tier(impl)] = problem.plain

@@ -242,8 +242,8 @@ def test_candidates_are_few_and_suit(channels: int, capability: int) -> None:
             assert len(pointer) <= 5 and len(candidates) <= 3 + len(fitting) + 2
             assert all(tiles.suits(product, tile, capability) for tile in pointer)
             assert len(set(candidates)) == len(candidates)
-            flat = [tile.flat for tile in pointer]
-            assert flat == [False] * (len(pointer) - product.transpose) + [True] * product.transpose
+            flat = [tile.flat for tile in candidates]
+            assert flat == [False] * (len(flat) - product.transpose) + [True] * product.transpose
 
 
 def test_tiles_are_found_by_their_names() -> None:

@@ -203,6 +203,23 @@ def test_compiles_without_graph_breaks(op: Callable[..., Tensor]) -> None:
             torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("impl", ["fused", "algebraic"])
+def test_copies_and_repeated_tensors_compile(impl: str) -> None:
+    """Dynamo passes no tensor twice to an autograd.Function, and zips no lists of different lengths (torch 2.7)."""
+    x, weight, bias = (value.requires_grad_() for value in layer_inputs(2, 6, 4, 4, 6))
+    square = random_tensor(3, 3, 3, 3, seed=5).requires_grad_()
+
+    def run() -> Tensor:
+        y = conv_stage(x, [weight] * 4, [bias] * 4, kinds=["same", "up"], copies=2, impl=impl)
+        return y.square().sum() + conv_stage(square, [square], impl=impl).sum()
+
+    leaves = [x, weight, bias, square]
+    expected = torch.autograd.grad(run(), leaves)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, want in zip(torch.autograd.grad(compiled(), leaves), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # raised inside opcheck itself
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_opcheck(every: bool) -> None:
@@ -256,6 +273,9 @@ def test_what_the_kernels_cannot_take_is_named(monkeypatch: pytest.MonkeyPatch) 
         conv2d_elu(x, weight, impl="fused")
     with pytest.raises(RuntimeError, match="takes float32, bfloat16, float16; tensor is float64"):
         conv2d_elu(x.double(), small.double(), impl="fused")
+    for _ in range(2):  # the second time from memory
+        with pytest.raises(RuntimeError, match="impl 'fused' has no kernel for down_end forward"):
+            conv2d_elu(x, small, stride=2, padding="end", impl="fused")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="needs a GPU; tensor is on cpu"):
         conv2d_elu(x.cpu(), small.cpu(), impl="fused")

@@ -27,6 +27,7 @@ from fastbegan_kernels.child import Trial
 from fastbegan_kernels.conv_layer import EPILOGUE, Layer
 from fastbegan_kernels.fused.conv_tiles import FULL
 from fastbegan_kernels.problems import FUSED, PLAIN, Form, Named, Pointwise
+from fastbegan_kernels.replacement import Replacement
 from tests.helpers.oracle import DEVICE
 
 pytest.importorskip("triton")
@@ -69,9 +70,9 @@ class _Clock:
 
     now = 0.0
 
-    def seconds(self, run: Callable[[int], object], device: torch.device) -> float:
+    def seconds(self, run: Callable[[int], object], device: torch.device, first: int) -> float:
         before = self.now
-        run(0)
+        run(first)
         return self.now - before
 
     def slow(self, result: Tensor) -> Tensor:
@@ -513,6 +514,56 @@ def test_during_capture_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
         assert not tuning.is_fused("fold", torch.float32, gpu, "auto")
     tuning._chosen[gpu, PROBLEM, "auto"] = Named("a")  # met before
     assert tuning.form(PROBLEM, gpu, "auto") == Named("a")
+
+
+def test_where_there_is_nothing_to_choose_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strided weight gradient has one form, and a dtype that no kernel knows has none; in a capture, too."""
+    gpu = torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(cache, "write", _unwanted)
+    strided = conv_layer.WeightGradient("down", "float32", (2, 16, 6, 6), (16, 16, 3, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuning.form(strided, gpu, "auto") == PLAIN
+        assert not tuning.is_fused("fold", torch.float8_e4m3fn, gpu, "auto")
+
+
+def test_every_set_of_inputs_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[int] = []
+
+    def seconds(run: Callable[[int], object], device: torch.device, first: int) -> float:
+        for call in range(first, first + clock._CALLS):
+            run(call)
+        return 1.0
+
+    monkeypatch.setattr(clock, "_seconds", seconds)
+    assert clock.measure({"a": numbers.append}, DEVICE) == {"a": clock.Timing(1.0, 0.0)}
+    assert {number % clock._SETS for number in numbers} == set(range(clock._SETS))
+
+
+def test_the_backward_of_a_race_runs_in_the_thread_that_holds_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU autograd has a thread of its own, in which ops that ask for their form would wait for ever."""
+    threads: list[bool] = []
+    grad = torch.autograd.grad
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        threads.append(torch._C._is_multithreading_enabled())  # pyright: ignore[reportAttributeAccessIssue]
+        return grad(*arguments, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    problem = Replacement("same", "elu", "float32", (1, 4, 4, 4), (4, 4, 3, 3), backward=True)
+    assert len(problem.results(problem.plain, DEVICE)) == 4 and threads == [False]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the plain way is the CPU's")
+@pytest.mark.parametrize("kind", ["same", "up"])
+def test_every_way_to_a_weight_gradient_is_right(kind: str) -> None:
+    weight = (24, 40, 4, 4) if kind == "up" else (40, 24, 3, 3)
+    problem = conv_layer.WeightGradient(kind, "float32", (3, 24, 7, 5), weight)
+    own, exact = problem.expected(DEVICE)
+    (other,) = (form for form in problem.forms(torch.device("cuda", 7), "auto") if form != PLAIN)
+    (got,) = problem.results(other, DEVICE)
+    assert problems.excess(got, own[0], exact[0]) <= 1 and got.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_choices_are_found_whatever_the_device_is_called(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ AnyTile = Tile | TmaTile
 # tests/kernels/test_cross_compile.py holds these tiles to ceilings of registers and shared memory. The widest come
 # first. None was timed on a GPU yet.
 AMPERE = (Tile(128, 128, 32, 4, 3), Tile(256, 128, 32, 8, 3))
-"""For sm_80 only: two programs an SM, and a quarter less to read. Each spills registers in some products (`suits`)."""
+"""For sm_80 to sm_89: two programs an SM, or a quarter less to read. Each spills in some products (`suits`)."""
 HALF = (
     Tile(128, 128, 64, 8, 3),
     Tile(128, 64, 64, 4, 3),
@@ -168,15 +168,13 @@ def tiles_for(product: Product, dtype: torch.dtype, capability: int, *, descript
         if tile != first
         and tile.block_k in (first.block_k, first.block_k // 2)
         and (tile.block_m <= first.block_m or tile in AMPERE)
+        and tile.block_c < 2 * product.channels
         and suits(product, tile, capability)
     ]
     tiles: list[AnyTile] = [first, *near]
-    if product.transpose:
-        tiles.append(replace(first, flat=True))
     by_descriptors = [tile for tile in tma_tiles(dtype, capability) if descriptors and fits(product, tile)]
-    if by_descriptors and product.transpose:
-        by_descriptors.append(replace(by_descriptors[0], flat=True))
-    return tiles + by_descriptors
+    flat = [replace((by_descriptors or tiles)[0], flat=True)] if product.transpose else []
+    return [*tiles, *by_descriptors, *flat]
 
 
 def tile_named(name: str) -> AnyTile:
