@@ -98,11 +98,12 @@ def _first_met(problem: Problem, device: torch.device, impl: str) -> Form:
     """The form for a problem that is new to this process. Never raises: a user's forward calls it."""
     try:
         candidates = problem.forms(device, impl)
+        if _observed is not None and impl != "fused":
+            if candidates:
+                _observed[device, problem, impl] = None
+            return problem.plain
         if not candidates:
             return _chosen.setdefault((device, problem, _tier(impl)), problem.plain)
-        if _observed is not None and impl != "fused":
-            _observed[device, problem, impl] = None
-            return problem.plain
         if torch.cuda.is_current_stream_capturing():
             _warn(f"{problem.name} was first met during graph capture: it runs in its plain form; run it once before")
             return problem.plain
