@@ -39,7 +39,15 @@ class Needs(NamedTuple):
     biases: Sequence[bool]
 
     def before(self, number: int, layers: int) -> bool:
-        """Whether the input gradient of layer `number` is used: for x, or by a layer before it, of any copy."""
+        """Whether the input gradient of a layer is used: for x, or by a layer before it, of any copy.
+
+        Args:
+            number: The layer.
+            layers: Layers of the stage.
+
+        Returns:
+            Whether it is.
+        """
         each = (*enumerate(self.weights), *enumerate(self.biases))
         return self.x or any(needed for index, needed in each if index % layers < number)
 

@@ -68,7 +68,16 @@ def _gradient_like(dz: Tensor, size: int, impl: str) -> Tensor:
 
 @library_op(_gradient_like)
 def skip_gradient(dz: Tensor, size: int, impl: str) -> Tensor:
-    """The gradient of a phase table [N, 3, 3, size, size, K]: each entry sums dz [N, K, H, W] over its pixels."""
+    """Sum the gradient at an up-convolution's output over the pixels of each entry of a phase table.
+
+    Args:
+        dz: [N, K, H, W] before the activation.
+        size: S, the side of the small map; it divides H and W.
+        impl: From `op_impl`.
+
+    Returns:
+        [N, 3, 3, S, S, K] in dz's dtype, in memory [N, S, S, 3, 3, K].
+    """
     fused = dz.numel() > 0 and tuning.is_fused("skip_gradient", dz.dtype, dz.device, impl)
     return _skip_gradient(dz, size, fused=fused)
 
