@@ -51,9 +51,7 @@ def _results(folder: Path) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "continuity" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_every_experiment_runs(name: str, tmp_path: Path) -> None:
     out = tmp_path / name
     assert main(["experiment", name, "--scale", "smoke", "--seed", "3", "--out", str(out)]) == 0

@@ -132,7 +132,8 @@ def test_a_run_goes_on_with_fewer_and_more_ranks(tmp_path: Path, torchrun: Start
         _check_near(tmp_path / "whole", tmp_path / f"{ranks}")
 
 
-@pytest.mark.parametrize("restarts", [pytest.param(0, marks=pytest.mark.core), pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [pytest.param(0, marks=pytest.mark.core), 1])
 def test_a_rank_that_dies(tmp_path: Path, torchrun: Start, restarts: int) -> None:
     out = tmp_path / "run"
     run = torchrun(2, *FLAGS, "--steps", 25, "--out", out, fault="collect 30 kill 1", restarts=restarts)

@@ -53,7 +53,9 @@ def _weights(largest: tuple[int, int] = (5, 4)) -> tuple[list[Tensor], list[str]
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16))]
+)
 def test_one_launch_packs_a_net(dtype: torch.dtype) -> None:
     weights, kinds = _weights((20, 17) if dtype == torch.float32 else (5, 4))  # several blocks, once
     leaves = [weight.requires_grad_() for weight in weights]

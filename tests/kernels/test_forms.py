@@ -106,7 +106,7 @@ def _cases() -> Iterator[Any]:
         for tile in _tiles(dtype):
             fast = ON_GPU or (mode == "fp16" and tile in (tiles.HALF[-1], tiles.TMA[-1]))
             for kind in KINDS:
-                marks = () if fast and (ON_GPU or kind != "down") else pytest.mark.slow
+                marks = () if fast and (ON_GPU or kind == "same") else pytest.mark.slow
                 yield pytest.param(kind, mode, tile.name, id=f"{kind}-{mode}-{tile.name}", marks=marks)
 
 

@@ -132,7 +132,7 @@ def _check_tile(kind: str, shape: Sequence[int], tile: tiles.AnyTile, dtype: tor
     assert none is None and (plain - exact[0]).abs().max() <= 1e-2 * exact[0].abs().max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(dtype, marks=SLOW) for dtype in DTYPES[1:])])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1, 24, 5, 6, 24), pytest.param((2, 40, 3, 4, 16), marks=SLOW)])
 def test_pointer_tiles(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:

@@ -33,7 +33,7 @@ def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     return [x.contiguous(memory_format=torch.channels_last), *affine]
 
 
-@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("dtype", [EXACT[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in EXACT[1:])])
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)
 @pytest.mark.parametrize("activation", ["silu", "none"])
 def test_values_and_gradients(shape: tuple[int, ...], groups: int, dtype: torch.dtype, activation: str) -> None:
