@@ -26,7 +26,6 @@ SOME = pytest.mark.parametrize(
 pytestmark = [
     pytest.mark.core,
     pytest.mark.usefixtures("take_all"),
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo of torch 2.7
 ]
 
 

@@ -82,10 +82,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
 }
 IMAGES, STORED = torch.zeros(2, 3, 4, 4, device=DEVICE), torch.zeros(2, 3, 4, 4, device=DEVICE, dtype=torch.uint8)
 EVERY = pytest.mark.parametrize("kind", LAYERS)
-pytestmark = [
-    pytest.mark.core,
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo of torch 2.7
-]
+pytestmark = pytest.mark.core
 
 
 def _pair(kind: str) -> tuple[nn.Module, nn.Module]:
