@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fastbegan_kernels import reference
+from fastbegan_kernels import arguments
 
 from .writes import NN, Writes
 
@@ -352,7 +352,7 @@ def _may_join(before: Chain, after: Chain, writes: Writes) -> bool:
         return False
     one_alpha = len({chain.alpha for chain in pair if chain.alpha is not None}) < 2
     # a stage runs layers with other activations one by one
-    kept_apart = not {*before.activations, *after.activations} <= {*reference.FROM_OUTPUT}
+    kept_apart = not {*before.activations, *after.activations} <= {*arguments.FROM_OUTPUT}
     all_biased = all(None not in chain.biases for chain in pair)
     none_biased = all(chain.biases.count(None) == len(chain.biases) for chain in pair)
     unchanged = not writes.between([*before.nodes, *after.nodes]) and _shape(before.value)[1] != 1  # torch's formats

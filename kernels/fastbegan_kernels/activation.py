@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from . import library, problems, reference, tuning
+from . import arguments, library, problems, reference, tuning
 from .library_op import library_op
 
 
@@ -29,7 +29,7 @@ def activation_backward(grad: Tensor, y: Tensor, activation: str, alpha: float, 
 @problems.checks("activation_backward")
 def _check(device: torch.device, dtype: torch.dtype, fused: bool) -> list[Tensor]:
     results: list[Tensor] = []
-    for shape, activation in itertools.product(problems.SHAPES, reference.FROM_OUTPUT):
+    for shape, activation in itertools.product(problems.SHAPES, arguments.FROM_OUTPUT):
         grad, y = (problems.draw(device, dtype, seed, *shape) for seed in (0, 1))
         y = reference.activate(y, activation, 0.25).to(torch.bfloat16).to(torch.float16).to(dtype)
         if fused:

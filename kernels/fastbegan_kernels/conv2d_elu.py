@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import reference
+from . import arguments, reference
 from .conv_stage import conv_stage
 from .dispatch import asked_for
 
@@ -54,13 +54,13 @@ def conv2d_elu(  # noqa: PLR0913
             and k = 3 only.
         RuntimeError: The fused tier is forced where it cannot run: no GPU, no Triton, float64, or padding "end".
     """
-    kind = reference.conv_kind(stride, padding)
+    kind = arguments.conv_kind(stride, padding)
     if asked_for(impl) == "reference":
         return reference.conv2d_elu(
             x, weight, bias, stride=stride, padding=padding, activation=activation, alpha=alpha, carry=carry
         )
     if carry is not None:
-        reference.check_layer(x, weight, bias, kind=kind, carry=carry)
+        arguments.check_layer(x, weight, bias, kind=kind, carry=carry)
     biases = None if bias is None else [bias]
     y = conv_stage(x, [weight], biases, kinds=[kind], activation=activation, alpha=alpha, impl=impl)
     return reference.blend(x, y, carry)

@@ -12,11 +12,12 @@ Weights are packed (`fold`): [K, C, k, k], and [C, K, 4, 4] for kind "up". All t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import library, problems, reference, tuning
+from . import arguments, library, problems, reference, tuning
 from .dispatch import allows_tf32
 from .fused.conv_tiles import Tile, TmaTile, tile_named
 from .library_op import library_op
@@ -228,7 +229,7 @@ def _output(problem: Layer | WeightGradient, whole: bool) -> tuple[int, int, int
     """The shape of a layer's output. Without `whole`, only as many samples as a check needs."""
     batch, channels, height, width = problem.x
     outputs = problem.weight[1 if problem.kind == "up" else 0]
-    out_h, out_w = reference.output_size((height, width), problem.kind)
+    out_h, out_w = arguments.output_size((height, width), problem.kind)
     if not whole:
         batch = max(1, min(batch, _VALUES // max(channels * height * width, outputs * out_h * out_w)))
     return batch, outputs, out_h, out_w
@@ -249,7 +250,7 @@ def _layer_like(
     alpha: float,
     impl: str,
 ) -> Tensor:
-    shape = (x.shape[0], weight.shape[1 if kind == "up" else 0], *reference.output_size(x.shape[2:], kind))
+    shape = (x.shape[0], weight.shape[1 if kind == "up" else 0], *arguments.output_size(x.shape[2:], kind))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -265,21 +266,8 @@ def layer(
     impl: str,
 ) -> Tensor:
     """act(conv(x) + bias + skip) by the form for this machine; `impl` is from `op_impl`."""
-    form: Form = PLAIN
-    if x.numel():
-        problem = Layer(
-            kind=kind,
-            backward=False,
-            dtype=problems.NAMES[x.dtype],
-            x=tuple(x.shape),
-            weight=tuple(weight.shape),
-            bias=bias is not None,
-            skip=0 if skip is None else skip.shape[3],
-            activation=activation,
-            alpha=alpha,
-            tf32=_tf32(x),
-        )
-        form = tuning.form(problem, x.device, impl)
+    facts = {"bias": bias is not None, "skip": 0 if skip is None else skip.shape[3]}
+    form = _form(x, weight, impl, kind=kind, backward=False, activation=activation, alpha=alpha, **facts)
     return _forward(form, x, weight, bias, skip, kind, activation, alpha)
 
 
@@ -295,20 +283,7 @@ def layer_input_gradient(
     dz: Tensor, x: Tensor, weight: Tensor, kind: str, activation: str | None, alpha: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     """`_input_gradient` by the form for this machine. Without `activation` the second result is empty."""
-    form: Form = PLAIN
-    if x.numel():
-        problem = Layer(
-            kind=kind,
-            backward=True,
-            dtype=problems.NAMES[x.dtype],
-            x=tuple(x.shape),
-            weight=tuple(weight.shape),
-            bias=False,
-            activation=activation,
-            alpha=alpha,
-            tf32=_tf32(x),
-        )
-        form = tuning.form(problem, x.device, impl)
+    form = _form(x, weight, impl, kind=kind, backward=True, activation=activation, alpha=alpha, bias=False)
     dx, sums = _input_gradient(form, dz, x, weight, kind, activation, alpha)
     if sums is None:
         sums = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -327,6 +302,14 @@ def layer_weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, kind: str, impl
         problem = WeightGradient(kind, problems.NAMES[x.dtype], tuple(x.shape), tuple(weight.shape), _tf32(x))
         form = tuning.form(problem, x.device, "algebraic" if impl == "fused" else impl)
     return _weight_gradient(form, dz, x, weight, kind)
+
+
+def _form(x: Tensor, weight: Tensor, impl: str, **facts: Any) -> Form:
+    """The form for this machine of a layer at input x; `facts` are the other fields of `Layer`."""
+    if not x.numel():
+        return PLAIN
+    shapes = {"x": tuple(x.shape), "weight": tuple(weight.shape)}
+    return tuning.form(Layer(dtype=problems.NAMES[x.dtype], tf32=_tf32(x), **shapes, **facts), x.device, impl)
 
 
 def _tf32(x: Tensor) -> bool:

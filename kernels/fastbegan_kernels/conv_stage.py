@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import library, reference
+from . import arguments, library, reference
 from .activation import activation_backward
 from .conv_layer import layer, layer_input_gradient, layer_weight_gradient
 from .dispatch import asked_for, autocast, op_impl
@@ -123,8 +123,8 @@ def conv_stage(  # noqa: PLR0913
         RuntimeError: The fused tier is forced where it cannot run: no GPU, no Triton, float64 or kind "down_end". Or a
             gradient with create_graph=True is taken with `skip`, or after a bias was changed in place.
     """
-    kinds = reference.check_stage(x, weights, biases, kinds, skip, copies)
-    activations = reference.check_activations(activation, alpha, len(kinds))
+    kinds = arguments.check_stage(x, weights, biases, kinds, skip, copies)
+    activations = arguments.check_activations(activation, alpha, len(kinds))
     if asked_for(impl) == "reference":
         return reference.conv_stage(
             x, weights, biases, kinds=kinds, skip=skip, activation=activations, alpha=alpha, copies=copies
@@ -132,9 +132,9 @@ def conv_stage(  # noqa: PLR0913
     shape: Sequence[int] = x.shape
     for number, kind in enumerate(kinds):
         bias = None if biases is None else biases[number]
-        reference.check_dtypes(x, weights[number], bias)
+        arguments.check_dtypes(x, weights[number], bias)
         table = skip if number == len(kinds) - 1 else None
-        shape = reference.check_shapes(shape, weights[number], bias, kind=kind, skip=table)
+        shape = arguments.check_shapes(shape, weights[number], bias, kind=kind, skip=table)
     mode = op_impl(impl, (x, *weights, skip)) or "plain"
     if odd := [list(weight.shape) for weight in weights if weight.shape[2] not in (1, 3, 4)]:
         if mode == "fused":
@@ -172,12 +172,12 @@ def _parts(
         ]
     _, skip, *values = _distinct([x, skip, *weights, *biases])
     weights, biases = values[: len(weights)], values[len(weights) :]
-    if all(name in reference.FROM_OUTPUT for name in stage.activations):
+    if all(name in arguments.FROM_OUTPUT for name in stage.activations):
         return [_Part(stage, weights, biases, skip, "none")]
     parts: list[_Part] = []
     for number, (kind, name) in enumerate(zip(stage.kinds, stage.activations, strict=True)):
         first, last = number == 0, number == count - 1
-        inside = name if name in reference.FROM_OUTPUT else "none"
+        inside = name if name in arguments.FROM_OUTPUT else "none"
         formats = stage.output_last or not last, stage.gradient_last or not first
         single = Stage((kind,), (inside,), stage.alpha, stage.copies, stage.impl, *formats)
         of_layer = slice(number, None, count)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import problems, reference, tuning
+from . import arguments, problems, reference, tuning
 from .dispatch import op_impl
 
 
@@ -52,7 +52,7 @@ def equilibrium_update(  # noqa: PLR0913
         ValueError: Shapes, dtypes, gamma or lambda_k are not as above.
         RuntimeError: The fused tier is forced where it cannot run: no GPU, no Triton, or tensors that are not float32.
     """
-    reference.check_controller(gamma, lambda_k)
+    arguments.check_controller(gamma, lambda_k)
     if loss_real.shape != loss_fake.shape and loss_real.numel() != loss_fake.numel():
         raise ValueError(f"loss_real is {list(loss_real.shape)} but loss_fake {list(loss_fake.shape)}; they must match")
     for name, state, size, dtype in (

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import conv_layer  # noqa: F401  (defines the ops)
-from .reference import output_size
+from .arguments import output_size
 
 Shape = Sequence[int]
 _OPS = torch.ops.fastbegan

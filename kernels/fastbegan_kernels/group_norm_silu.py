@@ -8,7 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from . import problems, reference, tuning
+from . import arguments, problems, reference, tuning
 from .dispatch import op_impl
 from .layout import is_channels_last, lay_out
 from .recorded import recorded_gradients
@@ -55,7 +55,7 @@ def group_norm_silu(
         ValueError: Shapes do not match, `groups` does not divide C, another activation, or eps of 0 and below.
         RuntimeError: The fused tier is forced where it cannot run: no GPU, no Triton or float64.
     """
-    reference.check_group_norm(x, groups, weight, bias, eps, activation)
+    arguments.check_group_norm(x, groups, weight, bias, eps, activation)
     if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()  # as CUDA's autocast does it for torch.group_norm
     mode = op_impl(impl, (x,))

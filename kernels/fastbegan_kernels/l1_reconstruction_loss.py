@@ -8,7 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from . import problems, reference, tuning
+from . import arguments, problems, reference, tuning
 from .dispatch import op_impl
 from .recorded import recorded_gradients
 
@@ -46,7 +46,7 @@ def l1_reconstruction_loss(
         ValueError: Another eta, integer dtypes, or shapes that differ.
         RuntimeError: The fused tier is forced where it cannot run: no GPU, no Triton or float64.
     """
-    reference.check_loss(prediction, target, eta)
+    arguments.check_loss(prediction, target, eta)
     mode = op_impl(impl, (prediction, target))
     if mode is None or prediction.dtype != target.dtype:
         return reference.l1_reconstruction_loss(prediction, target, eta=eta, detach_target=detach_target)
@@ -87,7 +87,7 @@ def l1_reconstruction_loss_with_gradients(
         ValueError: Another eta, integer dtypes, shapes that differ, or a `scale` of another size.
         RuntimeError: The fused tier is forced where it cannot run: no GPU, no Triton or float64.
     """
-    reference.check_loss(prediction, target, eta)
+    arguments.check_loss(prediction, target, eta)
     if scale.numel() != 1 and scale.shape != (len(prediction),):
         raise ValueError(f"scale is {list(scale.shape)}; accepted: one number or [{len(prediction)}]")
     mode = op_impl(impl, (prediction, target))

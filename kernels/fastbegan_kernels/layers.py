@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import arguments, reference
 from .conv2d_elu import conv2d_elu
 from .conv_stage import conv_stage
 from .equilibrium_update import equilibrium_update
@@ -54,8 +54,8 @@ class Conv2dELU(nn.Conv2d):
             device: Device of weight and bias.
             dtype: Dtype of weight and bias.
         """
-        kind = reference.conv_kind(stride, padding)
-        reference.check_activation(activation, alpha)
+        kind = arguments.conv_kind(stride, padding)
+        arguments.check_activation(activation, alpha)
         if kernel_size % 2 == 0 or (padding == "end" and kernel_size != 3):
             raise ValueError(f"kernel_size is {kernel_size}; accepted: odd numbers, with padding 'end' 3")
         zeros = kernel_size // 2 if padding == "same" else 0
@@ -182,7 +182,7 @@ class ConvStage(nn.Sequential):
         for number, layer in enumerate(layers):
             if not isinstance(layer, Conv2dELU):
                 raise ValueError(f"layer {number} is a {type(layer).__name__}; accepted: Conv2dELU and its kinds")
-        alphas = {layer.alpha for layer in layers if layer.activation in reference.WITH_ALPHA}
+        alphas = {layer.alpha for layer in layers if layer.activation in arguments.WITH_ALPHA}
         if not layers or len(alphas) > 1 or len({layer.bias is None for layer in layers}) > 1:
             stage = f"{len(layers)} layers with alpha {sorted(alphas)}, biases {[x.bias is not None for x in layers]}"
             raise ValueError(f"a stage of {stage}; accepted: one or more, of one alpha, all with a bias or none")
@@ -238,7 +238,7 @@ class GroupNormSiLU(nn.GroupNorm):
             dtype: Dtype of the parameters.
         """
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
-        reference.check_group_norm(torch.empty(1, num_channels, 1, 1), num_groups, None, None, eps, activation)
+        arguments.check_group_norm(torch.empty(1, num_channels, 1, 1), num_groups, None, None, eps, activation)
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ class Equilibrium(nn.Module):
             gamma: Diversity ratio E[L(G(z))] / E[L(x)], 0 to 1.
             lambda_k: Gain of k, from 0.
         """
-        reference.check_controller(gamma, lambda_k)
+        arguments.check_controller(gamma, lambda_k)
         super().__init__()
         self.gamma, self.lambda_k = gamma, lambda_k
         self.register_buffer("k", torch.zeros(()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import arguments
 from .l1_reconstruction_loss import l1_reconstruction_loss
 
 
@@ -58,7 +58,7 @@ class SqrtSumReconstructionLoss(nn.Module):
         Returns:
             Energies [N] in float32 (float64 for float64 inputs).
         """
-        reference.check_loss(prediction, target, 2)
+        arguments.check_loss(prediction, target, 2)
         wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
         return torch.linalg.vector_norm((prediction.to(wide) - target.to(wide)).flatten(1), dim=1)
 
@@ -73,7 +73,7 @@ class HingeLoss(nn.Module):
             margin: Energy from which generated samples cost nothing, above 0. Another value raises ValueError.
         """
         super().__init__()
-        reference.require_number("margin", margin, "numbers above 0", lambda number: number > 0)
+        arguments.require_number("margin", margin, "numbers above 0", lambda number: number > 0)
         self.margin = margin
 
     def forward(self, energy: Tensor) -> Tensor:

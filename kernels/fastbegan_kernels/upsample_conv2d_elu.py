@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import arguments, reference
 from .conv_stage import conv_stage
 from .dispatch import asked_for
 
@@ -62,7 +62,7 @@ def upsample_conv2d_elu(
             x, weight, bias, skip=skip, activation=activation, alpha=alpha, carry=carry
         )
     if carry is not None:
-        reference.check_layer(x, weight, bias, kind="up", skip=skip, carry=carry)
+        arguments.check_layer(x, weight, bias, kind="up", skip=skip, carry=carry)
     biases = None if bias is None else [bias]
     y = conv_stage(x, [weight], biases, kinds=["up"], skip=skip, activation=activation, alpha=alpha, impl=impl)
     return y if carry is None else reference.blend(F.interpolate(x, scale_factor=2.0, mode="nearest"), y, carry)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbegan_kernels import reference, upsample_conv2d_elu
+from fastbegan_kernels import arguments, upsample_conv2d_elu
 
 
 def _inputs(shape: tuple[int, ...], out: int, seed: int) -> list[torch.Tensor]:
@@ -44,7 +44,7 @@ def test_carry_blends_with_the_upsampled_input() -> None:
     torch.testing.assert_close(everything, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("activation", arguments.ACTIVATIONS)
 def test_activations(activation: str) -> None:
     inputs = _inputs((2, 3, 4, 4), 3, 0)
     a, b = (upsample_conv2d_elu(*inputs, activation=activation, alpha=0.3, impl=i) for i in ("reference", "algebraic"))

@@ -20,9 +20,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ..arguments import output_size
 from ..dispatch import allows_tf32
 from ..layout import lay_out
-from ..reference import output_size
 from . import conv_pointer, conv_tma
 from .conv_tiles import AnyTile, Tile, TmaTile, tiles_for
 from .memory import total
