@@ -67,10 +67,14 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.fixture
 def fastbegan(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `fastbegan` with these arguments in this process: exit code, output and errors as those of a process."""
+    from fastbegan_kernels import tuning
+
     from fastbegan.cli import main
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(argument) for argument in arguments]
+        tuning._chosen.clear()  # a new process has chosen nothing, and checkpoints hold the choices
+        tuning._adopted.clear()
         capsys.readouterr()
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)  # printed as for a user
