@@ -67,9 +67,8 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.fixture
 def fastbegan(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `fastbegan` with these arguments in this process: exit code, output and errors as those of a process."""
-    from fastbegan_kernels import tuning
-
     from fastbegan.cli import main
+    from fastbegan_kernels import tuning
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(argument) for argument in arguments]

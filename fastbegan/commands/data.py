@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tyro.conf import Positional
 
+from ..data.decode import Note
 from ..data.pack import DamagedPackError, read_pack
 from ..data.prepare import load_catalogue, make_pack
 from ..display import Display
@@ -98,7 +99,7 @@ def check(options: DataCheck) -> int:
         )
         for name, reason in catalogue.broken:
             display.say(f"broken  {name}: {reason}")
-        converted = int(catalogue.seen[:, 2].sum())
+        converted = int((catalogue.seen[:, 2] & Note.CONVERTED).astype(bool).sum())
         counts = f"{len(catalogue.broken):,} broken, {converted:,} with colours or rotation converted"
         display.say(f"{catalogue.description}; {counts}")
     return 1 if catalogue.broken else 0

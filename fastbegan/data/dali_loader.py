@@ -141,8 +141,8 @@ class DaliLoader(StagedLoader):
             path, offset, length = self.pictures.requests[place]
             try:
                 data = read_bytes(path, offset, length)
-                width, height, converted = self._shapes[place].tolist()
-                if converted:
+                width, height, notes = self._shapes[place].tolist()
+                if notes:
                     buffer = io.BytesIO()
                     Image.fromarray(decode(data, "none").pixels).save(buffer, "BMP")
                     data = buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import os
 import re
@@ -33,6 +34,13 @@ class RejectedImageError(Exception):
     """The file cannot be decoded; the message is the reason."""
 
 
+class Note(enum.IntFlag):
+    """What the decoder did to a picture, or noticed, that its owner should know. Packs and reports keep the numbers."""
+
+    CONVERTED = 1
+    """Rotated, or brought to 8-bit RGB from another mode."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """A decoded file."""
@@ -40,8 +48,7 @@ class Picture:
     height: int
     width: int
     """Before the crop, after the rotation."""
-    converted: bool
-    """Whether colours or rotation were converted."""
+    notes: Note
     pixels: np.ndarray
     """The crop: uint8 [rows, columns, 3]."""
 
@@ -81,10 +88,10 @@ def decode(data: bytes, crop: str) -> Picture:
     Raises RejectedImageError.
     """
     try:
-        pixels, converted = _upright(data)
+        pixels, notes = _upright(data)
         height, width = pixels.shape[:2]
         left, top, right, bottom = crop_box((width, height), crop)
-        return Picture(height, width, converted, pixels[top:bottom, left:right])
+        return Picture(height, width, notes, pixels[top:bottom, left:right])
     except RejectedImageError:
         raise
     except MemoryError:
@@ -94,24 +101,24 @@ def decode(data: bytes, crop: str) -> Picture:
         raise RejectedImageError(text or type(error).__name__) from None
 
 
-def _upright(data: bytes) -> tuple[np.ndarray, bool]:
-    """RGB pixels of a whole picture, and whether colours or rotation were converted."""
+def _upright(data: bytes) -> tuple[np.ndarray, Note]:
+    """RGB pixels of a whole picture."""
     # simplejpeg is the fast path; what it would treat otherwise than the colour rule goes through Pillow
     head = data[:_EXIF_WITHIN]
     if simplejpeg is not None and simplejpeg.is_jpeg(data) and not any(mark in head for mark in _ORIENTED):
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         _require_size(int(width), int(height))
         if space in ("YCbCr", "Gray"):
-            return simplejpeg.decode_jpeg(data, "RGB", strict=True), False
+            return simplejpeg.decode_jpeg(data, "RGB", strict=True), Note(0)
     with Image.open(io.BytesIO(data)) as image:  # reads the header only
         _require_size(image.width, image.height)
         turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
         plain = image.mode in _PLAIN and "transparency" not in image.info
         if simplejpeg is not None and image.format == "JPEG" and image.mode in _PLAIN and not turned:
-            return simplejpeg.decode_jpeg(data, "RGB", strict=True), False
+            return simplejpeg.decode_jpeg(data, "RGB", strict=True), Note(0)
         image.load()
         upright = ImageOps.exif_transpose(image) if turned else image
-        return np.asarray(_to_rgb(upright)), turned or not plain
+        return np.asarray(_to_rgb(upright)), Note.CONVERTED if turned or not plain else Note(0)
 
 
 def _require_size(width: int, height: int) -> None:

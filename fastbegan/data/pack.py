@@ -53,8 +53,8 @@ class Part:
     """Entries of the source up to the end of this part."""
     pixels: np.ndarray
     """The good images: uint8 [n, size, size, 3]."""
-    files: list[tuple[int, int, int, bool]]
-    """Entry, width, height and whether it was converted, of each good image that is a file."""
+    files: list[tuple[int, int, int, int]]
+    """Entry, width, height and `decode.Note` of each good image that is a file."""
     broken: list[tuple[str, str]]
     """Name and reason of each entry that cannot be decoded."""
 
@@ -66,7 +66,7 @@ class Line:
     done: int
     count: int
     crc32: int
-    files: list[tuple[int, int, int, bool]]
+    files: list[tuple[int, int, int, int]]
     broken: list[tuple[str, str]]
 
 
@@ -157,7 +157,7 @@ def read_journal(path: Path, made_from: str) -> list[Line]:
             line = Line(**json.loads(text))
         except (ValueError, TypeError):  # a kill cut the last line off
             break
-        files = [(int(n), int(w), int(h), bool(c)) for n, w, h, c in line.files]
+        files = [(int(n), int(w), int(h), int(notes)) for n, w, h, notes in line.files]
         lines.append(Line(line.done, line.count, line.crc32, files, [(a, b) for a, b in line.broken]))
     return lines
 

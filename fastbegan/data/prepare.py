@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import atomic, locked, make_folder
+from .decode import Note
 from .folder import check_crop
 from .pack import OFFSET, DamagedPackError, Line, PackHeader, Part, leftovers, read_journal, read_pack, write_pack
 from .source import Files, Source, find_source
@@ -58,7 +59,7 @@ class Catalogue:
 
     requests: list[Request]
     seen: np.ndarray
-    """int64 [count, 3]: width, height, and whether colours or rotation are converted."""
+    """int64 [count, 3]: width, height and `decode.Note`."""
     broken: list[tuple[str, str]]
     """Name and reason of every other file."""
     description: str
@@ -340,7 +341,12 @@ def _write_report(report: Path, source: Files, lines: list[Line]) -> None:
     broken = _all_broken(source, lines)
     text = [f"{name}{_BROKEN}{reason}" for name, reason in broken]
     text += [f"{name}\tleft out: not an image file by its name" for name in source.others]
-    text += [f"{source.names[entry]}{_CONVERTED}" for line in lines for entry, *_, converted in line.files if converted]
+    text += [
+        f"{source.names[entry]}{_CONVERTED}"
+        for line in lines
+        for entry, *_, notes in line.files
+        if notes & Note.CONVERTED
+    ]
     with atomic(report) as file:
         file.write("".join(line + "\n" for line in text).encode(errors="surrogateescape"))
 

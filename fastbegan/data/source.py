@@ -139,7 +139,7 @@ class Files:
             for number, (_, answer) in enumerate(chunk, done):
                 if isinstance(answer, Scaled):
                     good.append(answer.pixels)
-                    files.append((number, answer.width, answer.height, answer.converted))
+                    files.append((number, answer.width, answer.height, answer.notes))
                 else:
                     broken.append((self.names[number], str(answer)))
             done += len(chunk)

@@ -23,7 +23,7 @@ MEMORY = 1_000_000_000  # bytes of address space that a process may have
 READY = b"ready\n"
 SLOTS = 8  # pending requests, so that the process need not wait for the next one
 SLOT = 4 << 20  # bytes
-# rows and columns of the crop, height and width of the picture, whether it was converted; for a refused file: 0, the
+# rows and columns of the crop, height and width of the picture, its notes; for a refused file: 0, the
 # length of the reason, and zeros
 HEAD = struct.Struct("<5I")
 
@@ -63,6 +63,6 @@ def main(crop: str, handle: str) -> None:
             fits = len(slots) and pixels.size <= SLOT
             if fits:
                 slots[number % SLOTS, : pixels.size].reshape(pixels.shape)[:] = pixels
-            answers.write(HEAD.pack(rows, columns, picture.height, picture.width, picture.converted))
+            answers.write(HEAD.pack(rows, columns, picture.height, picture.width, picture.notes))
             if not fits:
                 answers.write(np.ascontiguousarray(pixels).data)

@@ -23,7 +23,7 @@ import torch
 
 from ..device import core_count
 from ..errors import UserError
-from .decode import Picture, RejectedImageError
+from .decode import Note, Picture, RejectedImageError
 from .scale import scale
 from .worker import HEAD, READY, SLOT, SLOTS, shared
 
@@ -127,7 +127,7 @@ class _Worker:
             yield answer
 
     def _read(self, pipe: IO[bytes]) -> Answer:
-        rows, columns, height, width, converted = HEAD.unpack(_exactly(pipe, HEAD.size).data)
+        rows, columns, height, width, notes = HEAD.unpack(_exactly(pipe, HEAD.size).data)
         slot, self._answered = self._answered % SLOTS, self._answered + 1
         if not rows:
             return RejectedImageError(_exactly(pipe, columns).tobytes().decode())
@@ -135,7 +135,7 @@ class _Worker:
         in_slot = len(self._slots) and length <= SLOT
         # copied before the next request is sent, whose answer may overwrite the slot
         pixels = self._slots[slot, :length].copy() if in_slot else _exactly(pipe, length)
-        return Picture(height, width, bool(converted), pixels.reshape(rows, columns, 3))
+        return Picture(height, width, Note(notes), pixels.reshape(rows, columns, 3))
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Kill `process` when an answer is late; runs in a thread."""
@@ -191,7 +191,7 @@ class Scaled:
 
     height: int
     width: int
-    converted: bool
+    notes: Note
     pixels: np.ndarray
 
 
@@ -248,7 +248,7 @@ def _scaled(answers: Iterator[Answer], size: int) -> list[Scaled | RejectedImage
         pixels = iter(scale([answer.pixels for answer in waiting if isinstance(answer, Picture)], size))
         for answer in waiting:
             whole = isinstance(answer, Picture)
-            scaled.append(Scaled(answer.height, answer.width, answer.converted, next(pixels)) if whole else answer)
+            scaled.append(Scaled(answer.height, answer.width, answer.notes, next(pixels)) if whole else answer)
         waiting.clear()
 
     unscaled = 0

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fastbegan.data import decode as decoding
-from fastbegan.data.decode import RejectedImageError, crop_box, read_bytes
+from fastbegan.data.decode import Note, RejectedImageError, crop_box, read_bytes
 from fastbegan.data.scale import scale
 
 
@@ -140,7 +140,7 @@ def test_every_rotation(tmp_path: Path, orientation: int) -> None:
         ),
     ]
     assert np.array_equal(whole(read_bytes(turned)), ways[orientation - 1])
-    assert decoding.decode(read_bytes(turned), "none").converted == (orientation > 1)
+    assert decoding.decode(read_bytes(turned), "none").notes == (Note.CONVERTED if orientation > 1 else 0)
 
 
 def test_orientation_that_only_xmp_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_orientation_that_only_xmp_tells(tmp_path: Path, monkeypatch: pytest.Mon
     first = decoding.decode(read_bytes(path), "none")
     monkeypatch.setattr(decoding, "simplejpeg", None)
     second = decoding.decode(read_bytes(path), "none")
-    assert (first.height, first.width, first.converted) == (second.height, second.width, second.converted)
+    assert (first.height, first.width, first.notes) == (second.height, second.width, second.notes)
 
 
 def test_both_jpeg_decoders_agree(orl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def test_answers_are_in_order_and_as_decoded_here(pictures: Path, count: int) ->
         else:
             (expected,) = scale([decode(read_bytes(request.path), "center").pixels], 16)
             assert isinstance(answer, Scaled) and np.array_equal(answer.pixels, expected)
-            assert (answer.height, answer.width, answer.converted) == (40, 50, False)
+            assert (answer.height, answer.width, answer.notes) == (40, 50, 0)
 
 
 def test_stopping_early_leaves_no_process(pictures: Path) -> None:
