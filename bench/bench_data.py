@@ -17,6 +17,7 @@ from bench.cases import DEVICE
 from fastbegan.config import TrainConfig
 from fastbegan.data import dali_loader
 from fastbegan.data.choose import open_loader
+from fastbegan.data.decode import Decoding
 from fastbegan.data.faces import faces
 from fastbegan.data.loader import Loader
 from fastbegan.data.prepare import make_pack
@@ -174,7 +175,7 @@ def bench_pack(setting: Setting, race: Callable[..., Row], tmp_path: Path) -> No
 
     def pack() -> None:
         path = tmp_path / f"{next(numbers)}.pack"
-        assert len(make_pack(str(files), path, side, str(WIDTH), lambda *_: None).images) == COUNT
+        assert len(make_pack(str(files), path, side, Decoding(str(WIDTH)), lambda *_: None).images) == COUNT
         path.unlink()
 
     turns = {"pack": pack, **others}

@@ -81,11 +81,14 @@ class DataConfig:
     """Which images, and how they come (paper §4.1)."""
 
     data: Annotated[str, FREE] = "faces"
-    """faces (procedural portraits; faces:COUNT for another number of them), a folder of images, a .tar (webdataset) or
-    .tfrecord file or a folder of them, a .pack file, cifar10:ROOT or fashion-mnist:ROOT."""
+    """faces (procedural portraits; faces:COUNT for another number of them), a folder of images, a .tar (webdataset),
+    .zip, .tfrecord or .parquet (Hugging Face) file or a folder of them, a .pack file, cifar10:ROOT or
+    fashion-mnist:ROOT."""
     crop: str = "center"
     """What to cut from each image before scaling: center (largest square), none (stretch), pixels (128), or celeba
     (the face in CelebA's aligned images)."""
+    max_pixels: Annotated[int, Range(1), FREE] = 64_000_000
+    """Pixels of the largest file that is decoded."""
     max_bad: Annotated[float, Range(0, 100), FREE] = 1.0
     """Percentage of broken files above which a folder is refused; below, they are named and left out."""
     flip: bool = True

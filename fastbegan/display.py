@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from .errors import UserError
+from .files import printable
 
 _PLAIN_SECONDS = 10.0  # between plain lines
 
@@ -57,12 +58,11 @@ class Display:
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
-        # names of files may hold bytes that are not UTF-8
-        self.console.print(message.encode("utf-8", "replace").decode(), markup=False)
+        self.console.print("\n".join(map(printable, message.split("\n"))), markup=False)
 
     def preparing(self, work: str, done: int, total: int) -> None:
-        """Show progress of preparing images: `work` in words, `done` of `total` entries (a `data.prepare.Progress`)."""
-        self._show(work, done / max(total, 1), f"{done:,} of {total:,}", last=done == total)
+        """Show progress of preparing images: `work` in words, `done` of `total` entries, 0 where nobody knows."""
+        self._show(work, done / max(total, 1), f"{done:,} of {total:,}" if total else f"{done:,}", last=done == total)
 
     def trying(self, done: int, total: int) -> None:
         """Show progress of trying kernels that this kind of GPU has not run yet."""

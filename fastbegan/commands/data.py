@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from tyro.conf import Positional
 
-from ..data.decode import Note
+from ..data.decode import MAX_PIXELS, Decoding
 from ..data.pack import DamagedPackError, read_pack
 from ..data.prepare import load_catalogue, make_pack
 from ..display import Display
 from ..errors import UserError
+from ..files import printable
 from ..runs.sheets import save_png
 
 _SHOWN = 8  # rows and columns of a contact sheet
@@ -24,13 +25,15 @@ class DataPack:
     """Decode images once into one file that training maps into memory. An interrupted pack is resumed."""
 
     source: Positional[str]
-    """As --data of train: a folder, a .tar or .tfrecord file, faces:COUNT, cifar10:ROOT, fashion-mnist:ROOT."""
+    """As --data of train: a folder, an archive, faces:COUNT, cifar10:ROOT, fashion-mnist:ROOT."""
     out: Positional[Path]
-    """The file to write, NAME.pack; NAME.rejected.txt beside it lists files broken, left out or converted."""
+    """The file to write, NAME.pack; NAME.rejected.txt beside it lists files broken, left out, converted or enlarged."""
     size: int = 64
     """Height and width of the packed images: the nets' size, plus 2 * J where train gets --jitter J."""
     crop: str = "center"
     """center (largest square), none (stretch), pixels (128), or celeba (the face in CelebA's aligned images)."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels of the largest file that is decoded."""
     max_bad: float = 1.0
     """Percentage of broken files above which nothing is packed."""
     workers: int | None = None
@@ -42,11 +45,15 @@ class DataPack:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """Decode every image of a source and name the broken ones; exit code 1 if there are any."""
+    """Decode every image of a source and name the broken ones; exit code 1 if there are any, or no good one."""
 
     source: Positional[str]
-    """A folder, a .tar or .tfrecord file."""
+    """A folder or an archive."""
+    size: int = 64
+    """Height and width of the images that they are to become: smaller ones are counted."""
     crop: str = "center"
+    """As for pack."""
+    max_pixels: int = MAX_PIXELS
     """As for pack."""
     workers: int | None = None
     """Processes that decode. Default: one per core."""
@@ -70,44 +77,55 @@ class DataInfo:
 
 def pack(options: DataPack) -> int:
     """Write a pack; returns the exit code. Raises UserError for bad options and bad data."""
-    if options.size < 1:
-        raise UserError(f"size is {options.size}; accepted: whole numbers from 1")
-    _check_workers(options.workers)
+    _check(options)
     if not 0 <= options.max_bad <= 100:
         raise UserError(f"max_bad is {options.max_bad}; accepted: 0 to 100")
     if options.out.suffix != ".pack":
         raise UserError(f"out is {options.out}; accepted: a name that ends with .pack")
     with Display() as display:
-        size, crop, limit = options.size, options.crop, options.max_bad
         images = make_pack(
-            options.source, options.out, size, crop, display.preparing, max_bad=limit, workers=options.workers
+            options.source,
+            options.out,
+            options.size,
+            Decoding(options.crop, options.max_pixels),
+            display.preparing,
+            max_bad=options.max_bad,
+            workers=options.workers,
         )
-        display.say(images.description)
+        display.say("\n  ".join((images.description, *images.remarks)))
         display.say(f"  train on it: fastbegan train --size {options.size} --data {options.out}")
         rejected = options.out.with_suffix(".rejected.txt")
         if rejected.exists() and rejected.stat().st_size:
-            display.say(f"  rejected, left out and converted: {rejected}")
+            display.say(f"  all of them by name: {rejected}")
     return 0
 
 
 def check(options: DataCheck) -> int:
-    """Decode all files of a source and print the broken ones; returns 1 if there are any. Raises UserError."""
-    _check_workers(options.workers)
+    """Decode all files of a source and print the broken ones; returns 1 if there are any, or no good one.
+
+    Raises UserError.
+    """
+    _check(options)
     with Display() as display:
         catalogue = load_catalogue(
-            options.source, options.crop, display.preparing, max_bad=100.0, workers=options.workers, again=True
+            options.source,
+            options.size,
+            Decoding(options.crop, options.max_pixels),
+            display.preparing,
+            max_bad=100.0,
+            workers=options.workers,
+            again=True,
         )
         for name, reason in catalogue.broken:
-            display.say(f"broken  {name}: {reason}")
-        converted = int((catalogue.seen[:, 2] & Note.CONVERTED).astype(bool).sum())
-        counts = f"{len(catalogue.broken):,} broken, {converted:,} with colours or rotation converted"
-        display.say(f"{catalogue.description}; {counts}")
-    return 1 if catalogue.broken else 0
+            display.say(printable(f"broken  {name}: {reason}"))
+        display.say("\n  ".join((f"{catalogue.description}, {len(catalogue.broken):,} broken", *catalogue.remarks)))
+    return 1 if catalogue.broken or not len(catalogue.seen) else 0
 
 
-def _check_workers(workers: int | None) -> None:
-    if workers is not None and workers < 1:
-        raise UserError(f"workers is {workers}; accepted: whole numbers from 1")
+def _check(options: DataPack | DataCheck) -> None:
+    for name, value in (("size", options.size), ("workers", options.workers)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; accepted: whole numbers from 1")
 
 
 def info(options: DataInfo) -> int:

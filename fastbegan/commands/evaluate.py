@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from ..counter import chosen
+from ..data.decode import Decoding
 from ..data.prepare import Progress, load_images
 from ..data.scale import scale
 from ..device import pick_device
@@ -22,6 +23,7 @@ from ..errors import UserError
 from ..evaluation.extractors import open_extractor
 from ..evaluation.scores import LEAST, SCATTERED, Yardstick, names
 from ..fields import require_seed
+from ..files import printable
 from ..runs import sheets
 from ..runs.folder import RunConfig, RunFolder
 
@@ -54,6 +56,8 @@ class Evaluate:
     """Height and width to which both sides are scaled. Default: the run's, else 64."""
     crop: str | None = None
     """As for train. Default: the run's, else center."""
+    max_pixels: int | None = None
+    """As for train. Default: the run's, else 64,000,000."""
     extractor: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
     """The net whose features are compared. inception gives the usual FID and needs --inception."""
     inception: Path | None = None
@@ -75,7 +79,7 @@ class _Selection:
 
     count: int
     size: int
-    crop: str
+    decoding: Decoding
     seed: int
 
 
@@ -93,6 +97,8 @@ class _Side:
     """Checksum of the set that they come from; None for drawn images."""
     total: int = 0
     """Images of that set."""
+    remarks: tuple[str, ...] = ()
+    """Lines about what was left out, converted or enlarged."""
 
 
 def evaluate(options: Evaluate) -> int:
@@ -110,11 +116,14 @@ def evaluate(options: Evaluate) -> int:
         )
     device, _ = pick_device(options.device)
     extractor = open_extractor(options.extractor, options.inception, device)
-    size, crop, jitter = options.size, options.crop or "center", 0
+    size, decoding, jitter = options.size, Decoding(options.crop or "center"), 0
     if config is not None:
-        size, crop = config.model.size if size is None else size, options.crop or config.train.crop
+        size = config.model.size if size is None else size
+        decoding = Decoding(options.crop or config.train.crop, config.train.max_pixels)
         jitter = config.train.jitter if size == config.model.size else 0
-    selection = _Selection(options.count, 64 if size is None else size, crop, options.seed)
+    if options.max_pixels is not None:
+        decoding = replace(decoding, max_pixels=options.max_pixels)
+    selection = _Selection(options.count, 64 if size is None else size, decoding, options.seed)
     with Display(quiet=options.json) as display:
         max_bad = config.train.max_bad if config else 1.0
         data_set = _load(against, selection, display.preparing, jitter=jitter, max_bad=max_bad)
@@ -129,6 +138,11 @@ def evaluate(options: Evaluate) -> int:
         "size": f"{selection.size} px; images: {side.scaled}; data set: {data_set.scaled}",
         "extractor": f"{extractor.weights}; it scales what it sees itself: {extractor.resize}",
         "diversity": f"mean L1 distance between images in [-1, 1], {SCATTERED} of a side at most",
+    }
+    facts |= {
+        f"  {name}": "; ".join(images.remarks)
+        for name, images in (("images", side), ("against", data_set))
+        if images.remarks
     }
     cautions = _warnings(side, data_set)
     if options.json:
@@ -164,7 +178,7 @@ def _load(
 ) -> _Side:
     """The chosen images of `data`, or all of them. With `jitter`, the middle of what training shifts."""
     size, count, stored = selection.size, selection.count, selection.size + 2 * jitter
-    image_set = load_images(data, stored, selection.crop, progress, max_bad=max_bad)
+    image_set = load_images(data, stored, selection.decoding, progress, max_bad=max_bad)
     if (total := len(image_set.images)) < LEAST:
         raise UserError(f"data {data!r} has only {total} images; accepted here: from {LEAST}")
     # `from_end` takes other images than the side that does not, where both sides are the same set
@@ -176,9 +190,9 @@ def _load(
     elif Path(data).suffix == ".pack":
         scaled = f"as packed, at {stored} px ({_FILTER})"
     else:
-        scaled = f"{_FILTER}, crop {selection.crop}, as for packs" + (f", at {stored} px" if jitter else "")
+        scaled = f"{_FILTER}, crop {selection.decoding.crop}, as for packs" + (f", at {stored} px" if jitter else "")
     scaled += ", the middle of it" if jitter else ""
-    return _Side(pixels, f"{number} of: {image_set.description}", scaled, image_set.crc32, total)
+    return _Side(pixels, f"{number} of: {image_set.description}", scaled, image_set.crc32, total, image_set.remarks)
 
 
 def _warnings(side: _Side, data_set: _Side) -> list[str]:
@@ -209,4 +223,4 @@ def _show(figures: dict[str, Any], facts: dict[str, str], cautions: list[str]) -
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     for name, line in (*facts.items(), *(("warning", line) for line in cautions)):
-        console.print(f"{name:<11}{line}".encode("utf-8", "replace").decode(), markup=False)
+        console.print(printable(f"{name:<11}{line}"), markup=False)

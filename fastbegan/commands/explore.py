@@ -19,6 +19,7 @@ from tyro.conf import Positional
 
 from ..config import ModelConfig
 from ..data.choose import same_images
+from ..data.decode import Decoding
 from ..data.prepare import load_images
 from ..data.source import without_folders
 from ..device import pick_device
@@ -271,7 +272,14 @@ def _nearest(
     stored, source = config.model.size + 2 * train.jitter, train.data if data is None else data
     progress = display.preparing
     try:
-        image_set = load_images(source, stored, train.crop, progress, max_bad=train.max_bad, workers=train.workers)
+        image_set = load_images(
+            source,
+            stored,
+            Decoding(train.crop, train.max_pixels),
+            progress,
+            max_bad=train.max_bad,
+            workers=train.workers,
+        )
     except (UserError, OSError) as error:
         if data is not None:
             raise

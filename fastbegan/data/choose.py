@@ -10,6 +10,7 @@ from ..config import TrainConfig
 from ..device import available_memory
 from ..errors import UserError
 from . import dali_loader
+from .decode import Decoding
 from .files_loader import TorchLoader
 from .loader import Batching, Loader, PackedLoader, ResidentLoader
 from .prepare import ImageSet, NoRoomError, Progress, load_catalogue, load_images, require_enough
@@ -21,7 +22,7 @@ _FROM_FILES = {"torch": TorchLoader, "dali": dali_loader.DaliLoader}
 
 def open_loader(
     train: TrainConfig, size: int, device: torch.device, progress: Progress, *, rank: int = 0, world: int = 1
-) -> tuple[Loader, str, dict[str, object]]:
+) -> tuple[Loader, tuple[str, ...], dict[str, object]]:
     """Open the loader of a run; images are packed first unless `train.loader` reads files.
 
     Args:
@@ -33,8 +34,9 @@ def open_loader(
         world: Number of ranks.
 
     Returns:
-        The loader; a line about the images and the reason for this loader; and the identity of the images, for
-        `same_images`: their count, the CRC-32 of the packed pixels, the digest of the files. A fact not known is None.
+        The loader; lines about the images, of which the first gives the reason for this loader; and the identity of the
+        images, for `same_images`: their count, the CRC-32 of the packed pixels, the digest of the files. A fact
+        not known is None.
 
     Raises:
         UserError: The data are bad, or this machine cannot run the loader.
@@ -42,31 +44,36 @@ def open_loader(
     if train.batch_size % world:
         raise UserError(f"batch_size is {train.batch_size}; accepted on {world} ranks: multiples of {world}")
     batching = Batching(train.batch_size // world, size, train.seed, train.flip, train.jitter, rank, world, device)
+    decoding = Decoding(train.crop, train.max_pixels)
     kind, reason = train.loader, "asked for"
     if kind not in _FROM_FILES:
         try:
             images = load_images(
                 train.data,
                 batching.stored,
-                train.crop,
+                decoding,
                 progress,
                 minimum=train.batch_size,
                 max_bad=train.max_bad,
                 workers=train.workers,
             )
         except NoRoomError as error:
-            if kind != "auto" or not isinstance(find_source(train.data), Files):
+            source = find_source(train.data)
+            if kind != "auto" or not isinstance(source, Files) or source.stream is not None:
                 raise
             kind, reason = "dali" if dali_loader.INSTALLED else "torch", f"no room to pack them: {error}"
         else:
             loader, line = _from_pack(images, batching, kind)
             identity = {"count": loader.count, "crc32": images.crc32, "files": images.contents}
-            return loader, f"{images.description}; {line}", identity
-    catalogue = load_catalogue(train.data, train.crop, progress, max_bad=train.max_bad, workers=train.workers)
-    require_enough(len(catalogue.requests), train.batch_size, train.data)
-    loader = _FROM_FILES[kind](catalogue, batching, train.crop, workers=train.workers, prefetch=train.prefetch)
+            return loader, (f"{images.description}; {line}", *images.remarks), identity
+    catalogue = load_catalogue(
+        train.data, batching.stored, decoding, progress, max_bad=train.max_bad, workers=train.workers
+    )
+    require_enough(len(catalogue.entries), train.batch_size, train.data, catalogue.remarks)
+    loader = _FROM_FILES[kind](catalogue, batching, decoding, workers=train.workers, prefetch=train.prefetch)
     identity = {"count": loader.count, "crc32": None, "files": catalogue.contents}
-    return loader, f"{catalogue.description}; loader {kind}: {reason}", identity
+    line = f"{catalogue.description}; loader {kind}: {reason}"
+    return loader, (line, *catalogue.remarks), identity
 
 
 def same_images(first: Mapping[str, object], second: Mapping[str, object]) -> bool:

@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from .decode import crop_box, decode, read_bytes
+from .decode import Decoding, crop_box, decode, read_bytes
 from .files_loader import NONE_LEFT, NoneLeftError, Pictures, stacked
 from .loader import Batching, StagedLoader
 from .prepare import Catalogue
@@ -40,26 +41,36 @@ class DaliLoader(StagedLoader):
     """
 
     def __init__(
-        self, catalogue: Catalogue, batching: Batching, crop: str, *, workers: int | None = None, prefetch: int = 2
+        self,
+        catalogue: Catalogue,
+        batching: Batching,
+        decoding: Decoding,
+        *,
+        workers: int | None = None,
+        prefetch: int = 2,
     ) -> None:
         """Start no pipeline yet.
 
         Args:
             catalogue: The good files of the source.
             batching: Size, order and device of the batches.
-            crop: `center`, `none`, `celeba`, or a number of pixels.
+            decoding: As of the catalogue.
             workers: Threads of the pipeline that decode; None means 2.
             prefetch: Batches that are decoded ahead.
 
         Raises:
             UserError: The package of DALI is missing.
         """
-        super().__init__(len(catalogue.requests), batching)
+        super().__init__(len(catalogue.entries), batching)
         if not INSTALLED:
             raise UserError(
                 "loader dali needs NVIDIA DALI: pip install 'fastbegan[dali]' (CUDA 12: fastbegan[dali-cu12])"
             )
-        self.pictures, self._shapes, self._crop = Pictures(catalogue, batching.stored, crop), catalogue.seen, crop
+        self.pictures, self._shapes, self._decoding = (
+            Pictures(catalogue, batching.stored, decoding),
+            catalogue.seen,
+            decoding,
+        )
         self._workers, self._prefetch = 2 if workers is None else max(1, workers), prefetch
         self._readers = ThreadPoolExecutor(_READERS)
         self._pipeline: Any = None
@@ -138,17 +149,17 @@ class DaliLoader(StagedLoader):
         """Encoded bytes and crop box of file `number`; a file that went bad gives way to the next good one."""
         for shift in range(self.count):
             place = (number + shift) % self.count
-            path, offset, length = self.pictures.requests[place]
+            entry = self.pictures.entries[place]
             try:
-                data = read_bytes(path, offset, length)
+                data = read_bytes(entry.path, entry.offset, entry.length)
                 width, height, notes = self._shapes[place].tolist()
                 if notes:
                     buffer = io.BytesIO()
-                    Image.fromarray(decode(data, "none").pixels).save(buffer, "BMP")
+                    Image.fromarray(decode(data, replace(self._decoding, crop="none")).pixels).save(buffer, "BMP")
                     data = buffer.getvalue()
-                return np.frombuffer(data, np.uint8), crop_box((width, height), self._crop)
+                return np.frombuffer(data, np.uint8), crop_box((width, height), self._decoding.crop)
             except Exception as error:
                 warnings.warn(
-                    f"{path} was good and is not any more ({error}); the next one takes its place", stacklevel=2
+                    f"{entry.name} was good and is not any more ({error}); the next one takes its place", stacklevel=2
                 )
         raise NoneLeftError(NONE_LEFT)

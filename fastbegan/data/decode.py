@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..errors import UserError
+
 try:
     import simplejpeg
 except ImportError:  # no wheel for this platform: PIL decodes JPEG too, more slowly
     simplejpeg = None
 
+CROPS = ("center", "none", "celeba")
 VERSION = 2  # to be raised whenever the same file gives other pixels
 MAX_PIXELS = 64_000_000  # a header that declares more is refused before decoding
 MAX_BYTES = 256 << 20  # of a file
@@ -30,6 +33,22 @@ _ALPHA = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
 _PLAIN = frozenset(("L", "RGB"))
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What to make of picture files: the part that is kept, and the largest that is decoded."""
+
+    crop: str = "center"
+    """`center` (largest square), `none` (stretched), `celeba`, or a number of pixels."""
+    max_pixels: int = MAX_PIXELS
+    """A header that declares more is refused before decoding."""
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS and not (self.crop.isdecimal() and int(self.crop) > 0):
+            raise UserError(f"crop is {self.crop!r}; accepted: {', '.join(CROPS)}, or a number of pixels")
+        if self.max_pixels < 1:
+            raise UserError(f"max_pixels is {self.max_pixels}; accepted: whole numbers from 1")
+
+
 class RejectedImageError(Exception):
     """The file cannot be decoded; the message is the reason."""
 
@@ -39,6 +58,9 @@ class Note(enum.IntFlag):
 
     CONVERTED = 1
     """Rotated, or brought to 8-bit RGB from another mode."""
+    PROFILE = 2
+    PROFILE_IGNORED = 4
+    FEW_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -81,8 +103,8 @@ def read_bytes(path: Path | str, offset: int = 0, length: int | None = None) -> 
         raise RejectedImageError(f"cannot be opened ({error.strerror})") from None
 
 
-def decode(data: bytes, crop: str) -> Picture:
-    """Decode one encoded picture and crop it (`center`, `none`, `celeba`, or a number of pixels).
+def decode(data: bytes, decoding: Decoding) -> Picture:
+    """Decode one encoded picture and crop it.
 
     All files follow one colour rule: rotate by EXIF, scale 16 bits to 8, lay transparency over white, convert to RGB.
     Raises RejectedImageError.
@@ -90,7 +112,7 @@ def decode(data: bytes, crop: str) -> Picture:
     try:
         pixels, notes = _upright(data)
         height, width = pixels.shape[:2]
-        left, top, right, bottom = crop_box((width, height), crop)
+        left, top, right, bottom = crop_box((width, height), decoding.crop)
         return Picture(height, width, notes, pixels[top:bottom, left:right])
     except RejectedImageError:
         raise
@@ -155,3 +177,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white.paste(image, mask=image.getchannel("A"))
         return white
     return image.convert("RGB")
+
+
+SUFFIXES = frozenset(
+    ".apng .avif .avifs .bmp .dib .gif .j2k .jfif .jp2 .jpc .jpe .jpeg .jpg .jpx .pbm .pgm .png .pnm .ppm .qoi .tga "
+    ".tif .tiff .webp".split()
+)
+
+
+def is_picture(head: bytes) -> bool:
+    return head.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*", b"MM", b"P6")) or head[8:12] == b"WEBP"

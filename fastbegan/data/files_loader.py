@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from .decode import RejectedImageError, decode, read_bytes
+from .decode import Decoding, RejectedImageError, decode, read_bytes
 from .loader import Batching, StagedLoader
 from .order import Order
 from .prepare import Catalogue
@@ -30,22 +30,23 @@ class NoneLeftError(UserError):
 class Pictures(Dataset[np.ndarray]):
     """Maps an image number to uint8 [size, size, 3], decoded on access."""
 
-    def __init__(self, catalogue: Catalogue, size: int, crop: str) -> None:
-        """`size` is the height and width of the result; `crop` is `center`, `none`, `celeba` or a number of pixels."""
-        self.requests, self.size, self.crop = catalogue.requests, size, crop
+    def __init__(self, catalogue: Catalogue, size: int, decoding: Decoding) -> None:
+        """`size` is the height and width of the result."""
+        self.entries, self.size, self.decoding = catalogue.entries, size, decoding
 
     def __len__(self) -> int:
-        return len(self.requests)
+        return len(self.entries)
 
     def __getitem__(self, number: int) -> np.ndarray:
         """Decode file `number`; one damaged or removed since it was listed gives way to the next, with a warning."""
         for shift in range(len(self)):
-            path, offset, length = self.requests[(number + shift) % len(self)]
+            entry = self.entries[(number + shift) % len(self)]
             try:
-                return scale([decode(read_bytes(path, offset, length), self.crop).pixels], self.size)[0]
+                data = read_bytes(entry.path, entry.offset, entry.length)
+                return scale([decode(data, self.decoding).pixels], self.size)[0]
             except RejectedImageError as error:
                 warnings.warn(
-                    f"{path} was good and is not any more ({error}); the next one takes its place", stacklevel=2
+                    f"{entry.name} was good and is not any more ({error}); the next one takes its place", stacklevel=2
                 )
         raise NoneLeftError(NONE_LEFT)
 
@@ -80,19 +81,25 @@ class TorchLoader(StagedLoader):
     """Batches that torch's DataLoader decodes, with the same pixels as a pack; works on every platform."""
 
     def __init__(
-        self, catalogue: Catalogue, batching: Batching, crop: str, *, workers: int | None = None, prefetch: int = 2
+        self,
+        catalogue: Catalogue,
+        batching: Batching,
+        decoding: Decoding,
+        *,
+        workers: int | None = None,
+        prefetch: int = 2,
     ) -> None:
         """Start no process yet.
 
         Args:
             catalogue: The good files of the source.
             batching: Size, order and device of the batches.
-            crop: `center`, `none`, `celeba`, or a number of pixels.
+            decoding: As of the catalogue.
             workers: Processes that decode; None means 2, 0 decodes in this process.
             prefetch: Batches that each process decodes ahead.
         """
-        super().__init__(len(catalogue.requests), batching)
-        self.pictures = Pictures(catalogue, batching.stored, crop)
+        super().__init__(len(catalogue.entries), batching)
+        self.pictures = Pictures(catalogue, batching.stored, decoding)
         self._workers, self._prefetch = 2 if workers is None else workers, prefetch
         self._batches: Iterator[Tensor] | None = None
         self._next = 0

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
+from .decode import SUFFIXES, RejectedImageError, is_picture, read_bytes
 
-SUFFIXES = frozenset((".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
-CROPS = ("center", "none", "celeba")
+HEAD = 32  # bytes that tell a picture
+# what stands beside pictures by the million is not opened to look whether it is one
+_NEVER = frozenset(
+    ".cls .csv .gz .html .json .jsonl .lock .log .md .mdb .npy .npz .parquet .pickle .pkl .pt .py .tar .tfrecord .tsv "
+    ".txt .xml .yaml .yml .zip".split()
+)
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+HIDDEN, ARCHIVES = "hidden", "archives that were not opened"
 
 
 class ImageFile(NamedTuple):
@@ -23,6 +31,16 @@ class ImageFile(NamedTuple):
     """Bytes."""
     time: int
     """Last change, in nanoseconds."""
+    reason: str = ""
+    """The reason why it cannot be read, where that is known."""
+
+
+class LeftOut(NamedTuple):
+    """Something in a source that is not taken, and is not broken."""
+
+    name: str
+    kind: str
+    """The words that follow a count: `.txt`, `links in a tar`."""
 
 
 @dataclass
@@ -31,17 +49,23 @@ class Listing:
 
     images: list[ImageFile] = field(default_factory=list)
     """Sorted by path."""
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    """Image files that cannot be read: path and reason, sorted."""
-    others: list[str] = field(default_factory=list)
-    """Files whose suffix is not that of an image."""
+    others: list[ImageFile] = field(default_factory=list)
+    """Files that are no images, sorted by path."""
+    hidden: list[LeftOut] = field(default_factory=list)
+    """Hidden files and folders; nobody looked into these."""
+
+    def left_out(self, folder: Path) -> list[LeftOut]:
+        """Everything but the images, with whole paths."""
+        kinds = [LeftOut(file.path, kind_of(file.path)) for file in self.others]
+        return [LeftOut(f"{folder}{os.sep}{name}", kind) for name, kind in (*kinds, *self.hidden)]
 
 
 def list_images(folder: Path) -> Listing:
     """List all image files under `folder` and its subfolders; skip hidden files and folders.
 
-    Links are followed. Each file and folder counts once, by device and inode, so loops of links end. Raises UserError
-    where `folder` is not a readable folder.
+    A file is an image by its suffix, or by its first bytes where the suffix says nothing. Links are followed. Each file
+    and folder counts once, by device and inode, so loops of links end. Raises UserError where `folder` is not a
+    readable folder.
     """
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
@@ -56,16 +80,15 @@ def list_images(folder: Path) -> Listing:
         except OSError as error:
             raise UserError(f"data folder {folder / current} cannot be read ({error.strerror})") from None
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
             relative = os.path.join(current, entry.name)  # noqa: PTH118
+            if entry.name.startswith("."):
+                listing.hidden.append(LeftOut(relative, HIDDEN))
+                continue
             try:
                 status = entry.stat()
             except OSError as error:
-                if _is_image(entry.name):
-                    listing.rejected.append((relative, f"cannot be opened ({error.strerror})"))
-                else:
-                    listing.others.append(relative)
+                file = ImageFile(relative, 0, 0, f"cannot be opened ({error.strerror})")
+                (listing.images if suffix_of(entry.name) in SUFFIXES else listing.others).append(file)
                 continue
             if (identity := (status.st_dev, status.st_ino)) in visited:
                 continue
@@ -73,22 +96,43 @@ def list_images(folder: Path) -> Listing:
                 visited.add(identity)
             if stat.S_ISDIR(status.st_mode):
                 waiting.append(relative)
-            elif not _is_image(entry.name):
-                listing.others.append(relative)
-            elif not stat.S_ISREG(status.st_mode):
-                listing.rejected.append((relative, "not a regular file"))  # opening a FIFO would block
-            else:
-                listing.images.append(ImageFile(relative, status.st_size, status.st_mtime_ns))
+                continue
+            # opening a FIFO would block
+            reason = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
+            file = ImageFile(relative, status.st_size, status.st_mtime_ns, reason)
+            (listing.images if _is_image(folder, file) else listing.others).append(file)
     listing.images.sort()
-    listing.rejected.sort()
+    listing.others.sort()
     return listing
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122
+def _is_image(folder: Path, file: ImageFile) -> bool:
+    def head() -> bytes:
+        try:
+            return b"" if file.reason else read_bytes(folder / file.path, 0, HEAD)
+        except RejectedImageError:
+            return b""
+
+    return is_image(file.path, head)
 
 
-def check_crop(crop: str) -> None:
-    """Raises UserError unless `crop` is `center`, `none`, `celeba` or a number of pixels."""
-    if crop not in CROPS and not (crop.isdecimal() and int(crop) > 0):
-        raise UserError(f"crop is {crop!r}; accepted: {', '.join(CROPS)}, or a number of pixels")
+def is_image(name: str, head: Callable[[], bytes]) -> bool:
+    """Whether a file is an image: by its suffix, or by its first bytes, which `head` reads, where that says nothing."""
+    suffix = suffix_of(name)
+    return suffix in SUFFIXES or (suffix not in _NEVER and is_picture(head()))
+
+
+def suffix_of(name: str) -> str:
+    """The suffix of a file's name, with its dot and in lower case."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
+def kind_of(name: str) -> str:
+    """The kind under which a file that is no image is counted."""
+    return ARCHIVES if is_archive(name) else suffix_of(name) or "without a suffix"
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file of this name may hold pictures."""
+    name = name.lower()
+    return name.endswith((*TARS, ".zip", ".parquet")) or ".tfrecord" in name  # NAME.tfrecord-00000-of-00010

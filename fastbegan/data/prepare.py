@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,19 +16,20 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..files import atomic, locked, make_folder
-from .decode import Note
-from .folder import check_crop
+from ..files import atomic, locked, make_folder, printable
+from . import report
+from .decode import Decoding
 from .pack import OFFSET, DamagedPackError, Line, PackHeader, Part, leftovers, read_journal, read_pack, write_pack
 from .source import Files, Source, find_source
-from .workers import Request
+from .workers import Entry
 
 _STALE_SECONDS = 86_400  # after that long, leftovers of a killed process are removed
-_BROKEN, _CONVERTED = "\tbroken: ", "\tconverted"  # follow a file's name in rejected.txt
 _NAMED = 3  # broken files that a message names
+_LOOKED_AT = 256  # images of a pack
+_BLACK, _PLAIN = 16, 8  # grey levels below which an image is nearly black, and nearly of one colour
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of the work, the number of entries done, and their total."""
+"""Called with the name of the work, the number of entries done, and their total, 0 where nobody knows it."""
 
 
 _Accept = Callable[[Iterator[Part], list[tuple[str, str]], str], Iterator[Part]]
@@ -49,6 +50,8 @@ class ImageSet:
     """Checksum of all pixels."""
     description: str
     """One line about it."""
+    remarks: tuple[str, ...] = ()
+    """Lines about what was left out, converted or enlarged."""
     contents: str | None = None
     """Digest of the files' names and lengths; None where the source has no files."""
 
@@ -57,11 +60,14 @@ class ImageSet:
 class Catalogue:
     """The files of a source that can be decoded, in the order of a pack."""
 
-    requests: list[Request]
+    entries: list[Entry]
+    """None of a source without random access."""
     seen: np.ndarray
     """int64 [count, 3]: width, height and `decode.Note`."""
     broken: list[tuple[str, str]]
     """Name and reason of every other file."""
+    remarks: tuple[str, ...]
+    """Lines about what was left out, converted or enlarged."""
     description: str
     contents: str
     """Digest of the files' names and lengths."""
@@ -77,7 +83,7 @@ def cache_folder() -> Path:
 def load_images(
     data: str,
     size: int,
-    crop: str,
+    decoding: Decoding,
     progress: Progress,
     *,
     minimum: int = 1,
@@ -89,7 +95,7 @@ def load_images(
     Args:
         data: The source, as `source.find_source` takes it, or a pack.
         size: Height and width of the packed images, in pixels.
-        crop: `center`, `none`, `celeba`, or a number of pixels.
+        decoding: The part that is kept, and the largest that is decoded.
         progress: Called while images are packed.
         minimum: Images that the caller needs.
         max_bad: Percentage of broken files up to which they are left out.
@@ -98,16 +104,15 @@ def load_images(
     Raises:
         UserError: The source is missing, has too few images or too many broken files, or does not fit on the disk.
     """
-    check_crop(crop)
     if Path(data).suffix == ".pack" and Path(data).is_file():
         image_set = _open_pack(Path(data), size)
     else:
         source = find_source(data)
-        require_enough(source.total, minimum, data)
-        key = hashlib.sha256(f"{source.made_from(crop)} {size}".encode()).hexdigest()[:20]
+        _require_entries(source, minimum, data)
+        key = hashlib.sha256(f"{source.made_from(decoding)} {size}".encode()).hexdigest()[:20]
         path = cache_folder() / f"{key}.pack"
-        image_set = make_pack(data, path, size, crop, progress, source=source, max_bad=max_bad, workers=workers)
-    require_enough(len(image_set.images), minimum, data)
+        image_set = make_pack(data, path, size, decoding, progress, source=source, max_bad=max_bad, workers=workers)
+    require_enough(len(image_set.images), minimum, data, image_set.remarks)
     return image_set
 
 
@@ -115,7 +120,7 @@ def make_pack(
     data: str,
     path: Path,
     size: int,
-    crop: str,
+    decoding: Decoding,
     progress: Progress,
     *,
     source: Source | None = None,
@@ -128,7 +133,7 @@ def make_pack(
         data: The source, as `source.find_source` takes it.
         path: The file, NAME.pack.
         size: Height and width of the packed images, in pixels.
-        crop: `center`, `none`, `celeba`, or a number of pixels.
+        decoding: The part that is kept, and the largest that is decoded.
         progress: Called while images are packed.
         source: The source of `data`, where the caller has opened it.
         max_bad: Percentage of broken files up to which they are left out.
@@ -138,10 +143,9 @@ def make_pack(
         UserError: The source is bad, has too many broken files, does not fit on the disk, or `path` holds another
             source's images.
     """
-    check_crop(crop)
     source = find_source(data) if source is None else source
-    require_enough(source.total, 1, data)
-    made_from, report = source.made_from(crop), path.with_suffix(".rejected.txt")
+    _require_entries(source, 1, data)
+    made_from = source.made_from(decoding)
 
     def existing() -> ImageSet | None:
         if not path.exists():
@@ -158,27 +162,29 @@ def make_pack(
         if (header.made_from, header.size) != (made_from, size):
             warnings.warn(f"{path} was made of other files, another crop or size; packing again", stacklevel=3)
             return None
-        return _image_set(images, header, report)
+        return _image_set(images, header, path)
 
     if (image_set := existing()) is None:
         make_folder(path.parent)
-        with locked(path, lambda: progress("waiting for another process that packs it", 0, source.total)):
+        with locked(path, lambda: progress("waiting for another process that packs it", 0, source.total or 0)):
             if (image_set := existing()) is None:  # else the process that held the lock has made it
                 _remove_stale(path)
-                _require_room(path, source.total, size)
+                _require_room(path, source.total or 0, size)
                 # rejected.txt has to be there before the pack appears
-                finish = partial(_finish_files, data, source, crop) if isinstance(source, Files) else _finish
+                files = isinstance(source, Files)
+                finish = partial(_finish_files, data, source, decoding, size) if files else _finish
                 accept = partial(_few_broken, source, progress, max_bad)
-                _write(source, path, size, crop, workers, accept, partial(finish, path))
+                _write(source, path, size, decoding, workers, accept, partial(finish, path))
                 images, header = read_pack(path, check_below=0)  # the checksum was computed while writing
-                image_set = _image_set(images, header, report, ", packed now")
-    _check_report(report, source.total, max_bad)
+                image_set = _image_set(images, header, path, ", packed now")
+    _check_report(path, len(image_set.images), max_bad)
     return replace(image_set, contents=source.contents) if isinstance(source, Files) else image_set
 
 
 def load_catalogue(
     data: str,
-    crop: str,
+    size: int,
+    decoding: Decoding,
     progress: Progress,
     *,
     max_bad: float = 1.0,
@@ -189,36 +195,45 @@ def load_catalogue(
 
     Args:
         data: The source, as `source.find_source` takes it.
-        crop: `center`, `none`, `celeba`, or a number of pixels.
+        size: Height and width of the images that they are to become, in pixels.
+        decoding: The part that is kept, and the largest that is decoded.
         progress: Called while files are checked.
         max_bad: Percentage of broken files up to which they are left out.
         workers: Processes that decode; None means one per core.
-        again: Decode all files now, whatever the cache holds.
+        again: Decode all files now, whatever the cache holds; then a source needs no random access.
 
     Raises:
-        UserError: The source is missing, is not made of files, or has too many broken ones.
+        UserError: The source is missing, is not made of files, cannot be read at random, or has too many broken files.
     """
-    check_crop(crop)
     source = find_source(data)
     if not isinstance(source, Files):
-        raise UserError(f"data {data!r} is not made of picture files; accepted here: folders, .tar and .tfrecord files")
-    made_from = source.made_from(crop)
+        raise UserError(f"data {data!r} is not made of picture files; accepted here: folders and archives")
+    if source.stream is not None and not again:
+        raise UserError(
+            f"data {source.stream} can only be read from front to back; loaders torch and dali accept folders, .tar, "
+            ".tfrecord and uncompressed .zip files; take loader packed"
+        )
+    made_from = source.made_from(decoding)
     path = _catalogue_path(made_from)
     make_folder(path.parent)
-    with locked(path, lambda: progress("waiting for another process that checks it", 0, source.total)):
+    with locked(path, lambda: progress("waiting for another process that checks it", 0, source.total or 0)):
         lines = [] if again else read_journal(path, made_from)
-        if not lines or lines[-1].done < source.total:
+        if not lines or lines[-1].done < (source.total or 0):
             lines = []
-            parts = source.parts(0, 8, crop, workers)  # 8 px: only whether they decode matters
+            parts = source.parts(0, 8, decoding, workers)  # 8 px: only whether they decode matters
             for part in _few_broken(source, progress, max_bad, parts, [], "checking images"):
                 lines.append(Line(part.done, 0, 0, part.files, part.broken))
             _write_catalogue(path, made_from, lines)
     files = [file for line in lines for file in line.files]
-    broken = _all_broken(source, lines)
-    _require_few_broken(broken, source.total, source.total, max_bad)
+    broken = [entry for line in lines for entry in line.broken]
+    total = len(files) + len(broken)
+    _require_few_broken(broken, total, total, max_bad)
     seen = np.array([file[1:] for file in files], dtype=np.int64).reshape(-1, 3)
-    description = f"{source.description}, {len(files):,} of {source.total:,} good"
-    return Catalogue([source.requests[entry] for entry, *_ in files], seen, broken, description, source.contents)
+    description = f"{source.description}, {len(files):,} of {total:,} good"
+    entries = source.entries if source.stream is None else []
+    remarks = report.remarks(report.rows(source, lines, decoding, size))
+    good = [entries[entry] for entry, *_ in files] if entries else []
+    return Catalogue(good, seen, broken, remarks, description, source.contents)
 
 
 def _catalogue_path(made_from: str) -> Path:
@@ -232,10 +247,6 @@ def _write_catalogue(path: Path, made_from: str, lines: list[Line]) -> None:
             file.write((json.dumps(value) + "\n").encode())
 
 
-def _all_broken(source: Files, lines: list[Line]) -> list[tuple[str, str]]:
-    return [*source.rejected, *(entry for line in lines for entry in line.broken)]
-
-
 def _open_pack(path: Path, size: int) -> ImageSet:
     """A pack that the user names as data."""
     try:
@@ -244,21 +255,45 @@ def _open_pack(path: Path, size: int) -> ImageSet:
         raise UserError(f"{error}; make it again with: fastbegan data pack") from None
     if header.size != size:
         raise UserError(f"{path} holds images of {header.size} px; {size} are wanted: pack them with --size {size}")
-    return _image_set(images, header, path.with_suffix(".rejected.txt"))
+    return _image_set(images, header, path)
 
 
-def _image_set(images: np.ndarray, header: PackHeader, report: Path, more: str = "") -> ImageSet:
-    lines = _read_report(report)
-    converted = sum(line.endswith(_CONVERTED) for line in lines)
-    more = (f", {converted:,} of them converted" if converted else "") + more
-    return ImageSet(images, header.crc32, f"{header.source}, {header.count:,} at {header.size} px{more}")
+def _image_set(images: np.ndarray, header: PackHeader, path: Path, more: str = "") -> ImageSet:
+    remarks = (*report.remarks(report.read(_report_file(path))), *_faint(images))
+    return ImageSet(images, header.crc32, f"{header.source}, {header.count:,} at {header.size} px{more}", remarks)
 
 
-def require_enough(count: int, minimum: int, data: str) -> None:
-    """Raises UserError where there are fewer images than a batch needs."""
+def _report_file(pack: Path) -> Path:
+    return pack.with_suffix(".rejected.txt")
+
+
+def _faint(images: np.ndarray) -> list[str]:
+    """A line where more than half of a pack is nearly black, or of one colour."""
+    chosen = np.linspace(0, len(images) - 1, min(len(images), _LOOKED_AT)).astype(np.int64)
+    looked = images[chosen].reshape(len(chosen), -1, 3) if len(chosen) else np.empty((0, 1, 3), np.uint8)
+    brightest, darkest = looked.max((1, 2), initial=0), looked.min(1)
+    black = brightest < _BLACK
+    plain = (looked.max(1) - darkest < _PLAIN).all(1) & ~black
+    counts = {"nearly black": int(black.sum()), "nearly of one colour": int(plain.sum())}
+    return [
+        f"{words}: {count} of {len(chosen)} images that were looked at"
+        for words, count in counts.items()
+        if count > len(chosen) / 2
+    ]
+
+
+def _require_entries(source: Source, minimum: int, data: str) -> None:
+    """Raises UserError where a source is known to have too few entries before any is decoded."""
+    if source.total is not None:
+        left_out = source.left_out if isinstance(source, Files) else []
+        require_enough(source.total, minimum, data, report.remarks(map(report.left_out, left_out)))
+
+
+def require_enough(count: int, minimum: int, data: str, remarks: Sequence[str] = ()) -> None:
+    """Raises UserError, which repeats the remarks, where there are fewer images than a batch needs."""
     if count < minimum:
         images = "no images" if count == 0 else f"only {count} images"
-        raise UserError(f"data {data!r} has {images}; a batch needs {minimum}")
+        raise UserError("; ".join((f"data {data!r} has {images}; a batch needs {minimum}", *remarks)))
 
 
 def _require_room(path: Path, total: int, size: int) -> None:
@@ -272,19 +307,22 @@ def _require_room(path: Path, total: int, size: int) -> None:
         )
 
 
-def _finish_files(data: str, source: Files, crop: str, path: Path, lines: list[Line]) -> None:
+def _finish_files(data: str, source: Files, decoding: Decoding, size: int, path: Path, lines: list[Line]) -> None:
     """Before a pack of files appears: check that they have not changed, and write report and catalogue."""
-    made_from = source.made_from(crop)
-    if find_source(data).made_from(crop) != made_from:
+    made_from = source.made_from(decoding)
+    rows = list(report.rows(source, lines, decoding, size))
+    if not any(line.files for line in lines):
+        require_enough(0, 1, data, report.remarks(rows))
+    if find_source(data).made_from(decoding) != made_from:
         for leftover in leftovers(path):
             leftover.unlink(missing_ok=True)
         raise UserError(f"{source.description} changed while they were packed; pack them when nobody writes there")
-    _write_report(path.with_suffix(".rejected.txt"), source, lines)
+    report.write(_report_file(path), rows)
     _write_catalogue(_catalogue_path(made_from), made_from, lines)
 
 
 def _finish(path: Path, _: list[Line]) -> None:
-    path.with_suffix(".rejected.txt").unlink(missing_ok=True)  # an earlier pack of files may have left it
+    _report_file(path).unlink(missing_ok=True)  # an earlier pack of files may have left it
 
 
 def _remove_stale(path: Path) -> None:
@@ -296,14 +334,14 @@ def _remove_stale(path: Path) -> None:
 
 
 def _write(
-    source: Source, path: Path, size: int, crop: str, workers: int | None, accept: _Accept, finish: _Finish
+    source: Source, path: Path, size: int, decoding: Decoding, workers: int | None, accept: _Accept, finish: _Finish
 ) -> None:
-    made_from = source.made_from(crop)
+    made_from = source.made_from(decoding)
     journal = read_journal(leftovers(path)[1], made_from)  # write_pack starts the file anew
 
     def parts(start: int) -> Iterator[Part]:
         broken = [entry for line in journal if line.done <= start for entry in line.broken]
-        return accept(source.parts(start, size, crop, workers), broken, source.doing)
+        return accept(source.parts(start, size, decoding, workers), broken, source.doing)
 
     try:
         write_pack(path, parts, size=size, source=source.description, made_from=made_from, before=finish)
@@ -315,52 +353,37 @@ def _few_broken(
     source: Source, progress: Progress, max_bad: float, parts: Iterator[Part], before: list[tuple[str, str]], doing: str
 ) -> Iterator[Part]:
     """Pass the parts on; raise UserError as soon as too many entries, those of `before` included, are broken."""
-    broken = [*(source.rejected if isinstance(source, Files) else []), *before]
+    broken, done, total = list(before), 0, source.total
     for part in parts:
-        broken += part.broken
-        _require_few_broken(broken, part.done, source.total, max_bad)
+        broken, done = broken + part.broken, part.done
+        if total is not None:  # else only the end tells how many are too many
+            _require_few_broken(broken, done, total, max_bad)
         yield part
-        progress(doing, part.done, source.total)
+        progress(doing, done, total or 0)
+    if total is None:
+        _require_few_broken(broken, done, done, max_bad)
 
 
 def _require_few_broken(broken: list[tuple[str, str]], done: int, total: int, max_bad: float) -> None:
     if len(broken) > max_bad / 100 * total:
         raise UserError(
-            f"{_broken_words([f'{name}: {reason}' for name, reason in broken], done, total)}; max_bad accepts "
+            f"{_broken_words(broken, done, total)}; max_bad accepts "
             f"{max_bad:g} percent: repair them, remove them or raise it (fastbegan data check names all)"
         )
 
 
-def _broken_words(broken: list[str], done: int, total: int) -> str:
+def _broken_words(broken: list[tuple[str, str]], done: int, total: int) -> str:
     where = f"{total:,} images" if done >= total else f"the first {done:,} of {total:,} images"
     more = "; ..." if len(broken) > _NAMED else ""
-    return f"{len(broken)} of {where} are broken ({'; '.join(broken[:_NAMED])}{more})"
+    named = "; ".join(printable(f"{name}: {reason}") for name, reason in broken[:_NAMED])
+    return f"{len(broken)} of {where} are broken ({named}{more})"
 
 
-def _write_report(report: Path, source: Files, lines: list[Line]) -> None:
-    broken = _all_broken(source, lines)
-    text = [f"{name}{_BROKEN}{reason}" for name, reason in broken]
-    text += [f"{name}\tleft out: not an image file by its name" for name in source.others]
-    text += [
-        f"{source.names[entry]}{_CONVERTED}"
-        for line in lines
-        for entry, *_, notes in line.files
-        if notes & Note.CONVERTED
-    ]
-    with atomic(report) as file:
-        file.write("".join(line + "\n" for line in text).encode(errors="surrogateescape"))
-
-
-def _read_report(report: Path) -> list[str]:
-    return report.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if report.exists() else []
-
-
-def _check_report(report: Path, total: int, max_bad: float) -> None:
-    """Raise UserError where `report` names too many broken files; warn where it names any."""
-    broken = [
-        (name, reason) for line in _read_report(report) for name, mark, reason in [line.partition(_BROKEN)] if mark
-    ]
+def _check_report(pack: Path, good: int, max_bad: float) -> None:
+    """Raise UserError where the report names too many broken files for this caller; warn where it names any."""
+    broken = [(name, detail) for name, kind, detail in report.read(_report_file(pack)) if kind == report.BROKEN]
+    total = good + len(broken)
     _require_few_broken(broken, total, total, max_bad)
     if broken:
-        words = _broken_words([f"{name}: {reason}" for name, reason in broken], total, total)
-        warnings.warn(f"{words}; left out, all named in {report}", stacklevel=3)
+        words = _broken_words(broken, total, total)
+        warnings.warn(f"{words}; left out, all named in {_report_file(pack)}", stacklevel=3)

@@ -1,11 +1,10 @@
-"""Sources of images: portraits, folders, tar and TFRecord files, torchvision's data sets."""
+"""Sources of images: portraits, folders, archives, torchvision's data sets."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,17 +14,19 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import UserError
-from . import arrays, faces, tfrecord
-from .decode import VERSION
-from .folder import SUFFIXES, list_images
+from . import arrays, faces
+from .containers import Container, from_listing, open_archive
+from .decode import VERSION, Decoding
+from .folder import LeftOut, is_archive, list_images
 from .pack import Part
-from .workers import Request, Scaled, decode_all
+from .workers import Entry, Scaled, decode_all
 
 _CHUNK = 512  # images of a part
 ACCEPTED = (
-    "'faces', 'faces:COUNT', a folder of images, a .tar (webdataset) or .tfrecord file or a folder of them, a .pack "
+    "'faces', 'faces:COUNT', a folder of images, a .tar, .zip, .tfrecord or .parquet file or a folder of them, a .pack "
     "file, cifar10:ROOT or fashion-mnist:ROOT"
 )
+_ARCHIVES = 2  # times as much room as its pictures: from there on a folder's archives are the set
 
 
 class Source(Protocol):
@@ -40,21 +41,21 @@ class Source(Protocol):
         ...
 
     @property
-    def total(self) -> int:
-        """Number of entries, broken ones included."""
+    def total(self) -> int | None:
+        """Number of entries, broken ones included; None where only `parts` tells."""
         ...
 
-    def made_from(self, crop: str) -> str:
+    def made_from(self, decoding: Decoding) -> str:
         """A hash of everything that the pixels depend on, but for their size."""
         ...
 
-    def parts(self, start: int, size: int, crop: str, workers: int | None) -> Iterator[Part]:
+    def parts(self, start: int, size: int, decoding: Decoding, workers: int | None) -> Iterator[Part]:
         """Decode entries, part by part.
 
         Args:
             start: First entry.
             size: Height and width to which images are scaled.
-            crop: `center`, `none`, `celeba`, or a number of pixels.
+            decoding: The part that is kept, and the largest that is decoded.
             workers: Processes that decode files; None means one per core.
         """
         ...
@@ -75,10 +76,10 @@ class Portraits:
     def description(self) -> str:
         return f"{self.total:,} procedural portraits"
 
-    def made_from(self, crop: str) -> str:
+    def made_from(self, decoding: Decoding) -> str:
         return _hash(faces=self.total, version=faces.VERSION)
 
-    def parts(self, start: int, size: int, crop: str, workers: int | None) -> Iterator[Part]:
+    def parts(self, start: int, size: int, decoding: Decoding, workers: int | None) -> Iterator[Part]:
         import torch
 
         for first in range(start, self.total, _CHUNK):
@@ -98,52 +99,86 @@ class Arrays:
     def total(self) -> int:
         return len(self.pictures)
 
-    def made_from(self, crop: str) -> str:
+    def made_from(self, decoding: Decoding) -> str:
         return _hash(
-            pixels=hashlib.sha256(np.ascontiguousarray(self.pictures).tobytes()).hexdigest(), crop=crop, version=VERSION
+            pixels=hashlib.sha256(np.ascontiguousarray(self.pictures).tobytes()).hexdigest(),
+            crop=decoding.crop,
+            version=VERSION,
         )
 
-    def parts(self, start: int, size: int, crop: str, workers: int | None) -> Iterator[Part]:
+    def parts(self, start: int, size: int, decoding: Decoding, workers: int | None) -> Iterator[Part]:
         for first in range(start, self.total, _CHUNK):
             chunk = self.pictures[first : first + _CHUNK]
-            yield Part(first + len(chunk), arrays.scaled(chunk, size, crop), [], [])
+            yield Part(first + len(chunk), arrays.scaled(chunk, size, decoding.crop), [], [])
 
 
 @dataclass
 class Files:
-    """Encoded pictures: files, or ranges of bytes in archives."""
+    """Encoded pictures: files, or members of archives."""
 
     description: str
-    requests: list[Request]
-    names: list[str]
+    containers: list[Container]
     digest: str
     """Hash of paths, lengths and times of change."""
     contents: str
     """Hash of names within the source and lengths only, so a copy elsewhere has the same."""
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
+    beside: list[LeftOut] = field(default_factory=list)
+    """What lies beside the containers and is not taken."""
     doing: str = "packing images"
+    names: list[str] = field(default_factory=list)
+    """Of all entries; where one container is a stream, of those that `parts` has read."""
+
+    def __post_init__(self) -> None:
+        if self.stream is None:
+            self.names = [entry.name for entry in self.entries]
 
     @property
-    def total(self) -> int:
-        return len(self.requests)
+    def stream(self) -> Path | None:
+        """The first container without random access."""
+        return next((container.path for container in self.containers if container.stream is not None), None)
 
-    def made_from(self, crop: str) -> str:
-        return _hash(files=self.digest, crop=crop, version=VERSION)
+    @property
+    def entries(self) -> list[Entry]:
+        """All pictures, where no container is a stream."""
+        return [entry for container in self.containers for entry in container.entries]
 
-    def parts(self, start: int, size: int, crop: str, workers: int | None) -> Iterator[Part]:
-        answers = decode_all(self.requests[start:], size, crop, workers=workers)
-        done = start
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """What is not taken; complete after `parts` where a container is a stream."""
+        return [*self.beside, *(item for container in self.containers for item in container.left_out)]
+
+    @property
+    def total(self) -> int | None:
+        counts = [container.total for container in self.containers]
+        return sum(count for count in counts if count is not None) if None not in counts else None
+
+    def made_from(self, decoding: Decoding) -> str:
+        return _hash(files=self.digest, decoding=vars(decoding), version=VERSION)
+
+    def parts(self, start: int, size: int, decoding: Decoding, workers: int | None) -> Iterator[Part]:
+        answers, done = decode_all(self._read(start), size, decoding, workers=workers), start
         while chunk := list(islice(answers, _CHUNK)):
             good, files, broken = [], [], []
-            for number, (_, answer) in enumerate(chunk, done):
+            for number, (entry, answer) in enumerate(chunk, done):
                 if isinstance(answer, Scaled):
                     good.append(answer.pixels)
                     files.append((number, answer.width, answer.height, answer.notes))
                 else:
-                    broken.append((self.names[number], str(answer)))
+                    broken.append((entry.name, str(answer)))
             done += len(chunk)
             yield Part(done, np.stack(good) if good else np.empty((0, size, size, 3), np.uint8), files, broken)
+
+    def _read(self, start: int) -> Iterator[Entry]:
+        """The entries from `start` on. A stream is read from its beginning, for its names."""
+        if self.stream is None:
+            yield from islice(self.entries, start, None)
+            return
+        self.names.clear()
+        for container in self.containers:
+            for entry in container.read():
+                self.names.append(entry.name)
+                if len(self.names) > start:
+                    yield entry
 
 
 def absolute(data: str) -> str:
@@ -168,7 +203,7 @@ def find_source(data: str) -> Source:
     if kind in arrays.NAMES:
         return Arrays(*arrays.load(kind, Path(rest)))
     path = Path(data)
-    return _archive(path.resolve()) if path.is_file() and _is_archive(path.name) else _folder(path)
+    return _archive(path.resolve()) if path.is_file() and is_archive(path.name) else _folder(path)
 
 
 def _count(data: str) -> int:
@@ -188,83 +223,32 @@ def _digest(start: str, rows: Iterable[tuple[object, ...]]) -> str:
 
 
 def _folder(path: Path) -> Files:
+    """A folder of pictures or of archives: whichever takes more room, for previews lie beside archives."""
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
         raise UserError(f"data {str(path)!r} {kind}; accepted: {ACCEPTED}")
     folder = path.resolve()
     listing = list_images(folder)
-    if not listing.images and (shards := [folder / name for name in sorted(listing.others) if _is_archive(name)]):
-        if lost := [str(path) for path in shards if not path.is_file()]:
-            raise UserError(f"data {lost[0]} is no file that can be read; repair or remove it")
-        return _joined(folder, [_archive(path) for path in shards])
-    names = [f"{folder}{os.sep}{file.path}" for file in listing.images]
-    rejected = [(str(folder / name), reason) for name, reason in listing.rejected]
-    digest = _digest(str(folder), [*listing.images, *rejected])
-    contents = _digest("", [(file.path, file.size) for file in listing.images])
-    others = [str(folder / name) for name in listing.others]
-    return Files(f"images of {folder}", [Request(name) for name in names], names, digest, contents, rejected, others)
-
-
-def _is_archive(name: str) -> bool:
-    return name.endswith(".tar") or ".tfrecord" in name  # NAME.tfrecord-00000-of-00010
+    archives = [file for file in listing.others if is_archive(file.path)]
+    if archives and sum(file.size for file in archives) >= _ARCHIVES * sum(file.size for file in listing.images):
+        if lost := [file for file in archives if file.reason]:
+            raise UserError(f"data {folder / lost[0].path} is no file that can be read; repair or remove it")
+        shards = [open_archive(folder / file.path) for file in archives]
+        previews = [LeftOut(str(folder / file.path), "pictures beside archives") for file in listing.images]
+        others = [item for item in listing.left_out(folder) if not is_archive(item.name)]
+        digest = _digest(str(folder), [(_archive_digest(shard),) for shard in shards])
+        contents = _digest("", [(_digest("", shard.identity),) for shard in shards])
+        return Files(f"images of {len(shards)} files in {folder}", shards, digest, contents, [*previews, *others])
+    container = from_listing(folder, listing)
+    digest = _digest(str(folder), listing.images)
+    return Files(f"images of {folder}", [container], digest, _digest("", container.identity))
 
 
 def _archive(path: Path) -> Files:
-    return _tar(path) if path.name.endswith(".tar") else _records(path)
+    container = open_archive(path)
+    return Files(f"images of {path}", [container], _archive_digest(container), _digest("", container.identity))
 
 
-def _joined(folder: Path, shards: list[Files]) -> Files:
-    """One source of several shards, in the order given."""
-    digest = _digest(str(folder), [(shard.digest,) for shard in shards])
-    return Files(
-        f"images of {len(shards)} files in {folder}",
-        [request for shard in shards for request in shard.requests],
-        [name for shard in shards for name in shard.names],
-        digest,
-        _digest("", [(shard.contents,) for shard in shards]),
-        [entry for shard in shards for entry in shard.rejected],
-        others=[name for shard in shards for name in shard.others],
-    )
-
-
-def _tar(path: Path) -> Files:
-    """Pictures of a tar file in its order, as webdataset writes them; this reads the headers only."""
-    requests, names, others = [], [], []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile() or any(part.startswith(".") for part in Path(member.name).parts):
-                    continue
-                if Path(member.name).suffix.lower() in SUFFIXES:
-                    requests.append(Request(str(path), member.offset_data, member.size))
-                    names.append(f"{path}:{member.name}")
-                else:
-                    others.append(f"{path}:{member.name}")
-            end = tar.offset
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"data {path} cannot be read as an uncompressed tar file: {error}") from None
-    with path.open("rb") as file:  # tarfile takes a damaged header for the end of the archive
-        file.seek(end)
-        while block := file.read(1 << 20):
-            if block.strip(b"\0"):
-                raise UserError(f"data {path} is damaged: what follows byte {end:,} is no entry of a tar file")
-    return Files(f"images of {path}", requests, names, *_digests(path, requests), [], others)
-
-
-def _records(path: Path) -> Files:
-    """Pictures of a TFRecord file, in the order of its records."""
-    requests, names, rejected = [], [], []
-    for number, place in enumerate(tfrecord.pictures(path)):
-        if isinstance(place, str):
-            rejected.append((f"{path}:{number}", place))
-        else:
-            requests.append(Request(str(path), *place))
-            names.append(f"{path}:{number}")
-    return Files(f"images of {path}", requests, names, *_digests(path, requests), rejected)
-
-
-def _digests(path: Path, requests: list[Request]) -> tuple[str, str]:
-    """`digest` and `contents` of an archive: of the file and the places of its pictures, and of the places alone."""
-    status = path.stat()
-    rows = [(request.offset, request.length) for request in requests]
-    return _digest(str(path), [(status.st_size, status.st_mtime_ns), *rows]), _digest("", rows)
+def _archive_digest(archive: Container) -> str:
+    status = archive.path.stat()
+    return _digest(str(archive.path), [(status.st_size, status.st_mtime_ns), *archive.identity])

@@ -13,8 +13,8 @@ KEY = b"image/encoded"  # the feature's name in TensorFlow's own data sets
 _FRAME = struct.Struct("<QI")  # length and its checksum; four bytes of checksum follow the data
 
 
-def pictures(path: Path) -> Iterator[tuple[int, int] | str]:
-    """Yield offset and length of each record's `image/encoded`, or the reason why the record has none.
+def pictures(path: Path) -> Iterator[tuple[int, int] | list[str] | str]:
+    """Yield offset and length of each record's `image/encoded`; else the keys that it has, or how it is damaged.
 
     Raises UserError where the file does not consist of whole records.
     """
@@ -34,21 +34,25 @@ def pictures(path: Path) -> Iterator[tuple[int, int] | str]:
                 try:
                     yield _picture(data, first, first + length)
                 except (ValueError, IndexError) as error:
-                    yield f"no tf.train.Example with {KEY.decode()!r} ({error})"
+                    yield f"no tf.train.Example ({error})"
                 start, number = first + length + 4, number + 1
 
 
-def _picture(data: mmap.mmap, start: int, stop: int) -> tuple[int, int]:
+def _picture(data: mmap.mmap, start: int, stop: int) -> tuple[int, int] | list[str]:
     # field numbers: Example.features 1; Features.feature 1, a map (key 1, value 2); Feature.bytes_list 1; its value 1
+    keys = []
     for features in _fields(data, start, stop, 1):
         for entry in _fields(data, *features, 1):
-            key = next(_fields(data, *entry, 1), (0, 0))
-            if data[slice(*key)] == KEY:
+            key = data[slice(*next(_fields(data, *entry, 1), (0, 0)))]
+            keys.append(key.decode(errors="replace"))
+            if key == KEY:
                 for value in _fields(data, *entry, 2):
                     for strings in _fields(data, *value, 1):
                         for first, last in _fields(data, *strings, 1):
                             return first, last - first
-    raise ValueError(f"there is no {KEY.decode()}")
+    if not keys:
+        raise ValueError("it has no features")
+    return sorted(keys)
 
 
 def _fields(data: mmap.mmap, start: int, stop: int, number: int) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 Protocol between the parent (`workers._Worker`) and this process:
 - The parent writes requests to stdin, one line of JSON each: [path, offset, length or null]. Up to SLOTS are pending.
+  Behind a request without a path follow its `length` bytes of the picture itself; only one such request is pending.
 - The process writes READY once, then an answer per request, in order: a HEAD, then pixels or the bytes of a reason.
 - Pixels of request n that fit into a slot go to slot n % SLOTS of the shared memory instead of the pipe.
 """
@@ -17,9 +18,10 @@ import sys
 
 import numpy as np
 
-from .decode import RejectedImageError, decode, read_bytes
+from .decode import MAX_PIXELS, Decoding, RejectedImageError, decode, read_bytes
 
-MEMORY = 1_000_000_000  # bytes of address space that a process may have
+MEMORY = 1_000_000_000  # bytes of address space that a process may have ...
+_PIXEL = 16  # ... and for each pixel that a picture may have above the default
 READY = b"ready\n"
 SLOTS = 8  # pending requests, so that the process need not wait for the next one
 SLOT = 4 << 20  # bytes
@@ -28,11 +30,12 @@ SLOT = 4 << 20  # bytes
 HEAD = struct.Struct("<5I")
 
 
-def _limit_memory() -> None:
+def _limit_memory(max_pixels: int) -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limits
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        memory = MEMORY + _PIXEL * max(0, max_pixels - MAX_PIXELS)
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -43,17 +46,25 @@ def shared(handle: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(handle, SLOTS * SLOT), np.uint8).reshape(SLOTS, SLOT)
 
 
-def main(crop: str, handle: str) -> None:
-    """Answer requests until stdin ends; `handle` is the descriptor of the shared memory, -1 for none."""
-    _limit_memory()
+def main(crop: str, max_pixels: str, handle: str) -> None:
+    """Answer requests until stdin ends.
+
+    Args:
+        crop: As in `decode.Decoding`.
+        max_pixels: As in `decode.Decoding`.
+        handle: Descriptor of the shared memory, -1 for none.
+    """
+    decoding = Decoding(crop, int(max_pixels))
+    _limit_memory(decoding.max_pixels)
     slots = shared(int(handle))
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print must not mix with answers
     answers.write(READY)
-    for number, line in enumerate(sys.stdin.buffer):
+    for number, line in enumerate(iter(sys.stdin.buffer.readline, b"")):
         path, offset, length = json.loads(line)
         try:
-            picture = decode(read_bytes(path, offset, length), crop)
+            data = read_bytes(path, offset, length) if path else sys.stdin.buffer.read(length)
+            picture = decode(data, decoding)
         except RejectedImageError as error:
             reason = str(error).encode(errors="replace")
             answers.write(HEAD.pack(0, len(reason), 0, 0, 0) + reason)

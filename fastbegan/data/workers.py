@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -23,7 +22,7 @@ import torch
 
 from ..device import core_count
 from ..errors import UserError
-from .decode import Note, Picture, RejectedImageError
+from .decode import Decoding, Note, Picture, RejectedImageError
 from .scale import scale
 from .worker import HEAD, READY, SLOT, SLOTS, shared
 
@@ -33,6 +32,7 @@ except ImportError:  # Windows
     fcntl = None
 
 _CHUNK = 32  # files that a worker gets at once
+_HELD = 8 << 20  # bytes of content in memory that a worker gets at once, and one picture more
 _START = 60.0  # seconds until a process answers
 _SECONDS = 60.0  # after which a file counts as hung
 _LOOK = 0.5  # seconds between two looks at the clock
@@ -40,12 +40,18 @@ _UNSCALED = 8 << 20  # bytes of whole pictures that wait to be scaled together
 _PIPE = 1 << 20  # bytes of a pipe: the most that Linux allows without privileges
 
 
-class Request(NamedTuple):
-    """A file, or `length` bytes of it from `offset`."""
+class Entry(NamedTuple):
+    """A picture of a source: a file, `length` bytes of it from `offset`, or its content itself."""
 
-    path: str
+    name: str
+    """For people: a path, or an archive's path and the name inside, with a colon between."""
+    path: str = ""
     offset: int = 0
     length: int | None = None
+    data: bytes | None = None
+    """The content, of archives that are read from front to back."""
+    reason: str = ""
+    """The reason why there is nothing to decode, where one is known."""
 
 
 Answer = Picture | RejectedImageError
@@ -62,16 +68,29 @@ def _exactly(pipe: IO[bytes], length: int) -> np.ndarray:
     return data
 
 
+def _write(pipe: IO[bytes], data: bytes) -> None:
+    view = memoryview(data)
+    while view:  # it is unbuffered
+        view = view[pipe.write(view) :]
+
+
+def _request(entry: Entry) -> bytes:
+    """An entry as `worker.main` reads it."""
+    if entry.data is None:
+        return (json.dumps((entry.path, entry.offset, entry.length)) + "\n").encode()
+    return (json.dumps(("", 0, len(entry.data))) + "\n").encode() + entry.data
+
+
 class _Worker:
     """One process of `worker.main`, started again after a crash."""
 
-    def __init__(self, crop: str) -> None:
+    def __init__(self, decoding: Decoding) -> None:
         start = f"import sys; sys.path[:1] = []; from {__package__} import worker; worker.main(*sys.argv[1:])"
         self._memory = os.memfd_create("pictures") if hasattr(os, "memfd_create") else -1  # Linux only
         if self._memory >= 0:
             os.truncate(self._memory, SLOTS * SLOT)  # sparse: a page takes memory when it is written to
         self._slots = shared(self._memory)
-        self._command = [sys.executable, "-c", start, crop, str(self._memory)]
+        self._command = [sys.executable, "-c", start, decoding.crop, str(decoding.max_pixels), str(self._memory)]
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._deadline, self._late = math.inf, False
@@ -97,12 +116,12 @@ class _Worker:
                 pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
         return process.returncode
 
-    def answers(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        """Yield one answer per request; a file whose process died is tried once more, then refused."""
+    def answers(self, entries: Sequence[Entry]) -> Iterator[Answer]:
+        """Yield one answer per entry; a file whose process died is tried once more, then refused."""
         done, tried = 0, -1  # `tried`: the file at which a process died, perhaps killed from outside
-        while done < len(requests):
+        while done < len(entries):
             try:
-                for answer in self._ask(self._started(), requests[done:]):
+                for answer in self._ask(self._started(), entries[done:]):
                     done += 1
                     yield answer
             except (OSError, EOFError, ValueError):  # noqa: PERF203  # the first file without an answer killed it
@@ -114,16 +133,18 @@ class _Worker:
                 else:
                     tried = done
 
-    def _ask(self, process: subprocess.Popen[bytes], requests: Sequence[Request]) -> Iterator[Answer]:
+    def _ask(self, process: subprocess.Popen[bytes], entries: Sequence[Entry]) -> Iterator[Answer]:
         assert process.stdin is not None and process.stdout is not None
-        lines = [(json.dumps(request) + "\n").encode() for request in requests]
-        process.stdin.write(b"".join(lines[:SLOTS]))
-        for number in range(len(lines)):
+        requests = [_request(entry) for entry in entries]
+        # contents may fill the pipe, and a process that waits to be read from would read no further
+        ahead = SLOTS if all(entry.data is None for entry in entries) else 1
+        _write(process.stdin, b"".join(requests[:ahead]))
+        for number in range(len(requests)):
             self._deadline = time.monotonic() + _SECONDS
             answer = self._read(process.stdout)
             self._deadline = math.inf  # the caller may take any time before it wants the next answer
-            if later := lines[number + SLOTS : number + SLOTS + 1]:
-                process.stdin.write(later[0])
+            if later := requests[number + ahead : number + ahead + 1]:
+                _write(process.stdin, later[0])
             yield answer
 
     def _read(self, pipe: IO[bytes]) -> Answer:
@@ -196,29 +217,30 @@ class Scaled:
 
 
 def decode_all(
-    requests: Iterable[Request], size: int, crop: str, *, workers: int | None = None
-) -> Generator[tuple[Request, Scaled | RejectedImageError]]:
-    """Decode all requests in worker processes; yields each with its answer, in order.
+    entries: Iterable[Entry], size: int, decoding: Decoding, *, workers: int | None = None
+) -> Generator[tuple[Entry, Scaled | RejectedImageError]]:
+    """Decode all entries in worker processes; yields each with its answer, in order.
 
     Args:
-        requests: Files, or ranges of bytes in files.
+        entries: What to decode.
         size: Height and width of the answers' pixels.
-        crop: `center`, `none`, `celeba`, or a number of pixels.
+        decoding: The part that is kept, and the largest that is decoded.
         workers: Number of processes; None means one per core.
 
     Raises:
         UserError: Processes do not start on this machine.
     """
     count = workers or core_count()
-    waiting, iterator = deque[tuple[list[Request], Future[list[Scaled | RejectedImageError]]]](), iter(requests)
-    free: deque[_Worker] = deque(_Worker(crop) for _ in range(count))
+    waiting, iterator = deque[tuple[list[Entry], Future[list[Scaled | RejectedImageError]]]](), iter(entries)
+    free: deque[_Worker] = deque(_Worker(decoding) for _ in range(count))
 
-    def work(chunk: list[Request]) -> list[Scaled | RejectedImageError]:
+    def work(chunk: list[Entry]) -> list[Scaled | RejectedImageError]:
         worker = free.pop()  # never empty: there are as many threads as workers
         try:
-            return _scaled(worker.answers(chunk), size)
+            answers = iter(_scaled(worker.answers([entry for entry in chunk if not entry.reason]), size))
         finally:
             free.append(worker)
+        return [RejectedImageError(entry.reason) if entry.reason else next(answers) for entry in chunk]
 
     torch.get_num_threads()  # fixes this thread's number, which the pool's setting would change otherwise
     with contextlib.ExitStack() as stack:
@@ -228,7 +250,7 @@ def decode_all(
             stack.callback(worker.close)
         try:
             while True:
-                while len(waiting) < 4 * count and (chunk := list(islice(iterator, _CHUNK))):
+                while len(waiting) < 4 * count and (chunk := _chunk(iterator)):
                     waiting.append((chunk, pool.submit(work, chunk)))
                 if not waiting:
                     return
@@ -237,6 +259,17 @@ def decode_all(
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def _chunk(entries: Iterator[Entry]) -> list[Entry]:
+    """The next entries, up to _CHUNK of them, or fewer where they hold more than _HELD bytes of content."""
+    chunk, held = [], 0
+    for entry in entries:
+        chunk.append(entry)
+        held += len(entry.data or b"")
+        if len(chunk) == _CHUNK or held > _HELD:
+            break
+    return chunk
 
 
 def _scaled(answers: Iterator[Answer], size: int) -> list[Scaled | RejectedImageError]:

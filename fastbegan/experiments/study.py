@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.decode import Decoding
 from ..data.faces import faces
 from ..data.prepare import load_images
 from ..device import core_count
@@ -103,7 +104,9 @@ class Study(Page):
         config = run.folder.read_config()
         train, size = config.train, config.model.size
         stored = size + 2 * train.jitter
-        images = load_images(train.data, stored, train.crop, self.display.preparing, max_bad=train.max_bad).images
+        images = load_images(
+            train.data, stored, Decoding(train.crop, train.max_pixels), self.display.preparing, max_bad=train.max_bad
+        ).images
         return images[:, train.jitter : train.jitter + size, train.jitter : train.jitter + size]
 
     def some_real(self, run: Trained, count: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Training:
         self.config = config = dataclasses.replace(config, train=train)
         self.display, self.folder = display, RunFolder(out)
         stored = ranks.from_first(self._stored(resume) if ranks.first else None)
-        self.loader, data_line, self.data = open_loader(
+        self.loader, data_lines, self.data = open_loader(
             train, config.model.size, place.device, display.preparing, rank=ranks.rank, world=ranks.world
         )
         ranks.require_same("data", self.data, same_images)
@@ -109,7 +110,7 @@ class Training:
         self.sheets = Sheets(train, self.step, self.loader, self.folder, ranks)
         if ranks.first:
             self._open_folder(events)
-        self._tell(data_line, count_parameters(*nets))
+        self._tell(data_lines, count_parameters(*nets))
 
     def run(self, stop: StopRequest) -> int:
         """Train until a total is reached or someone asks to stop; returns the exit code."""
@@ -228,7 +229,7 @@ class Training:
             writer = events(str(self.folder.path / "tensorboard"), purge_step=self.progress.done + 1)
         self.metrics.open(self.progress, writer)
 
-    def _tell(self, data_line: str, parameters: int) -> None:
+    def _tell(self, data_lines: tuple[str, ...], parameters: int) -> None:
         """The first lines of a run."""
         say, train, place = self.display.say, self.config.train, self.place
         count = train.batch_size // self.ranks.world
@@ -239,7 +240,8 @@ class Training:
         say(f"device     {place.device_line}; {place.precision}{many}")
         say(f"networks   {self.config.preset}: {size}; {train.updates} updates, {train.latents} z")
         say(f"step       {self.step.describe()}; {place.compile_line}; {graph_line}")
-        say(f"data       {data_line}")
+        for name, line in zip_longest(("data",), data_lines, fillvalue=""):
+            say(f"{name:<11}{line}")
         say(f"run        {self.folder.path}" + (f", continued at step {done:,}" if done else ""))
 
     def _stop_not_finite(self) -> int:

@@ -17,12 +17,12 @@ from fastbegan.data.scale import scale
 
 
 def decode(path: Path, size: int, crop: str) -> np.ndarray:
-    (pixels,) = scale([decoding.decode(read_bytes(path), crop).pixels], size)
+    (pixels,) = scale([decoding.decode(read_bytes(path), decoding.Decoding(crop)).pixels], size)
     return pixels
 
 
 def whole(data: bytes) -> np.ndarray:
-    return decoding.decode(data, "none").pixels
+    return decoding.decode(data, decoding.Decoding("none")).pixels
 
 
 def _png_header(width: int, height: int) -> bytes:
@@ -140,16 +140,17 @@ def test_every_rotation(tmp_path: Path, orientation: int) -> None:
         ),
     ]
     assert np.array_equal(whole(read_bytes(turned)), ways[orientation - 1])
-    assert decoding.decode(read_bytes(turned), "none").notes == (Note.CONVERTED if orientation > 1 else 0)
+    notes = decoding.decode(read_bytes(turned), decoding.Decoding("none")).notes
+    assert notes == (Note.CONVERTED if orientation > 1 else 0)
 
 
 def test_orientation_that_only_xmp_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
     path = tmp_path / "turned.jpg"
     Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(path, xmp=xmp)
-    first = decoding.decode(read_bytes(path), "none")
+    first = decoding.decode(read_bytes(path), decoding.Decoding("none"))
     monkeypatch.setattr(decoding, "simplejpeg", None)
-    second = decoding.decode(read_bytes(path), "none")
+    second = decoding.decode(read_bytes(path), decoding.Decoding("none"))
     assert (first.height, first.width, first.notes) == (second.height, second.width, second.notes)
 
 

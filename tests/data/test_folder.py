@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastbegan import UserError
-from fastbegan.data.folder import check_crop, list_images
+from fastbegan.data.decode import Decoding
+from fastbegan.data.folder import list_images
 
 
 def test_each_picture_is_listed_once_whatever_links_there_are(pictures: Path) -> None:
@@ -20,12 +21,12 @@ def test_each_picture_is_listed_once_whatever_links_there_are(pictures: Path) ->
     (pictures / "notes.txt").write_text("notes")
     os.mkfifo(pictures / "pipe.jpg")
     listing = list_images(pictures)
-    assert len(listing.images) == 12 and listing.images == sorted(listing.images)
-    assert [(path, reason.partition(" (")[0]) for path, reason in listing.rejected] == [
+    assert len(listing.images) == 14 and listing.images == sorted(listing.images)
+    assert [(file.path, file.reason.partition(" (")[0]) for file in listing.images if file.reason] == [
         ("dangling.png", "cannot be opened"),
         ("pipe.jpg", "not a regular file"),
     ]
-    assert listing.others == ["notes.txt"]
+    assert [item.name for item in listing.left_out(Path("x"))] == ["x/notes.txt", "x/.hidden.png"]
 
 
 @pytest.mark.parametrize("bad", ["missing", "file"])
@@ -38,4 +39,4 @@ def test_no_folder_is_named(tmp_path: Path, bad: str) -> None:
 @pytest.mark.parametrize("crop", ["", "middle", "0", "-3", "2.5"])
 def test_wrong_crops_are_named(crop: str) -> None:
     with pytest.raises(UserError, match="accepted: center, none, celeba, or a number of pixels"):
-        check_crop(crop)
+        Decoding(crop)

@@ -16,6 +16,7 @@ from PIL import Image
 from fastbegan import TrainConfig, UserError
 from fastbegan.data import choose, dali_loader
 from fastbegan.data.choose import open_loader
+from fastbegan.data.decode import Decoding
 from fastbegan.data.loader import Batching, Loader, PackedLoader, ResidentLoader
 from fastbegan.data.prepare import load_catalogue
 from tests.helpers.processes import environment
@@ -247,7 +248,7 @@ def test_which_loader_and_why(monkeypatch: pytest.MonkeyPatch, pictures: Path) -
     def line(kind: str, device: str = "cpu", **options: object) -> str:
         given: Any = {"data": str(pictures), "batch_size": 4, "loader": kind, **options}
         train = TrainConfig(**given)
-        return open_loader(train, 16, torch.device(device), lambda *_: None)[1]
+        return open_loader(train, 16, torch.device(device), lambda *_: None)[1][0]
 
     assert line("auto").endswith("12 at 16 px, packed now; loader packed: no GPU")
     assert line("packed").endswith("loader packed: asked for")
@@ -288,8 +289,8 @@ def test_dali_gets_the_number_of_its_gpu(pictures: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("FASTBEGAN_CACHE", str(tmp_path))
     monkeypatch.setattr(dali_loader, "INSTALLED", True)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
-    catalogue = load_catalogue(str(pictures), "center", lambda *_: None)
-    loader = dali_loader.DaliLoader(catalogue, Batching(4, 8, 0, device=torch.device("cuda", 1)), "center")
+    catalogue = load_catalogue(str(pictures), 16, Decoding(), lambda *_: None)
+    loader = dali_loader.DaliLoader(catalogue, Batching(4, 8, 0, device=torch.device("cuda", 1)), Decoding())
     with mock.patch.object(dali_loader.importlib, "import_module", lambda _: dali):
         loader._start(0)
     loader.close()

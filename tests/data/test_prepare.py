@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from fastbegan import UserError
+from fastbegan.data.decode import Decoding
 from fastbegan.data.pack import leftovers, read_journal, read_pack
 from fastbegan.data.prepare import NoRoomError, cache_folder, load_catalogue, load_images, make_pack
 from fastbegan.data.source import find_source
@@ -28,7 +29,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 def _load(data: object, made: list[str], **options: object) -> np.ndarray:
-    settings: dict = {"size": 16, "crop": "center", **options}
+    settings: dict = {"size": 16, "decoding": Decoding(), **options}
     return load_images(str(data), progress=lambda what, done, total: made.append(what), **settings).images
 
 
@@ -39,7 +40,7 @@ def test_a_folder_is_packed_once(pictures: Path, made: list[str]) -> None:
     assert made == ["packing images"]
     assert np.array_equal(first, again) and isinstance(again, np.memmap)
     _load(pictures, made, size=8)
-    _load(pictures, made, crop="none")
+    _load(pictures, made, decoding=Decoding("none"))
     assert len(made) == 3
 
 
@@ -111,7 +112,7 @@ def test_a_broken_file_counts_once_when_a_pack_is_taken_up(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_images(str(folder), 16, "center", killed, max_bad=7.0)
+        load_images(str(folder), 16, Decoding(), killed, max_bad=7.0)
     (begun,) = cache_folder().glob(".*.partial")
     begun.write_bytes(begun.read_bytes()[: 4096 + 6 * 768])  # a power cut
     with pytest.warns(UserWarning, match="1 of 16 images are broken"):
@@ -149,7 +150,7 @@ def test_pack_at_a_place_of_ones_own(pictures: Path, tmp_path: Path, made: list[
     out = tmp_path / "out" / "mine.pack"
 
     def pack(data: Path, size: int = 16) -> str:
-        return make_pack(str(data), out, size, "center", lambda what, done, total: made.append(what)).description
+        return make_pack(str(data), out, size, Decoding(), lambda what, done, total: made.append(what)).description
 
     assert pack(pictures).endswith("12 at 16 px, packed now")
     assert pack(pictures).endswith("12 at 16 px") and len(made) == 1
@@ -200,7 +201,7 @@ def test_a_folder_that_changes_while_it_is_packed(pictures: Path, made: list[str
         (pictures / "new.png").write_bytes((pictures / "01.png").read_bytes())
 
     with pytest.raises(UserError, match="changed while they were packed"):
-        load_images(str(pictures), 16, "center", progress)
+        load_images(str(pictures), 16, Decoding(), progress)
     assert not list(cache_folder().glob("*"))
 
 
@@ -238,30 +239,31 @@ def test_catalogue_of_good_files(pictures: Path, made: list[str]) -> None:
     Image.new("RGBA", (30, 20)).save(pictures / "00.png")
     (pictures / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"1 of 14 images are broken"):
-        load_catalogue(str(pictures), "center", _quiet)
-    found = load_catalogue(str(pictures), "center", lambda what, *_: made.append(what), max_bad=10)
-    names = [Path(request.path).name for request in found.requests]
+        load_catalogue(str(pictures), 16, Decoding(), _quiet)
+    found = load_catalogue(str(pictures), 16, Decoding(), lambda what, *_: made.append(what), max_bad=10)
+    names = [Path(request.path).name for request in found.entries]
     assert names[0] == "00.png" and len(names) == 13 and "broken.jpg" not in names
     assert found.seen[0].tolist() == [30, 20, 1] and (found.seen[1:] == [50, 40, 0]).all()
     assert [Path(name).name for name, _ in found.broken] == ["broken.jpg"]
-    again = load_catalogue(str(pictures), "center", lambda what, *_: made.append(what), max_bad=10)
-    assert len(made) == 1 and np.array_equal(again.seen, found.seen) and again.requests == found.requests
+    again = load_catalogue(str(pictures), 16, Decoding(), lambda what, *_: made.append(what), max_bad=10)
+    assert len(made) == 1 and np.array_equal(again.seen, found.seen) and again.entries == found.entries
     with pytest.warns(UserWarning, match="left out"):
         images = _load(pictures, [], max_bad=10.0)
     assert len(images) == 13  # the same files in the same order
     with pytest.raises(UserError, match="'faces:20' is not made of picture files"):
-        load_catalogue("faces:20", "center", _quiet)
+        load_catalogue("faces:20", 16, Decoding(), _quiet)
 
 
 def test_packing_makes_the_catalogue_too(pictures: Path, made: list[str]) -> None:
     _load(pictures, made)
-    found = load_catalogue(str(pictures), "center", lambda what, *_: made.append(what))
-    assert made == ["packing images"] and len(found.requests) == 12
+    found = load_catalogue(str(pictures), 16, Decoding(), lambda what, *_: made.append(what))
+    assert made == ["packing images"] and len(found.entries) == 12
 
 
 _PACK = """
 import sys, time
 from pathlib import Path
+from fastbegan.data.decode import Decoding
 from fastbegan.data.prepare import make_pack
 source, out, log, *hang = sys.argv[1:]
 def progress(what, done, total):
@@ -269,7 +271,7 @@ def progress(what, done, total):
         file.write(f"{what} {done}\\n")
     if hang:
         time.sleep(1000)
-make_pack(source, Path(out), 16, "center", progress)
+make_pack(source, Path(out), 16, Decoding(), progress)
 """
 
 
@@ -299,7 +301,7 @@ def test_a_killed_pack_leaves_no_half_made_set_and_is_taken_up(tmp_path: Path) -
     process.kill()
     process.wait()
     assert not out.exists() and leftovers(out)[0].exists()
-    made_from = find_source(str(folder)).made_from("center")
+    made_from = find_source(str(folder)).made_from(Decoding())
     before = read_journal(leftovers(out)[1], made_from)[-1].done
     log.unlink()
     assert _packing(folder, out, log).wait(300) == 0

@@ -13,30 +13,34 @@ from PIL import Image
 
 from fastbegan import UserError
 from fastbegan.data import worker, workers
-from fastbegan.data.decode import RejectedImageError, decode, read_bytes
+from fastbegan.data.decode import Decoding, RejectedImageError, decode, read_bytes
 from fastbegan.data.scale import scale
-from fastbegan.data.workers import Request, Scaled, decode_all
+from fastbegan.data.workers import Entry, Scaled, decode_all
 from tests.helpers import zoo
 from tests.helpers.processes import environment
+
+
+def _entry(path: Path) -> Entry:
+    return Entry(str(path), str(path))
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_answers_are_in_order_and_as_decoded_here(pictures: Path, count: int) -> None:
     (pictures / "05.png").write_bytes(b"broken")
     paths = sorted(path for path in pictures.rglob("*.*") if path.is_file())
-    found = list(decode_all(map(Request, map(str, paths)), 16, "center", workers=count))
+    found = list(decode_all(map(_entry, paths), 16, Decoding(), workers=count))
     assert [request.path for request, _ in found] == [str(path) for path in paths]
     for request, answer in found:
         if request.path.endswith("05.png"):
             assert isinstance(answer, RejectedImageError) and "cannot identify" in str(answer)
         else:
-            (expected,) = scale([decode(read_bytes(request.path), "center").pixels], 16)
+            (expected,) = scale([decode(read_bytes(request.path), Decoding()).pixels], 16)
             assert isinstance(answer, Scaled) and np.array_equal(answer.pixels, expected)
             assert (answer.height, answer.width, answer.notes) == (40, 50, 0)
 
 
 def test_stopping_early_leaves_no_process(pictures: Path) -> None:
-    answers = decode_all([Request(str(pictures / "02.jpg"))] * 100, 16, "center", workers=2)
+    answers = decode_all([_entry(pictures / "02.jpg")] * 100, 16, Decoding(), workers=2)
     next(answers)
     answers.close()
     children = Path(f"/proc/self/task/{os.getpid()}/children")
@@ -66,7 +70,7 @@ def test_a_crash_and_a_hang_cost_one_file_each(pictures: Path, tmp_path: Path, m
     names = "02.jpg crash.jpg 04.jpg hang.jpg 08.jpg 01.png crash2.jpg 07.png 10.jpg 05.png".split()
     for name in ("crash.jpg", "hang.jpg", "crash2.jpg"):
         (pictures / name).write_bytes((pictures / "02.jpg").read_bytes())
-    found = list(decode_all((Request(str(pictures / name)) for name in names), 16, "center", workers=1))
+    found = list(decode_all((_entry(pictures / name) for name in names), 16, Decoding(), workers=1))
     reasons = {Path(r.path).name: str(a) for r, a in found if isinstance(a, RejectedImageError)}
     assert reasons == {
         "crash.jpg": "its decoder crashed (-11)",
@@ -91,18 +95,19 @@ def test_a_process_that_is_ended_from_outside_costs_nothing(
     (tmp_path / "sitecustomize.py").write_text(once)
     monkeypatch.syspath_prepend(tmp_path)
     (pictures / "crash.jpg").write_bytes((pictures / "02.jpg").read_bytes())
-    requests = [Request(str(pictures / name)) for name in ("02.jpg", "crash.jpg", "04.jpg")]
-    assert all(isinstance(answer, Scaled) for _, answer in decode_all(requests, 16, "center", workers=1))
+    requests = [_entry(pictures / name) for name in ("02.jpg", "crash.jpg", "04.jpg")]
+    assert all(isinstance(answer, Scaled) for _, answer in decode_all(requests, 16, Decoding(), workers=1))
     assert (tmp_path / "done").exists()
 
 
 _PEAK = """
 import sys
 import torch
-from fastbegan.data.workers import Request, decode_all
+from fastbegan.data.decode import Decoding
+from fastbegan.data.workers import Entry, decode_all
 from tests.helpers.processes import peak_memory
 before = peak_memory()
-for request, answer in decode_all([Request(path) for path in sys.argv[1:]], 16, "none", workers=1):
+for request, answer in decode_all([Entry(path, path) for path in sys.argv[1:]], 16, Decoding("none"), workers=1):
     print(answer if isinstance(answer, Exception) else "")
 print(peak_memory() - before, torch.get_num_threads())
 """
@@ -132,7 +137,7 @@ def test_processes_that_do_not_start_are_no_broken_files(
     (tmp_path / "PIL.py").write_text("raise ImportError")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="decoder processes do not start here: ImportError"):
-        list(decode_all([Request(str(pictures / "02.jpg"))], 16, "center", workers=1))
+        list(decode_all([_entry(pictures / "02.jpg")], 16, Decoding(), workers=1))
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
@@ -140,8 +145,8 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     side = 7900  # 62 megapixels: 250 MB as RGBA, and as much again for each step of the colour rule
     Image.new("RGBA", (side, side), (255, 0, 0, 128)).save(tmp_path / "large.png", compress_level=1)
     Image.new("RGB", (20, 20), (1, 2, 3)).save(tmp_path / "small.png")
-    requests = [Request(str(tmp_path / name)) for name in ("large.png", "small.png")]
-    (_, large), (_, small) = decode_all(requests, 8, "none", workers=1)
+    requests = [_entry(tmp_path / name) for name in ("large.png", "small.png")]
+    (_, large), (_, small) = decode_all(requests, 8, Decoding("none"), workers=1)
     assert isinstance(small, Scaled)
     if isinstance(large, RejectedImageError):
         assert str(large) == "needs more memory than one picture may have"
