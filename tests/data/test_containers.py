@@ -79,7 +79,7 @@ MAKERS: dict[str, Callable[[Path, dict[str, bytes]], Path]] = {
     "f.tar.xz": lambda path, members: _tar(path, members, lzma.compress),
     "g.tbz2": lambda path, members: _tar(path, members, bz2.compress),
     "gzipped.tar": lambda path, members: _tar(path, members, gzip.compress),
-    "h.parquet": lambda path, members: _parquet(path, image=[{"bytes": data, "path": name} for name, data in members.items()]),
+    "h.parquet": lambda path, members: _parquet(path, image=[{"bytes": c, "path": n} for n, c in members.items()]),
     "i.parquet": lambda path, members: _parquet(path, label=list(range(len(members))), img=list(members.values())),
 }
 RANDOM = ("a.zip", "c.TAR")  # members of these can be read by themselves
