@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from ..config import TrainConfig
 from ..counter import chosen
 from ..data.decode import Decoding
 from ..data.prepare import Progress, load_images
@@ -58,6 +59,8 @@ class Evaluate:
     """As for train. Default: the run's, else center."""
     max_pixels: int | None = None
     """As for train. Default: the run's, else 64,000,000."""
+    max_bad: float | None = None
+    """Percentage of broken files above which a set is refused. Default: the run's, else 1."""
     extractor: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
     """The net whose features are compared. inception gives the usual FID and needs --inception."""
     inception: Path | None = None
@@ -80,6 +83,7 @@ class _Selection:
     count: int
     size: int
     decoding: Decoding
+    max_bad: float
     seed: int
 
 
@@ -116,17 +120,17 @@ def evaluate(options: Evaluate) -> int:
         )
     device, _ = pick_device(options.device)
     extractor = open_extractor(options.extractor, options.inception, device)
-    size, decoding, jitter = options.size, Decoding(options.crop or "center"), 0
+    train = TrainConfig() if config is None else config.train
+    given = {name: value for name in ("crop", "max_pixels", "max_bad") if (value := getattr(options, name)) is not None}
+    train = replace(train, **given)
+    size, jitter = options.size, 0
     if config is not None:
         size = config.model.size if size is None else size
-        decoding = Decoding(options.crop or config.train.crop, config.train.max_pixels)
         jitter = config.train.jitter if size == config.model.size else 0
-    if options.max_pixels is not None:
-        decoding = replace(decoding, max_pixels=options.max_pixels)
-    selection = _Selection(options.count, 64 if size is None else size, decoding, options.seed)
+    decoding = Decoding(train.crop, train.max_pixels)
+    selection = _Selection(options.count, 64 if size is None else size, decoding, train.max_bad, options.seed)
     with Display(quiet=options.json) as display:
-        max_bad = config.train.max_bad if config else 1.0
-        data_set = _load(against, selection, display.preparing, jitter=jitter, max_bad=max_bad)
+        data_set = _load(against, selection, display.preparing, jitter=jitter)
         if config is None:
             side = _load(options.images, selection, display.preparing, from_end=True)
         else:
@@ -173,12 +177,11 @@ def _load(
     progress: Progress,
     *,
     jitter: int = 0,
-    max_bad: float = 1.0,
     from_end: bool = False,
 ) -> _Side:
     """The chosen images of `data`, or all of them. With `jitter`, the middle of what training shifts."""
     size, count, stored = selection.size, selection.count, selection.size + 2 * jitter
-    image_set = load_images(data, stored, selection.decoding, progress, max_bad=max_bad)
+    image_set = load_images(data, stored, selection.decoding, progress, max_bad=selection.max_bad)
     if (total := len(image_set.images)) < LEAST:
         raise UserError(f"data {data!r} has only {total} images; accepted here: from {LEAST}")
     # `from_end` takes other images than the side that does not, where both sides are the same set

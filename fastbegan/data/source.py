@@ -225,7 +225,8 @@ def _digest(start: str, rows: Iterable[tuple[object, ...]]) -> str:
 def _folder(path: Path) -> Files:
     """A folder of pictures or of archives: whichever takes more room, for previews lie beside archives."""
     if not path.is_dir():
-        kind = "is a file" if path.exists() else "does not exist"
+        pack = "is a pack, which holds no files (see: fastbegan data info)"
+        kind = (pack if path.suffix == ".pack" else "is a file") if path.exists() else "does not exist"
         raise UserError(f"data {str(path)!r} {kind}; accepted: {ACCEPTED}")
     folder = path.resolve()
     listing = list_images(folder)
