@@ -81,9 +81,11 @@ def _said(output: str) -> dict[tuple[str, str], int]:
     return {(kind, what): int(count.replace(",", "")) for kind, count, what, _ in _REMARK.findall(output)}
 
 
-@pytest.mark.parametrize(
-    "kind", [name if name == "folder" else pytest.param(name, marks=pytest.mark.slow) for name in SOURCES]
-)
+FAST = ("folder", "shards")
+ALL = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SOURCES]
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_all_commands_say_the_same(kind: str, tmp_path: Path, fastbegan: Run) -> None:
     (tmp_path / "made").mkdir()
     members = _pictures(tmp_path / "made")
