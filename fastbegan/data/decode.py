@@ -152,10 +152,12 @@ def decode(data: bytes, crop: str, max_pixels: int = MAX_PIXELS) -> Picture:
 def _upright(data: bytes, max_pixels: int) -> tuple[np.ndarray, Note]:
     """RGB pixels of a whole picture."""
     # simplejpeg is the fast path; what it would treat otherwise than the colour rule goes through Pillow
-    fast = False
+    marks = None
     if simplejpeg is not None and simplejpeg.is_jpeg(data):
-        fast, marks = True, read_marks(data)
-        if not marks.may_be_turned:
+        marks = read_marks(data)
+        if marks.info.get("icc_profile", b"") is None:
+            marks = None  # it would refuse the file, since its profile is in disorder
+        elif not marks.may_be_turned:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
             _require_size(int(width), int(height), max_pixels)
             if space in ("YCbCr", "Gray"):
@@ -165,8 +167,8 @@ def _upright(data: bytes, max_pixels: int) -> tuple[np.ndarray, Note]:
         _require_size(image.width, image.height, max_pixels)
         turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
         plain = image.mode in _PLAIN and "transparency" not in image.info
-        if fast and image.mode in _PLAIN and not turned:
-            return _fast_jpeg(data, image.info, image.mode)
+        if marks and image.mode in _PLAIN and not turned:
+            return _fast_jpeg(data, marks.info, image.mode)
         image.load()
         sixteen = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")  # their 16 bits may come as mode I
         rgb, notes = _to_rgb(ImageOps.exif_transpose(image) if turned else image, sixteen)

@@ -14,7 +14,7 @@ class Marks(NamedTuple):
     may_be_turned: bool
     """They have EXIF, or XMP with an orientation."""
     info: dict[str, bytes | None]
-    """`icc_profile` as in Pillow: absent, or None where parts are missing."""
+    """`icc_profile` as in Pillow: absent, or None where its parts do not fit together."""
 
 
 def read_marks(data: bytes) -> Marks:
@@ -35,11 +35,11 @@ def read_marks(data: bytes) -> Marks:
         if kind == 0xE1:
             xmp = data.startswith(_XMP, start) and data.find(b"Orientation", start, end) >= 0
             may_be_turned |= xmp or data.startswith(b"Exif\0", start)
-        elif kind == 0xE2 and data.startswith(_ICC, start):
+        elif kind == 0xE2 and data.startswith(_ICC, start) and end >= start + 14:
             profile.append(data[start + len(_ICC) : end])
         at = max(start, end)
     if not profile:
         return Marks(may_be_turned, {})
     profile.sort()  # each part begins with its number and the number of parts
-    whole = list(profile[0][1:2]) == [len(profile)]
-    return Marks(may_be_turned, {"icc_profile": b"".join(part[2:] for part in profile) if whole else None})
+    whole = [tuple(part[:2]) for part in profile] == [(number + 1, len(profile)) for number in range(len(profile))]
+    return Marks(may_be_turned, {"icc_profile": b"".join(part[2:] for part in profile) or None if whole else None})

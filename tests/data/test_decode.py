@@ -240,8 +240,10 @@ def test_a_profile_in_parts() -> None:
         data = with_segments(plain, *order)
         assert read_marks(data).info == {"icc_profile": profile}
         assert decoding.decode(data, "none").notes & ~Note.CONVERTED == Note.PROFILE
-    picture = decoding.decode(with_segments(plain, *parts[:2]), "none")
-    assert picture.notes == Note.PROFILE_IGNORED and np.array_equal(picture.pixels, whole(plain))
+    for disorder in (parts[:2], parts[1:], [(0xE2, b"ICC_PROFILE\0\1\1")]):
+        picture = decoding.decode(with_segments(plain, *disorder), "none")
+        assert picture.notes == Note.PROFILE_IGNORED
+        assert np.abs(picture.pixels.astype(int) - whole(plain)).max() <= 1
 
 
 def test_jpegs_cut_within_their_headers_are_refused() -> None:
@@ -250,8 +252,8 @@ def test_jpegs_cut_within_their_headers_are_refused() -> None:
         read_marks(data[:length])
         with pytest.raises(RejectedImageError, match=r"\w"):
             whole(data[:length])
-    with pytest.raises(RejectedImageError, match=r"\w"):
-        whole(data[:2] + b"\xff\xe1\0\0" + data[2:])  # a length that no segment can have
+    for length in (0, 1):  # no segment is as short
+        assert read_marks(data[:2] + b"\xff\xe3" + struct.pack(">H", length) + data[2:]) == read_marks(data)
 
 
 def _float(values: list[float]) -> bytes:
@@ -367,7 +369,7 @@ def test_what_is_no_picture() -> None:
 
 
 def test_no_other_plugin_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {kind: encoded(RANDOM, kind) for kind in ("EPS", "PCX", "SGI", "IM", "ICO", "DDS")}
+    files = {kind: encoded(RANDOM, kind) for kind in ("EPS", "PCX", "SGI", "ICO", "DDS")}
     seen = []
     for kind, (factory, accept) in list(Image.OPEN.items()):
         if kind not in decoding.FORMATS:
@@ -401,13 +403,12 @@ def _warning_files() -> dict[str, bytes]:
     exif[0x010E] = "a description that is longer than four bytes"
     corrupt = exif.tobytes()[:-30]
     palette = Image.fromarray(RANDOM).quantize(16)
-    tiff = bytearray(encoded(RANDOM, "TIFF", description="a description that is longer than four bytes"))
-    tag = tiff.index(struct.pack("<HH", 0x010E, 2))
-    tiff[tag + 8 : tag + 12] = struct.pack("<I", 1 << 30)
+    tiff, entry = encoded(RANDOM, "TIFF"), struct.pack("<HH", 0x011C, 3)  # its planar configuration, once
+    assert tiff.count(entry + struct.pack("<I", 1)) == 1
     return {
         "corrupt EXIF": encoded(RANDOM, "JPEG", exif=corrupt),
         "a palette with transparency": encoded(palette, transparency=bytes(range(0, 256, 16))),
-        "a tag beyond the end": bytes(tiff),
+        "a tag with too many values": tiff.replace(entry + struct.pack("<I", 1), entry + struct.pack("<I", 2)),
         "an animation without frames": png((2, 1), 8, 0, b"\x10\x20", (b"acTL", bytes(8))),
     }
 
