@@ -197,6 +197,19 @@ def _profile_of(info: Mapping[Any, Any], mode: str) -> tuple[ImageCms.ImageCmsTr
     return transform, Note.PROFILE if transform else Note(0)
 
 
+def _gamma_of(info: Mapping[Any, Any]) -> tuple[list[int] | None, Note]:
+    """What brings the levels of a PNG that declares only a gamma to sRGB (None: nothing has to)."""
+    # The PNG standard puts iCCP before sRGB before gAMA, and browsers follow a gAMA as well. cHRM is not followed: who
+    # means other primaries than sRGB's embeds a profile.
+    if "icc_profile" in info or "srgb" in info or not isinstance(info.get("gamma"), float):
+        return None, Note(0)
+    try:
+        levels = gamma_table(info["gamma"])
+    except UnusableProfileError:
+        return None, Note.PROFILE_IGNORED
+    return levels, Note.PROFILE if levels else Note(0)
+
+
 def _prepare_pillow(max_pixels: int) -> None:
     """Silence Pillow's warnings, and make its own limit no tighter than ours. Both stay, for any thread."""
     # Pillow warns of damage that it survives. `warnings.catch_warnings` would race with threads that decode.
@@ -235,17 +248,17 @@ def crop_box(size: tuple[int, int], crop: str) -> tuple[int, int, int, int]:
 
 def _to_rgb(image: Image.Image, sixteen: bool) -> tuple[Image.Image, Note]:
     """sRGB over white of any image; `sixteen`: its file has 16 bits."""
-    notes, clear, alpha = Note(0), image.info.get("transparency"), None
-    info = image.info
+    info, notes, alpha = image.info, Note(0), None
+    clear = info.get("transparency")
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if isinstance(clear, int):  # one grey level of a PNG is transparent
             alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
-        levels, notes = _eight_bits(values, sixteen)
-        image = Image.fromarray(levels)
+        reduced, notes = _eight_bits(values, sixteen)
+        image = Image.fromarray(reduced)
     elif image.mode in _ALPHA or clear is not None:
         if isinstance(clear, tuple) and max(clear) > 255:  # Pillow reduces 16-bit RGB to 8, but not this colour of it
-            image.info["transparency"] = tuple(value >> 8 for value in clear)
+            info["transparency"] = tuple(value >> 8 for value in clear)
         grey = image.mode in ("L", "LA", "La")
         layers = image.convert("RGBA")
         alpha, image = layers.getchannel("A"), layers.getchannel("R") if grey else layers.convert("RGB")
@@ -253,30 +266,24 @@ def _to_rgb(image: Image.Image, sixteen: bool) -> tuple[Image.Image, Note]:
         image = image.convert("L" if image.mode == "1" else "RGB")
     transform, note = _profile_of(info, image.mode)
     rgb = transform.apply(image) if transform else image.convert("RGB")
-    if "icc_profile" not in info and "srgb" not in info and isinstance(info.get("gamma"), float):
-        # The PNG standard's order: iCCP, then sRGB, then gAMA. Browsers follow gAMA too. cHRM alone is not followed:
-        # what writes it without a profile writes sRGB's.
-        try:
-            table = gamma_table(info["gamma"])
-        except UnusableProfileError:
-            table, note = None, Note.PROFILE_IGNORED
-        if table is not None:
-            rgb, note = rgb.point(table * 3), Note.PROFILE
+    levels, of_gamma = _gamma_of(info)
+    if levels is not None:
+        rgb = rgb.point(levels * 3)
     if alpha is not None:
         white = Image.new("RGB", rgb.size, "white")
         white.paste(rgb, mask=alpha)
         rgb = white
-    return rgb, notes | note
+    return rgb, notes | note | of_gamma
 
 
 def _eight_bits(values: np.ndarray, sixteen: bool) -> tuple[np.ndarray, Note]:
     """Grey values of more than 8 bits as uint8; refuses ranges whose white nothing tells."""
     if not values.size:
         return values.astype(np.uint8), Note(0)
-    low, high = values.min().item(), values.max().item()  # NaN where any value is
+    if not np.isfinite(values).all():  # before minimum and maximum, which may warn of NaN
+        raise RejectedImageError("float values with NaN or infinity; accepted: 0 to 1")
+    low, high = values.min().item(), values.max().item()
     if values.dtype.kind == "f":
-        if not np.isfinite((low, high)).all():
-            raise RejectedImageError("float values with NaN or infinity; accepted: 0 to 1")
         if low < 0 or high > 1:
             raise RejectedImageError(f"float values from {low:g} to {high:g}; accepted: 0 to 1")
         return (values * 255).round().astype(np.uint8), Note(0)
@@ -285,4 +292,4 @@ def _eight_bits(values: np.ndarray, sixteen: bool) -> tuple[np.ndarray, Note]:
     # Pillow would clip 16-bit grey to white; 32-bit modes do not define their white, so the values decide
     if not sixteen and high <= 255:
         return values.astype(np.uint8), Note(0)
-    return (values / 257).round().astype(np.uint8), Note.FEW_BITS if 0 < high < 4096 else Note(0)
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8), Note.FEW_BITS if 0 < high < 4096 else Note(0)
