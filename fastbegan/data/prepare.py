@@ -106,6 +106,7 @@ def load_images(
     """
     if Path(data).suffix == ".pack" and Path(data).is_file():
         image_set = _open_pack(Path(data), size)
+        _check_report(Path(data), len(image_set.images), 100.0)  # who packed them has decided how many are too many
     else:
         source = find_source(data)
         _require_entries(source, minimum, data)

@@ -25,13 +25,13 @@ def _pictures(folder: Path) -> dict[str, bytes]:
     """Twenty-two good pictures, of which six are worth a word."""
     generator = np.random.default_rng(0)
     for number in range(GOOD):
-        Image.fromarray(generator.integers(0, 256, (20, 20, 3), np.uint8)).save(folder / f"a{number:02d}.png")
+        Image.fromarray(generator.integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"a{number:02d}.png")
     for number in range(SMALL):
-        Image.fromarray(generator.integers(0, 256, (8, 20, 3), np.uint8)).save(folder / f"b{number:02d}.jpg")
+        Image.fromarray(generator.integers(0, 256, (8, 40, 3), np.uint8)).save(folder / f"b{number:02d}.jpg")
     for number in range(GREY):
-        Image.fromarray(generator.integers(0, 256, (20, 20, 4), np.uint8)).save(folder / f"c{number:02d}.webp")
+        Image.fromarray(generator.integers(0, 256, (40, 40, 4), np.uint8)).save(folder / f"c{number:02d}.webp")
     for number in range(DEEP):
-        Image.fromarray(generator.integers(0, 4096, (20, 20)).astype(np.uint16)).save(folder / f"d{number:02d}.png")
+        Image.fromarray(generator.integers(0, 4096, (40, 40)).astype(np.uint16)).save(folder / f"d{number:02d}.png")
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -91,19 +91,19 @@ def test_all_commands_say_the_same(kind: str, tmp_path: Path, fastbegan: Run) ->
     members = _pictures(tmp_path / "made")
     make, left_out = SOURCES[kind]
     source = make(tmp_path, {**members, "z.jpg": b"broken"})
-    checked = fastbegan("data", "check", source, "--size", 16)
+    checked = fastbegan("data", "check", source, "--size", 32)
     assert checked.returncode == 1 and f"{len(members)} of {len(members) + 1} good, 1 broken" in checked.stdout
     expected = {**left_out, **WORDS}
     assert _said(checked.stdout) == expected, checked.stdout
-    packed = fastbegan("data", "pack", source, tmp_path / "set.pack", "--size", 16, "--max-bad", 10)
-    flags = ("--size", 16, "--filters", 4, "--steps", 1, "--batch-size", 4, "--max-bad", 10)
+    packed = fastbegan("data", "pack", source, tmp_path / "set.pack", "--size", 32, "--max-bad", 10)
+    flags = ("--size", 32, "--filters", 4, "--steps", 1, "--batch-size", 4, "--max-bad", 10)
     trained = fastbegan("train", *flags, "--data", source, "--out", tmp_path / "run")
     from_pack = fastbegan("train", *flags, "--data", tmp_path / "set.pack", "--out", tmp_path / "other")
-    scored = fastbegan("evaluate", source, "--against", tmp_path / "set.pack", "--size", 16, "--max-bad", 10)
+    scored = fastbegan("evaluate", source, "--against", tmp_path / "set.pack", "--size", 32, "--max-bad", 10)
     for done in (packed, trained, from_pack):
         assert done.returncode == 0, done.stderr
         assert _said(done.stdout) == expected, done.stdout
-        assert f"{len(members)} at 16 px" in done.stdout and f"1 of {len(members) + 1} images are broken" in done.stderr
+        assert f"{len(members)} at 32 px" in done.stdout and f"1 of {len(members) + 1} images are broken" in done.stderr
     assert scored.returncode == 0, scored.stderr
     for side in ("images", "against"):
         (line,) = (line for line in scored.stdout.splitlines() if line.startswith(f"  {side}"))

@@ -19,6 +19,7 @@ from fastbegan.data.choose import open_loader
 from fastbegan.data.decode import Decoding
 from fastbegan.data.loader import Batching, Loader, PackedLoader, ResidentLoader
 from fastbegan.data.prepare import load_catalogue
+from tests.helpers import profiles
 from tests.helpers.processes import environment
 
 pytestmark = pytest.mark.core
@@ -138,6 +139,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exif = Image.Exif()
     exif[0x0112] = 8
     Image.open(place / "02.jpg").save(place / "turned.jpg", quality=92, exif=exif)
+    Image.open(place / "04.jpg").save(place / "wide.jpg", quality=92, icc_profile=profiles.P3.profile())
     return place
 
 

@@ -28,14 +28,20 @@ CONVERTED = {
 }
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that declares this size and holds nothing."""
+def png(size: tuple[int, int], bits: int, colours: int, pixels: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of one row, or one that holds less than it declares; `colours` is the standard's colour type."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colours, 0, 0, 0))
+    added = b"".join(chunk(kind, body) for kind, body in chunks)
+    return b"\x89PNG\r\n\x1a\n" + header + added + chunk(b"IDAT", zlib.compress(b"\0" + pixels)) + chunk(b"IEND", b"")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that declares this size and holds nothing."""
+    return png((width, height), 8, 2, b"\0" * 63)
 
 
 def broken(folder: Path) -> None:
