@@ -117,6 +117,8 @@ def test_grey_profiles(kind: str) -> None:
     expected = profiles.grey_to_srgb(levels, 1.0)[..., None]
     assert furthest(picture.pixels[bright], expected[bright]) <= 2
     assert furthest(expected, levels[..., None]) > 50
+    picture = decode(encoded(Image.new("1", (8, 8), 1), "PNG", icc_profile=profiles.grey_profile(1.0)), "none")
+    assert picture.notes == Note.CONVERTED | Note.PROFILE and (picture.pixels == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
@@ -177,6 +179,8 @@ def test_gamma_of_a_png() -> None:
     plain = encoded(COLOURS)
     picture = decode(with_chunks(plain, _gamma(1.0)), "none")
     assert picture.notes == Note.PROFILE and furthest(picture.pixels, linear.to_srgb(COLOURS)) <= 0.51
+    bright = Space(profiles.SRGB.red, profiles.SRGB.green, profiles.SRGB.blue, gamma=1 / 0.8)
+    assert furthest(decode(with_chunks(plain, _gamma(0.8)), "none").pixels, bright.to_srgb(COLOURS)) <= 0.51
     layers = encoded(Image.new("RGBA", (8, 8), (60, 60, 60, 128)))
     over_white = 128 / 255 * linear.to_srgb(np.array((60, 60, 60))) + (1 - 128 / 255) * 255
     assert furthest(decode(with_chunks(layers, _gamma(1.0)), "none").pixels, over_white) <= 1
@@ -188,9 +192,9 @@ def test_gamma_of_a_png() -> None:
 
 
 def test_a_png_follows_its_profile_first() -> None:
-    data = with_chunks(encoded(COLOURS, icc_profile=ADOBE.profile()), _gamma(1.0), (b"sRGB", b"\0"))
-    picture = decode(data, "none")
-    assert picture.notes == Note.PROFILE and furthest(picture.pixels, ADOBE.to_srgb(COLOURS)) <= 2
+    for chunk in (_gamma(1.0), (b"sRGB", b"\0")):
+        picture = decode(with_chunks(encoded(COLOURS, icc_profile=ADOBE.profile()), chunk), "none")
+        assert picture.notes == Note.PROFILE and furthest(picture.pixels, ADOBE.to_srgb(COLOURS)) <= 2
 
 
 def test_texts_of_a_png_are_no_profiles() -> None:
