@@ -57,8 +57,11 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 def gamma_table(gamma: float) -> list[int] | None:
     """Give the sRGB level of each of the 256 levels of a PNG that declares this gamma and no colour space.
 
+    Args:
+        gamma: As in its gAMA chunk: light to this power is stored.
+
     Returns:
-        None where `gamma` is within 5 % of sRGB's, which encoders write, rounded in many ways, for sRGB itself.
+        None where it is within 5 % of sRGB's, which encoders write, rounded in many ways, for sRGB itself.
 
     Raises:
         UnusableProfileError: No picture has this gamma.
