@@ -8,7 +8,6 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
-_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # what a profile calls the colours of a Pillow mode
 _LEVELS = np.arange(0, 256, 17, dtype=np.uint8)
 _LATTICE = np.stack(np.meshgrid(_LEVELS, _LEVELS, _LEVELS), axis=-1).reshape(64, 64, 3)
 _RAMP = np.arange(256, dtype=np.uint8)[None]
@@ -36,16 +35,13 @@ def conversion(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     Raises:
         UnusableProfileError: The profile is damaged, or is not one of this mode's colours.
     """
-    space = profile[16:20].decode("latin-1").strip()  # a field of its header
-    if space != _SPACES.get(mode):
-        raise UnusableProfileError(f"a profile of {space} in an image of {mode}")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
         transform = ImageCms.ImageCmsTransform(source, _srgb(), mode, "RGB", intent)
     except (OSError, ValueError) as error:
         raise UnusableProfileError(str(error)) from None
-    if mode == "CMYK":
+    if mode not in ("L", "RGB"):
         return transform
     before = _RAMP if mode == "L" else _LATTICE
     after = np.asarray(transform.apply(Image.fromarray(before)), dtype=np.int16)
@@ -61,8 +57,11 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 def gamma_table(gamma: float) -> list[int] | None:
     """Give the sRGB level of each of the 256 levels of a PNG that declares this gamma and no colour space.
 
+    Args:
+        gamma: As in its gAMA chunk: light to this power is stored.
+
     Returns:
-        None where `gamma` is within 5 % of sRGB's, which encoders write, rounded in many ways, for sRGB itself.
+        None where it is within 5 % of sRGB's, which encoders write, rounded in many ways, for sRGB itself.
 
     Raises:
         UnusableProfileError: No picture has this gamma.

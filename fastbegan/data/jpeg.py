@@ -37,7 +37,7 @@ def read_marks(data: bytes) -> Marks:
             may_be_turned |= xmp or data.startswith(b"Exif\0", start)
         elif kind == 0xE2 and data.startswith(_ICC, start) and end >= start + 14:
             profile.append(data[start + len(_ICC) : end])
-        at = max(start, end)
+        at = end
     if not profile:
         return Marks(may_be_turned, {})
     profile.sort()  # each part begins with its number and the number of parts

@@ -119,6 +119,8 @@ def test_grey_profiles(kind: str) -> None:
     expected = profiles.grey_to_srgb(levels, 1.0)[..., None]
     assert furthest(picture.pixels[bright], expected[bright]) <= 2
     assert furthest(expected, levels[..., None]) > 50
+    picture = decode(encoded(Image.new("1", (8, 8), 1), "PNG", icc_profile=profiles.grey_profile(1.0)), WHOLE)
+    assert picture.notes == Note.CONVERTED | Note.PROFILE and (picture.pixels == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
@@ -179,6 +181,8 @@ def test_gamma_of_a_png() -> None:
     plain = encoded(COLOURS)
     picture = decode(with_chunks(plain, _gamma(1.0)), WHOLE)
     assert picture.notes == Note.PROFILE and furthest(picture.pixels, linear.to_srgb(COLOURS)) <= 0.51
+    bright = Space(profiles.SRGB.red, profiles.SRGB.green, profiles.SRGB.blue, gamma=1 / 0.8)
+    assert furthest(decode(with_chunks(plain, _gamma(0.8)), WHOLE).pixels, bright.to_srgb(COLOURS)) <= 0.51
     layers = encoded(Image.new("RGBA", (8, 8), (60, 60, 60, 128)))
     over_white = 128 / 255 * linear.to_srgb(np.array((60, 60, 60))) + (1 - 128 / 255) * 255
     assert furthest(decode(with_chunks(layers, _gamma(1.0)), WHOLE).pixels, over_white) <= 1
@@ -190,9 +194,15 @@ def test_gamma_of_a_png() -> None:
 
 
 def test_a_png_follows_its_profile_first() -> None:
+<<<<<<< HEAD
     data = with_chunks(encoded(COLOURS, icc_profile=ADOBE.profile()), _gamma(1.0), (b"sRGB", b"\0"))
     picture = decode(data, WHOLE)
     assert picture.notes == Note.PROFILE and furthest(picture.pixels, ADOBE.to_srgb(COLOURS)) <= 2
+=======
+    for chunk in (_gamma(1.0), (b"sRGB", b"\0")):
+        picture = decode(with_chunks(encoded(COLOURS, icc_profile=ADOBE.profile()), chunk), WHOLE)
+        assert picture.notes == Note.PROFILE and furthest(picture.pixels, ADOBE.to_srgb(COLOURS)) <= 2
+>>>>>>> decode
 
 
 def test_texts_of_a_png_are_no_profiles() -> None:

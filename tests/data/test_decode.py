@@ -206,7 +206,11 @@ def test_plain_jpegs_never_reach_pillow(mode: str, monkeypatch: pytest.MonkeyPat
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     image = Image.fromarray(RANDOM).convert(mode)
     plain = encoded(image, "JPEG")
-    files = [plain, encoded(image, "JPEG", xmp=b"<x:xmpmeta/>"), with_segments(plain, (0xFE, b"Exif\0\0Orientation"))]
+    files = [
+        plain,
+        encoded(image, "JPEG", xmp=b"<x:xmpmeta/>"),
+        with_segments(plain, (0xFE, b"\xff\xe1\0\x20Exif\0\0Orientation")),
+    ]
     if mode == "RGB":
         files.append(encoded(image, "JPEG", icc_profile=srgb))
     before = [whole(file) for file in files]
@@ -373,7 +377,8 @@ def test_modes_of_simple_formats(mode: str) -> None:
 
 
 def test_what_is_no_picture() -> None:
-    for head in (b"", b"BM", b"P", b"BMW is a maker of cars", b"P is a letter", b"RIFF\0\0\0\0WAVEfmt ", bytes(64)):
+    texts = (b"", b"BM", b"P", b"P3", b"BMW is a maker of cars", b"P is a letter", b"P3 players in a list")
+    for head in (*texts, b"RIFF\0\0\0\0WAVEfmt ", b"\x28" + bytes(63), bytes(64)):
         assert not is_picture(head)
     assert not is_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n") and not is_picture(b"\0\0\0\x20ftypisom" + bytes(8))
 

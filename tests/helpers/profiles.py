@@ -69,13 +69,16 @@ def grey_to_srgb(levels: np.ndarray, gamma: float) -> np.ndarray:
 
 
 def cmyk_profile() -> bytes:
-    """A profile of CMYK images whose four inks are greys, each as dark: white without ink, L* 25 lower with each."""
+    """A profile of CMYK images whose four inks are greys: without ink the white of a grey paper, L* 25 lower with each.
+
+    Only absolute colorimetry shows the grey of the paper.
+    """
     ink = np.indices((2, 2, 2, 2)).sum(0)
     lab = np.stack([255 - 63.75 * ink, np.full_like(ink, 128), np.full_like(ink, 128)], -1).round().astype(np.uint8)
     ramp = bytes(range(256))
     identity = struct.pack(">9I", *(65536 * np.eye(3, dtype=int)).ravel().tolist())
     lut = b"mft1" + struct.pack(">IBBBx", 0, 4, 3, 2) + identity + ramp * 4 + lab.tobytes() + ramp * 3
-    return _profile(b"prtr", b"CMYK", b"Lab ", {b"A2B0": lut})
+    return _profile(b"prtr", b"CMYK", b"Lab ", {b"A2B0": lut, b"wtpt": _xyz_tag(0.8 * _D50)})
 
 
 def _xyz(xy: tuple[float, float]) -> np.ndarray:
