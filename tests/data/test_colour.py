@@ -194,15 +194,9 @@ def test_gamma_of_a_png() -> None:
 
 
 def test_a_png_follows_its_profile_first() -> None:
-<<<<<<< HEAD
-    data = with_chunks(encoded(COLOURS, icc_profile=ADOBE.profile()), _gamma(1.0), (b"sRGB", b"\0"))
-    picture = decode(data, WHOLE)
-    assert picture.notes == Note.PROFILE and furthest(picture.pixels, ADOBE.to_srgb(COLOURS)) <= 2
-=======
     for chunk in (_gamma(1.0), (b"sRGB", b"\0")):
         picture = decode(with_chunks(encoded(COLOURS, icc_profile=ADOBE.profile()), chunk), WHOLE)
         assert picture.notes == Note.PROFILE and furthest(picture.pixels, ADOBE.to_srgb(COLOURS)) <= 2
->>>>>>> decode
 
 
 def test_texts_of_a_png_are_no_profiles() -> None:
