@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import re
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -25,6 +26,10 @@ from .prepare import Catalogue
 
 INSTALLED = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 _READERS = 4  # threads that read files
+# JPEG, PNG, WebP, BMP, TIFF, PNM, JPEG 2000
+_READ_BY_DALI = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|BM|II\*\0|MM\0\*|P[1-6]\s|\xff\x4f\xff\x51|\0\0\0\x0cjP  ", re.DOTALL
+)
 _MOST_FAILURES = 5  # failed batches in a row that end the run
 
 
@@ -36,8 +41,8 @@ class DaliLoader(StagedLoader):
     """Batches that DALI decodes: only the crop of each file, scaled with antialias, uint8 NHWC.
 
     `order.Order` gives DALI its files one by one, so all loaders and ranks read the same order, and a run resumes from
-    its position. Pillow first converts the files whose colours or rotation DALI would treat otherwise: 16 bits, alpha,
-    palettes, CMYK, EXIF.
+    its position. DALI itself converts nothing: files that carry a `decode.Note` (a colour profile, a rotation, 16 bits,
+    alpha, palettes, CMYK) and formats that it does not read (AVIF, GIF, QOI, TGA) go through Pillow first.
     """
 
     def __init__(
@@ -153,7 +158,7 @@ class DaliLoader(StagedLoader):
             try:
                 data = read_bytes(entry.path, entry.offset, entry.length)
                 width, height, notes = self._shapes[place].tolist()
-                if notes:
+                if notes or not _READ_BY_DALI.match(data):
                     buffer = io.BytesIO()
                     Image.fromarray(decode(data, replace(self._decoding, crop="none")).pixels).save(buffer, "BMP")
                     data = buffer.getvalue()

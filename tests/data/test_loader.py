@@ -121,7 +121,7 @@ def test_resident_images_come_in_the_same_order(flip: bool, rank: int, world: in
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEG and PNG pictures of many shapes, some of which have to be converted."""
+    """Pictures of many shapes and formats, some of which have to be converted."""
     place = tmp_path_factory.mktemp("shapes")
     generator = np.random.default_rng(1)
     for number in range(40):
@@ -140,6 +140,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exif[0x0112] = 8
     Image.open(place / "02.jpg").save(place / "turned.jpg", quality=92, exif=exif)
     Image.open(place / "04.jpg").save(place / "wide.jpg", quality=92, icc_profile=profiles.P3.profile())
+    for suffix in ("avif", "bmp", "jp2", "ppm", "qoi", "tga", "tif", "webp"):
+        Image.open(place / "06.jpg").save(place / f"format.{suffix}")
+    Image.open(place / "06.jpg").convert("L").save(place / "grey.gif")
     return place
 
 
@@ -166,7 +169,7 @@ def _parity(data: Path, crop: str, jitter: int) -> None:
     loaders = {kind: _open(kind, data, **options) for kind in KINDS}
     split = {(kind, rank): _open(kind, data, rank, 2, **options) for kind in KINDS for rank in range(2)}
     worst: dict[str, float] = {}
-    for position in (0, 8, 16, 32, 40):  # over an epoch's end, and a jump
+    for position in (0, 8, 16, 32, 40, 48):  # over an epoch's end, and a jump
         expected_ids, expected = loaders["packed"].ids(position), loaders["packed"].batch(position).clone()
         for kind in KINDS:
             assert torch.equal(loaders[kind].ids(position), expected_ids)
