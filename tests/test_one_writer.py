@@ -21,9 +21,12 @@ from pathlib import Path
 import pytest
 
 from fastbegan import UserError
+from fastbegan.cli import main
 from fastbegan.files import HeldError, locked
 from fastbegan.runs import folder as folder_module
 from fastbegan.runs.folder import RunFolder, new_run_folder
+from fastbegan.training import checkpoints
+from fastbegan.training.loop import Training
 from tests.helpers.processes import TINY, environment
 
 pytestmark = pytest.mark.core
@@ -47,7 +50,7 @@ def _hold(path: Path, ready: Path) -> None:
 
 
 def _holder(path: Path, ready: Path) -> ForkProcess:
-    holder = multiprocessing.get_context("fork").Process(target=_hold, args=(path, ready))
+    holder = multiprocessing.get_context("fork").Process(target=_hold, args=(path, ready), daemon=True)
     holder.start()
     until = time.monotonic() + 60
     while not ready.exists():
@@ -83,7 +86,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
     """It may outlive its parent: the loader processes of a killed run notice it seconds later."""
     with locked(tmp_path / "thing"):
         (tmp_path / "same").hardlink_to(tmp_path / ".thing.lock")  # which is removed with the lock
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=True)
         child.start()
         assert not _falls(tmp_path / "same")  # this process has it all the same
     assert _falls(tmp_path / "same")
@@ -174,7 +177,7 @@ def _make_folder_at(barrier: Barrier, where: Path) -> None:
 def test_folders_made_at_once_are_different(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(20)
-    jobs = [context.Process(target=_make_folder_at, args=(barrier, tmp_path)) for _ in range(20)]
+    jobs = [context.Process(target=_make_folder_at, args=(barrier, tmp_path), daemon=True) for _ in range(20)]
     for job in jobs:
         job.start()
     for job in jobs:
@@ -192,6 +195,25 @@ def test_a_refused_start_without_out_leaves_nothing(
     Path("runs").touch()
     done = fastbegan("train", *TINY, "--steps", 2)
     assert done.returncode == 2 and "cannot be made (Not a directory); give --out" in done.stderr
+
+
+def test_the_lock_outlasts_a_checkpoint_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C ends a run while its last checkpoint is written in a thread."""
+    locked_at_end, advance = list[bool](), Training.advance_one
+
+    def save_slowly(*_: object) -> None:
+        time.sleep(0.5)
+        locked_at_end.append((tmp_path / "run" / ".run.lock").exists())
+
+    def advance_or_interrupt(training: Training) -> None:
+        if training.checkpoints.saved_step == 1:
+            raise KeyboardInterrupt
+        advance(training)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", save_slowly)
+    monkeypatch.setattr(Training, "advance_one", advance_or_interrupt)
+    train = ["train", *ENDLESS, "--checkpoint-every", "1", "--out", str(tmp_path / "run")]
+    assert main(train) == 130 and locked_at_end == [True]
 
 
 @pytest.mark.slow

@@ -303,6 +303,7 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
                     ranks.watch.last_wish = reserved.close
                 with Display(quiet=not ranks.first) as display:
                     training = Training(config, folder, resume=resume, display=display, ranks=ranks)
+                    reserved.callback(training.checkpoints.linger)  # which writes in the folder
                     with contextlib.closing(training.loader):
                         code = training.run(stop)
                 ranks.leave()
