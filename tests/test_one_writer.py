@@ -105,6 +105,22 @@ def test_a_child_that_is_given_the_lock_holds_it(tmp_path: Path) -> None:
     assert _falls(tmp_path / "same")
 
 
+def test_the_lock_of_a_file_that_is_gone_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last holder removed the file, and a third process has made it anew."""
+    file, sound, calls = tmp_path / ".thing.lock", fcntl.flock, list[int]()
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not calls:
+            file.unlink()
+            file.touch()
+        calls.append(descriptor)
+        sound(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / "thing") as lock:
+        assert lock is not None and os.path.samestat(os.fstat(lock), file.stat())
+
+
 def test_a_refused_start_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="planted"), RunFolder(tmp_path / "some" / "where" / "run").reserved():
         raise UserError("planted")
