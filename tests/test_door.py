@@ -90,12 +90,14 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
 
 def _unread(*arguments: object, output: int | None = None) -> tuple[int, str]:
     """Exit code and errors of a command whose output nobody reads."""
+    variables = environment()
+    variables.pop("PYTHONUNBUFFERED", None)  # a buffer is written when Python ends, too late for a word
     reader, writer = os.pipe()
     os.close(reader)
     try:
         done = subprocess.run(
             [sys.executable, "-m", "fastbegan", *map(str, arguments)],
-            env=environment(),
+            env=variables,
             stdout=writer if output is None else output,
             stderr=subprocess.PIPE,
             text=True,
