@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import os
+import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -31,8 +34,21 @@ from .commands.info import Info
 from .commands.sample import Sample
 from .commands.train import Train
 from .config import PRESETS, find_preset
+from .data import arrays
 from .errors import UserError
+from .files import printable
 from .runs.folder import RunFolder
+
+_AT_HOME = re.compile(rf"((?:--[\w-]+=)?(?:(?:{'|'.join(arrays.NAMES)}):)?)(~.*)", re.DOTALL)
+
+
+def _expanded(argument: str) -> str:
+    """`argument` with the home folder for its `~`, of which a shell leaves those within a word: --out=~/run.
+
+    It has to be done before a Path is made, to which `./~` and `~` are the same.
+    """
+    found = _AT_HOME.fullmatch(argument)
+    return argument if found is None else found[1] + os.path.expanduser(found[2])  # noqa: PTH111
 
 
 def _train_defaults(arguments: list[str]) -> Train:
@@ -70,6 +86,12 @@ def _check_environment() -> None:
         raise UserError(str(error)) from None
 
 
+def _require_no_stray_images(arguments: list[str], unknown: list[str]) -> None:
+    """Raises UserError where images are given to `train` without --data."""
+    if arguments[:1] == ["train"] and len(unknown) == 1 and not unknown[0].startswith("-"):
+        raise UserError(f"{unknown[0]!r} stands alone; accepted for images: --data {shlex.quote(unknown[0])}")
+
+
 def _parse(arguments: list[str]) -> Any:
     bench = (
         Annotated[BenchStep, subcommand("step")]
@@ -81,7 +103,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[DataCheck, subcommand("check")]
         | Annotated[DataInfo, subcommand("info")]
     )
-    return tyro.cli(
+    commands = (
         Annotated[Train, subcommand("train", default=_train_defaults(arguments))]
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Evaluate, subcommand("evaluate")]
@@ -91,16 +113,23 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Info, subcommand("info")]
         | Annotated[Doctor, subcommand("doctor")]
         | Annotated[data, subcommand("data", description="Pack images, check them, look into a pack.")]  # pyright: ignore
-        | Annotated[bench, subcommand("bench", description="Measure, and read what was measured.")],  # pyright: ignore
-        prog="fastbegan",
-        description="BEGAN: train it, draw with it.",
-        args=arguments,
+        | Annotated[bench, subcommand("bench", description="Measure, and read what was measured.")]  # pyright: ignore
     )
+    about = "BEGAN: train it, draw with it. --version prints the version."
+    parse = functools.partial(tyro.cli, commands, prog="fastbegan", description=about, args=arguments)
+    command, unknown = parse(return_unknown_args=True)
+    if unknown:
+        _require_no_stray_images(arguments, unknown)
+        parse()  # names them, and ends the process
+    return command
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for bad input, others as `train` says."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run one command; returns the exit code: 0, 2 for bad input, others as `train` says.
+
+    Raises BrokenPipeError where the reader of the output has left.
+    """
+    arguments = [_expanded(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     speaks = os.environ.get("RANK", "0") == "0"  # of several ranks, one says what all see
     command = None
     try:
@@ -113,9 +142,11 @@ def main(arguments: list[str] | None = None) -> int:
                 _check_environment()
                 command = _parse(arguments)
             return command.run()
+    except BrokenPipeError:
+        raise  # the reader of the output has left: no bad input
     except (UserError, OSError) as error:
         if speaks or command is not None:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -145,4 +176,5 @@ def _ignore_warning(*_: object, **__: object) -> None:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # that nobody can read it is no reason to end
+        print(f"warning: {printable(str(message))}", file=sys.stderr)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -29,12 +31,20 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
         print(f"{name:<12}{value}")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        raise  # the BrokenPipeError, of which rich makes an exit without a word
+
+
 class Display:
-    """Messages and progress on standard output. Used as a context manager, which closes the live line."""
+    """Messages and progress on standard output. Used as a context manager, which closes the live line.
+
+    Work goes on where the output cannot be written any more, as in `fastbegan train | head`; a warning says so once.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         """`quiet` prints nothing, for ranks other than 0 and for JSON output."""
-        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self.console = _Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._live: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last = float("-inf")
@@ -58,7 +68,13 @@ class Display:
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
-        self.console.print("\n".join(map(printable, message.split("\n"))), markup=False)
+        try:
+            self.console.print("\n".join(map(printable, message.split("\n"))), markup=False)
+        except OSError as error:
+            self.console.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what the output still holds back
+            why = error.strerror or error
+            warnings.warn(f"the output cannot be written ({why}); the work goes on; Ctrl-C ends it", stacklevel=2)
 
     def preparing(self, work: str, done: int, total: int) -> None:
         """Show progress of preparing images: `work` in words, `done` of `total` entries, 0 where nobody knows."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import socket
 import tempfile
+import time
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +22,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+_POLL = 0.1  # seconds between looks at a lock that another process holds
 
 
 def sync_folder(folder: Path) -> None:
@@ -66,37 +72,95 @@ def _atomic(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
+class HeldError(Exception):
+    """Another process holds a lock; the message names it."""
+
+
 @contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[], None]) -> Iterator[int | None]:
+def locked(path: Path, waiting: Callable[[], None] | None = None, seconds: float = math.inf) -> Iterator[int | None]:
     """Hold a lock beside `path`; one process at a time. The system frees the lock when its holder dies.
 
-    `waiting` is called once where another process holds it. Yields the lock's descriptor: a child that inherits it
-    holds the lock too. Platforms without such locks yield None and never wait.
+    The folder is made. `waiting` is called once where another process holds it. After `seconds` of waiting, HeldError
+    names that process. Yields the lock's descriptor: a child that is given it by `pass_fds` holds the lock too, a
+    forked one does not. Where there are no locks, a warning says so, and None is yielded.
     """
-    if fcntl is None:
-        yield None
-        return
     lock = path.with_name(f".{path.name}.lock")
-    announced = False
+    descriptor = _taken(lock, waiting, seconds)
+    try:
+        yield descriptor
+    finally:
+        lock.unlink(missing_ok=True)
+        if descriptor is not None:
+            _held.discard(descriptor)
+            os.close(descriptor)
+
+
+def _taken(lock: Path, waiting: Callable[[], None] | None, seconds: float) -> int | None:
+    until = time.monotonic() + seconds
     while True:
-        with lock.open("a") as file:
+        with contextlib.ExitStack() as opened:
+            lock.parent.mkdir(parents=True, exist_ok=True)  # a holder that made it may remove it again
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)  # NFS takes locks of writable files only
+            opened.callback(os.close, descriptor)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl is None:
+                    raise OSError("the platform has none")
+                # not lockf: that ends when the process closes the file anywhere
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not announced:
+                if time.monotonic() >= until:
+                    raise HeldError(os.read(descriptor, 1000).decode(errors="replace") or "another process") from None
+                if waiting is not None:
                     waiting()
-                announced = True
-                fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                same = lock.stat().st_ino == os.fstat(file.fileno()).st_ino
-            except FileNotFoundError:
-                same = False
-            if same:  # else the last holder removed the file while this process waited
-                try:
-                    yield file.fileno()
-                finally:
-                    lock.unlink(missing_ok=True)
-                return
+                    waiting = None
+                time.sleep(_POLL)
+                continue
+            except OSError as error:  # its number differs between file systems
+                why = error.strerror or error
+                message = f"{lock.parent} takes no locks ({why}); start no second process that writes there"
+                warnings.warn(message, stacklevel=4)
+                return None
+            if _is_at(descriptor, lock):  # else the last holder removed the file while this process waited
+                with contextlib.suppress(OSError):  # a disk may be full, and the lock holds all the same
+                    os.ftruncate(descriptor, 0)
+                    since = time.strftime("%Y-%m-%d %H:%M:%S")
+                    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
+                _held.add(descriptor)
+                opened.pop_all()
+                return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+_held: set[int] = set()  # descriptors of the locks of this process
+
+
+def _let_go() -> None:
+    """Close the locks in a forked child: they would be held until it ends, too, which may be long after its parent."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def removed_if_empty(path: Path) -> Iterator[None]:
+    """At the end of the block, remove `path` and the folders above it that were missing and have nothing in them."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # something is in it, or it was never made
+            for folder in missing:
+                folder.rmdir()
 
 
 def _umask() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from fastbegan import TrainStep
-from fastbegan.cli import main
+from fastbegan.cli import _expanded, main
 from tests.helpers.processes import environment
 
 TRAIN_OPTIONS = (
@@ -227,6 +228,74 @@ def test_without_out_every_run_is_a_new_folder(
     for _ in range(2):
         assert main(["train", "--steps", "1", "--filters", "1", "--data", "faces:16", "--device", "cpu"]) == 0
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+@pytest.mark.parametrize("place", ["~/run", "--out=~/run"])
+def test_a_tilde_is_the_home_folder(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    monkeypatch.setenv("HOME", str(run_folder.parent))
+    monkeypatch.chdir(tmp_path)
+    options = [place] if place.startswith("--") else ["--out", place]
+    assert main(["train", *options, "--steps", "4", "--device", "cpu"]) == 0  # with the 2 filters of the run
+    assert "continued at step 4" in capsys.readouterr().out
+    assert main(["info", "~/run"]) == 0
+    assert str(run_folder) in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--data", "~/none", "--out", "never"],
+        ["train", "--data=~/none", "--out", "never"],
+        ["data", "pack", "~/none", "never.pack"],
+        ["data", "check", "~/none"],
+        ["evaluate", "faces:20", "--against", "~/none"],
+        ["evaluate", "~/none", "--against=faces:20"],
+        ["data", "info", "~/none"],
+    ],
+)
+def test_a_tilde_is_the_home_folder_in_sources(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(arguments) == 2
+    assert f"{tmp_path}/none" in capsys.readouterr().err
+
+
+def test_a_tilde_after_a_kind_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    for argument, expanded in (
+        ("cifar10:~/x", "cifar10:/home/of/mine/x"),
+        ("--data=fashion-mnist:~", "--data=fashion-mnist:/home/of/mine"),
+        ("./~", "./~"),
+        ("a~", "a~"),
+        ("--out=./~/run", "--out=./~/run"),
+    ):
+        assert _expanded(argument) == expanded
+
+
+def test_a_folder_called_tilde_can_be_named(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("./~").symlink_to(run_folder)
+    assert main(["info", "./~"]) == 0
+    assert "step 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("images", ["faces", "photos of mine", "some.pack", "shard-0.tar"])
+def test_images_without_their_option(images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--steps", "4", images, "--out", str(tmp_path / "run"), "--filters", "2"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: {images!r} stands alone; accepted for images: --data {shlex.quote(images)}\n"
+    assert not (tmp_path / "run").exists()
+    for arguments in (["train", images, "--gama", "1"], ["info", "run", images]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert "Unrecognized" in capsys.readouterr().err  # as before
 
 
 LEAN = """

@@ -276,12 +276,34 @@ def test_bad_input_is_said_once(tmp_path: Path, torchrun: Start) -> None:
         ((), "--out is missing"),
         (("--requeue-code", 75, "--out", tmp_path / "d"), "requeue_code is 75; accepted: 0 under torchrun"),
         (("--batch-size", "x", "--out", tmp_path / "c"), "invalid literal"),
+        (("--out", tmp_path / "e"), f"{tmp_path / 'e'} is in use by process {os.getpid()} on "),
     ):
-        run = torchrun(2, *FLAGS, "--steps", 5, *flags)
-        output = run.communicate(timeout=500)[0]
+        with RunFolder(tmp_path / "e").reserved():
+            run = torchrun(2, *FLAGS, "--steps", 5, *flags)
+            output = run.communicate(timeout=500)[0]
         assert run.returncode != 0 and "Traceback" not in output.partition("torch/distributed")[0], output
         assert sum(message in line for line in output.splitlines()) == 1, output
         assert "exitcode  : 2" in output and "interrupted" not in output
+        assert not list(tmp_path.iterdir())  # no folder with nothing in it but a lock
+
+
+@pytest.mark.slow
+def test_a_start_that_another_rank_refuses_leaves_no_folder(tmp_path: Path, torchrun: Start) -> None:
+    run = torchrun(2, *FLAGS, "--steps", 40, "--out", tmp_path / "run", fault="load 1 raise 1")
+    output = run.communicate(timeout=500)[0]
+    assert run.returncode != 0 and _errors(output) == ["error: rank 1 ended: ValueError planted"], output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_rank_that_writes_dies_and_starts_again(tmp_path: Path, torchrun: Start) -> None:
+    """It held the lock of the run folder."""
+    out = tmp_path / "run"
+    run = torchrun(2, *FLAGS, "--steps", 25, "--out", out, fault="collect 30 kill 0", restarts=1)
+    output = run.communicate(timeout=500)[0]
+    assert run.returncode == 0 and "continued at step 10" in output and "in use" not in output, output
+    steps = [row["step"] for row in RunFolder(out).read_metrics()]
+    assert steps == sorted(set(steps)) and steps[-1] == 25
 
 
 @pytest.mark.core

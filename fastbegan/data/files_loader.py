@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from .order import Order
 from .prepare import Catalogue
 from .scale import scale
 
+_SHARED_MEMORY = Path("/dev/shm")  # by which torch's processes pass batches on Linux
 NONE_LEFT = "none of the picture files can be decoded any more"
 
 
@@ -77,6 +80,24 @@ def stacked(pictures: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures))
 
 
+def _shared(pictures: list[np.ndarray]) -> Tensor:
+    """`stacked`, in shared memory. Left to torch's queue, a lack of it would be no error, and the run wait forever."""
+    return stacked(pictures).share_memory_()
+
+
+def _lack_of_memory(message: str) -> str | None:
+    """What to do about `message`, an error of a loader process, where it tells that shared memory is full."""
+    signs = ("/torch_", "shared memory", "Bus error", "No space left on device")
+    if not any(sign in message for sign in signs) or not _SHARED_MEMORY.is_dir():
+        return None
+    room = shutil.disk_usage(_SHARED_MEMORY)
+    size = f"{room.total / 1e6:,.1f} MB, {room.free / 1e6:,.1f} free"
+    return (
+        f"{_SHARED_MEMORY} is too small for loader processes ({size}); "
+        "from here on this process reads alone; better: docker run --shm-size=1g or --ipc=host, or --loader packed"
+    )
+
+
 class TorchLoader(StagedLoader):
     """Batches that torch's DataLoader decodes, with the same pixels as a pack; works on every platform."""
 
@@ -113,7 +134,7 @@ class TorchLoader(StagedLoader):
             batches = DataLoader(
                 self.pictures,
                 batch_sampler=_Batches(self.count, self.batching, position),
-                collate_fn=stacked,
+                collate_fn=_shared if self._workers else stacked,
                 num_workers=self._workers,
                 prefetch_factor=self._prefetch if self._workers else None,
                 worker_init_fn=_outlast_signals,
@@ -125,7 +146,10 @@ class TorchLoader(StagedLoader):
         except NoneLeftError:
             raise NoneLeftError(NONE_LEFT) from None  # drop the traceback of the loader process
         except RuntimeError as error:  # something outside ended a loader process
-            warnings.warn(f"{str(error).splitlines()[0]}; this batch is read here, the next by new ones", stacklevel=2)
+            if lack := _lack_of_memory(str(error)):
+                self._workers = 0
+            first_line = str(error).partition("\n")[0]
+            warnings.warn(lack or f"{first_line}; this batch is read here, the next by new ones", stacklevel=2)
             self.close()
             return self.pixels(ids)
 

@@ -214,8 +214,8 @@ class Writer:
         """Whether `begin` would wait."""
         return self._last is not None and not self._last.done()
 
-    def linger(self, seconds: float) -> None:
-        """Wait for the job, at most `seconds`; raise nothing."""
+    def linger(self, seconds: float | None) -> None:
+        """Wait for the job, at most `seconds` where it is a number; raise nothing."""
         if self._last is not None:
             wait([self._last], seconds)
 

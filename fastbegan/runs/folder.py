@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from safetensors.torch import load_file, save
 from ..config import FREE_ON_RESUME, ModelConfig, TrainConfig
 from ..errors import UserError
 from ..fields import from_dict
-from ..files import atomic, read_json, visible, write_json, writing
+from ..files import HeldError, atomic, locked, make_folder, read_json, removed_if_empty, visible, write_json, writing
 from ..nets.models import Generator
 from ..version import __version__
+
+_PATIENCE = 5.0  # seconds for the process before to end: it may have been killed just now
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,24 @@ class RunFolder:
         """Whether the folder holds a run."""
         return self.config_file.exists()
 
-    def require_free(self) -> None:
-        """Raises UserError if the folder holds anything but a run, which could be overwritten."""
+    @contextlib.contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Keep other processes from training in the folder; made for it, it goes again if it stays empty.
+
+        Raises UserError if another process trains in it, and where it cannot be written to.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file and cannot be written to as a folder; give another --out")
+        with removed_if_empty(self.path):
+            make_folder(self.path)
+            try:
+                with locked(self.path / "run", seconds=_PATIENCE):
+                    yield
+            except HeldError as holder:
+                raise UserError(f"{self.path} is in use by {holder}; stop that one, or give another --out") from None
+
+    def require_free(self) -> None:
+        """Raises UserError if the folder holds anything but a run, which could be overwritten."""
         if visible(self.path):
             raise UserError(f"{self.path} is not empty and holds no run (no config.json); give another --out")
 
@@ -147,14 +165,33 @@ class RunFolder:
         return generator.to(device=device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
 
 
-def new_run_folder(preset: str) -> Path:
-    """A path under runs/ that does not exist, named by the time and the preset."""
-    stem = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
-    path, number = stem, 1
-    while path.exists():
-        number += 1
-        path = stem.with_name(f"{stem.name}-{number}")
-    return path
+def _made(path: Path) -> bool:
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise UserError(f"{path} cannot be made ({error.strerror}); give --out, a folder that can") from None
+    return True
+
+
+@contextlib.contextmanager
+def new_run_folder(preset: str) -> Iterator[Path]:
+    """A new folder in runs/, named by the time and the preset; it goes again if it stays empty.
+
+    Raises UserError where none can be made.
+    """
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
+    with removed_if_empty(Path("runs")):
+        path, number = Path("runs", stem), 1
+        while not _made(path):  # it is of a run that began in the same second
+            number += 1
+            path = path.with_name(f"{stem}-{number}")
+        try:
+            yield path
+        finally:
+            with contextlib.suppress(OSError):  # something is in it
+                path.rmdir()
 
 
 def check_resumable(stored: RunConfig, wanted: RunConfig, folder: Path) -> None:

@@ -23,11 +23,15 @@ class Checkpoints:
         self._writer = Writer()
         self.saved_step = -1
         if ranks.watch is not None:
-            ranks.watch.last_wish = lambda: self._writer.linger(_LINGER)
+            ranks.watch.last_wish = self.linger
 
     def check(self) -> None:
         """Raise what went wrong so far."""
         self._writer.check()
+
+    def linger(self) -> None:
+        """Wait for a checkpoint that is being written, of several ranks a few seconds at most; raise nothing."""
+        self._writer.linger(None if self._ranks.alone else _LINGER)
 
     def finish(self) -> None:
         """Wait until all is written."""

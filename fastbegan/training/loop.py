@@ -287,24 +287,31 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
     """Train by `config` in the run folder `out`; returns the exit code. Raises UserError for bad input.
 
     Started by torchrun, this is one of several ranks; all use rank 0's config and folder. Without `out` a new folder is
-    made, which ranks that are started again could not find: they need one. A rank's process ends here.
+    made, which ranks that are started again could not find: they need one. A rank's process ends here. No other process
+    may train in the folder until then.
     """
     ranks = Ranks.join(config.train.rank_timeout)
     # until the end: torchrun's SIGTERM must not come before a name
     with StopRequest(echoes=ranks.launched, ranks=not ranks.alone) as stop:
-        try:
-            if not ranks.alone and out is None:
-                raise UserError("--out is missing; several ranks need it, so that a restart finds the run")
-            config = ranks.from_first(config)
-            folder = new_run_folder(config.preset) if out is None else out
-            with Display(quiet=not ranks.first) as display:
-                training = Training(config, folder, resume=resume, display=display, ranks=ranks)
-                with contextlib.closing(training.loader):
-                    code = training.run(stop)
-            ranks.leave()
-        except BaseException as error:
-            if ranks.alone:
-                raise
-            stop.ignore()
-            code = ranks.end_by(error)
+        with contextlib.ExitStack() as reserved:
+            try:
+                if not ranks.alone and out is None:
+                    raise UserError("--out is missing; several ranks need it, so that a restart finds the run")
+                config = ranks.from_first(config)
+                folder = reserved.enter_context(new_run_folder(config.preset)) if out is None else out
+                if ranks.first:
+                    reserved.enter_context(RunFolder(folder).reserved())
+                if ranks.watch is not None:
+                    ranks.watch.last_wish = reserved.close
+                with Display(quiet=not ranks.first) as display:
+                    training = Training(config, folder, resume=resume, display=display, ranks=ranks)
+                    reserved.callback(training.checkpoints.linger)  # which writes in the folder
+                    with contextlib.closing(training.loader):
+                        code = training.run(stop)
+                ranks.leave()
+            except BaseException as error:
+                if ranks.alone:
+                    raise
+                stop.ignore()
+                code = ranks.end_by(error)
         return code if ranks.alone else ranks.exit(code)
