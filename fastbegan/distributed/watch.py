@@ -36,6 +36,8 @@ from typing import NoReturn
 
 from torch.distributed import PrefixStore, TCPStore
 
+from ..files import printable
+
 LOST = 4  # exit code of a run that lost a rank
 _BEAT = 1.0  # seconds
 _SILENCE = 20.0  # seconds without a beat after which a rank counts as dead; under torchrun's 30 until it kills
@@ -158,7 +160,7 @@ class Watch:
             rank, code = map(int, verdict.split())
             if rank == self.rank and not self._printed:  # both threads may come here
                 self._printed = True
-                print(f"error: {message}", file=sys.stderr, flush=True)
+                print(f"error: {printable(message)}", file=sys.stderr, flush=True)
                 time.sleep(_LINGER)
         return code
 
