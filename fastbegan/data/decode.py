@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import io
+import math
 import os
 import re
 import stat
@@ -259,6 +260,12 @@ def crop_box(size: tuple[int, int], crop: str) -> tuple[int, int, int, int]:
     side = min(width, height) if crop == "center" else min(width, height, int(crop))
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
+
+
+def largest_side(crop: str) -> float:
+    """The largest shorter side, in pixels, of what `crop` keeps of any picture."""
+    left, _, right, _ = _CELEBA_FACE
+    return int(crop) if crop.isdecimal() else right - left if crop == "celeba" else math.inf
 
 
 def _to_rgb(image: Image.Image, sixteen: bool) -> tuple[Image.Image, Note]:

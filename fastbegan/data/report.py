@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..files import atomic, printable
-from .decode import Decoding, Note, crop_box
+from .decode import Decoding, Note, largest_side
 from .folder import LeftOut
 from .pack import Line
 from .source import Files
@@ -46,17 +46,16 @@ def left_out(item: LeftOut) -> Row:
 
 def rows(source: Files, lines: Iterable[Line], decoding: Decoding, size: int) -> Iterator[Row]:
     """All that is to be said about a source that was decoded to `lines`, for images of `size` pixels."""
+    kept = largest_side(decoding.crop)
     for item in source.left_out:
         yield left_out(item)
     for line in lines:
         for name, reason in line.broken:
             yield Row(name, BROKEN, reason)
         for entry, width, height, notes in line.files:
-            for note, kind in _NOTES.items():
-                if notes & note:
-                    yield Row(source.names[entry], kind)
-            left, top, right, bottom = crop_box((width, height), decoding.crop)
-            if min(right - left, bottom - top) < size:
+            if notes:
+                yield from (Row(source.names[entry], kind) for note, kind in _NOTES.items() if notes & note)
+            if min(width, height, kept) < size:
                 yield Row(source.names[entry], _ENLARGED, f"from {width}x{height}")
 
 
