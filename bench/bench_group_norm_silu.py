@@ -13,8 +13,10 @@ SHAPES = [(4, 128, 32, 32, 32)] if ON_CPU else [(8, 512, 64, 64, 32), (8, 128, 5
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_group_norm_silu(shape: tuple[int, int, int, int, int], backward: bool, race_op: Callable[..., Row]) -> None:
-    samples, channels, height, _, groups = shape
+@pytest.mark.parametrize("vae_shape", SHAPES, ids=str)
+def bench_group_norm_silu(
+    vae_shape: tuple[int, int, int, int, int], backward: bool, race_op: Callable[..., Row]
+) -> None:
+    samples, channels, height, _, groups = vae_shape
     name = f"{samples}x{channels} {height} px {groups} groups, {'both' if backward else 'forward'}"
-    race_op(Case("group_norm_silu", shape, backward), Row("group_norm_silu", name, images=samples))
+    race_op(Case("group_norm_silu", vae_shape, backward), Row("group_norm_silu", name, images=samples))

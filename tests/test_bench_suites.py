@@ -63,6 +63,15 @@ def test_a_ratio_may_fall_by_the_band(tmp_path: Path) -> None:
     assert not Accepted(tmp_path, MACHINE | {"threads": 4}).known
 
 
+def test_every_suite_can_be_collected_at_once() -> None:
+    """As `pytest bench/` does; a suite that cannot be would end the others."""
+    command = [sys.executable, "-m", "pytest", "bench/", "--collect-only", "-q"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    for suite in ROOT.glob("bench/bench_*.py"):
+        assert f"bench/{suite.name}::" in done.stdout
+
+
 def test_a_run_that_was_ended_keeps_its_rows_and_another_goes_on(tmp_path: Path) -> None:
     def suites(machine: dict[str, Any]) -> Suites:
         results = _begun(path, machine) or Results(machine, {})
