@@ -289,7 +289,7 @@ def _rows(parquet: Any, path: Path, column: str) -> Iterator[Entry]:
                 for value in batch.column(0).to_pylist():
                     yield _cell(f"{path}:{number}", value)
                     number += 1
-    except (OSError, ValueError) as error:
+    except (OSError, importlib.import_module("pyarrow").ArrowException) as error:
         raise UserError(f"data {path} is damaged behind row {number}: {str(error).splitlines()[0]}") from None
 
 

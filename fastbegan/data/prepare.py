@@ -163,7 +163,7 @@ def make_pack(
         if (header.made_from, header.size) != (made_from, size):
             warnings.warn(f"{path} was made of other files, another crop or size; packing again", stacklevel=3)
             return None
-        return _image_set(images, header, path)
+        return _image_set(images, header, path, source)
 
     if (image_set := existing()) is None:
         make_folder(path.parent)
@@ -177,7 +177,7 @@ def make_pack(
                 accept = partial(_few_broken, source, progress, max_bad)
                 _write(source, path, size, decoding, workers, accept, partial(finish, path))
                 images, header = read_pack(path, check_below=0)  # the checksum was computed while writing
-                image_set = _image_set(images, header, path, ", packed now")
+                image_set = _image_set(images, header, path, source, ", packed now")
     _check_report(path, len(image_set.images), max_bad)
     return replace(image_set, contents=source.contents) if isinstance(source, Files) else image_set
 
@@ -259,8 +259,13 @@ def _open_pack(path: Path, size: int) -> ImageSet:
     return _image_set(images, header, path)
 
 
-def _image_set(images: np.ndarray, header: PackHeader, path: Path, more: str = "") -> ImageSet:
-    remarks = (*report.remarks(report.read(_report_file(path))), *_faint(images))
+def _image_set(
+    images: np.ndarray, header: PackHeader, path: Path, source: Source | None = None, more: str = ""
+) -> ImageSet:
+    rows = report.read(_report_file(path))
+    if isinstance(source, Files) and source.stream is None:  # other files may lie beside the pictures by now
+        rows = [*map(report.left_out, source.left_out), *(row for row in rows if row.kind != report.LEFT_OUT)]
+    remarks = (*report.remarks(rows), *_faint(images))
     return ImageSet(images, header.crc32, f"{header.source}, {header.count:,} at {header.size} px{more}", remarks)
 
 

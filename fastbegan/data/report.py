@@ -13,7 +13,7 @@ from .folder import LeftOut
 from .pack import Line
 from .source import Files
 
-BROKEN, _LEFT_OUT = "broken", "left out"
+BROKEN, LEFT_OUT = "broken", "left out"
 _ENLARGED = "enlarged"
 _NOTES = {
     Note.CONVERTED: "converted",
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 def left_out(item: LeftOut) -> Row:
     """The row of something that is not taken."""
-    return Row(item.name, _LEFT_OUT, item.kind)
+    return Row(item.name, LEFT_OUT, item.kind)
 
 
 def rows(source: Files, lines: Iterable[Line], decoding: Decoding, size: int) -> Iterator[Row]:
@@ -81,14 +81,14 @@ def remarks(lines: Iterable[Row]) -> tuple[str, ...]:
     examples: dict[tuple[str, str], str] = {}
     for name, kind, detail in lines:
         if kind != BROKEN:
-            words = kind, detail if kind == _LEFT_OUT else _MEANINGS.get(kind, "")
+            words = kind, detail if kind == LEFT_OUT else _MEANINGS.get(kind, "")
             counts[words] += 1
             examples.setdefault(words, name)
-    most = [words for words, _ in counts.most_common() if words[0] == _LEFT_OUT]
-    said = [*most[:_KINDS], *(words for words in counts if words[0] != _LEFT_OUT)]
+    most = [words for words, _ in counts.most_common() if words[0] == LEFT_OUT]
+    said = [*most[:_KINDS], *(words for words in counts if words[0] != LEFT_OUT)]
     texts = [
         f"{kind}: {counts[kind, what]:,} {printable(what)} ({printable(examples[kind, what])})" for kind, what in said
     ]
     if rest := most[_KINDS:]:
-        texts.append(f"{_LEFT_OUT}: {sum(counts[words] for words in rest):,} of {len(rest)} other kinds")
+        texts.append(f"{LEFT_OUT}: {sum(counts[words] for words in rest):,} of {len(rest)} other kinds")
     return tuple(texts)

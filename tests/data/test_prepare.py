@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,30 @@ def test_few_broken_files_are_left_out_by_name_and_many_refuse_the_folder(pictur
     assert "broken.jpg\tbroken: cannot identify" in report.read_text()
     with pytest.raises(UserError, match="1 of 13"):  # packed by now, and still too many for this caller
         _load(pictures, made)
+
+
+def test_remarks_of_a_cached_pack_are_those_of_today(pictures: Path, made: list[str]) -> None:
+    for count in (1, 2):
+        (pictures / f"{count}.txt").write_text("")
+        image_set = load_images(str(pictures), 16, Decoding(), lambda what, *_: made.append(what))
+        assert image_set.remarks == (f"left out: {count} .txt ({pictures / '1.txt'})",)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(("grey", "kind"), [(0, "nearly black"), (15, "nearly black"), (16, "nearly of one colour")])
+def test_a_pack_that_shows_nothing_is_told(grey: int, kind: str, tmp_path: Path, made: list[str]) -> None:
+    folder = tmp_path / "faint"
+    folder.mkdir()
+    for number in range(40):
+        pixels = np.random.default_rng(0).integers(grey - 6, grey + 1, (20, 20, 3)).clip(0)
+        pixels[3] = 255 if number % 2 and number < 12 else grey  # of a few, a row is bright
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02d}.png")
+    remarks = load_images(str(folder), 20, Decoding(), lambda *_: None).remarks
+    assert len(remarks) == 1 and re.fullmatch(rf"{kind}: 2\d of 32 images that were looked at", remarks[0])
+    plain = np.random.default_rng(0).integers(0, 40, (20, 20, 3)).astype(np.uint8)
+    for path in folder.iterdir():
+        Image.fromarray(plain).save(path)
+    assert not load_images(str(folder), 20, Decoding(), lambda *_: None).remarks
 
 
 def test_a_folder_called_faces_is_named_with_its_path(
