@@ -15,7 +15,6 @@ import pytest
 from fastbegan.version import __version__
 from tests.helpers.processes import TINY, environment
 
-pytestmark = pytest.mark.core
 # as the script `fastbegan` does it; -X importtime writes a line for each module, when it has been imported
 COMMAND = [sys.executable, "-X", "importtime", "-c", "from fastbegan.__main__ import main; raise SystemExit(main())"]
 IN_BACKGROUND = """
@@ -52,6 +51,7 @@ def _interrupted_after(module: str, seconds: float, *arguments: str) -> subproce
     return process
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("module", "seconds"),
     [

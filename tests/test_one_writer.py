@@ -29,7 +29,6 @@ from fastbegan.training import checkpoints
 from fastbegan.training.loop import Training
 from tests.helpers.processes import TINY, environment
 
-pytestmark = pytest.mark.core
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., "subprocess.Popen[str]"]
 ENDLESS = [*TINY, "--device", "cpu", "--compile", "off", "--steps", "1000000", "--checkpoint-every", "20"]
@@ -252,6 +251,7 @@ def test_of_two_runs_started_at_once_one_trains(tmp_path: Path, start_fastbegan:
     assert steps[:3] == [10, 20, 30] and steps == sorted(set(steps))
 
 
+@pytest.mark.core
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["packed", "torch"])
 def test_after_a_kill_the_folder_is_free(
