@@ -28,8 +28,9 @@ from fastbegan.evaluation.extractors import open_extractor
 from fastbegan.evaluation.scores import Yardstick, names, score
 from fastbegan.files import sha256
 from fastbegan.nets.models import Generator, build
+from fastbegan.runs.appearance import compare, diversity
 from fastbegan.runs.folder import RunConfig, RunFolder
-from fastbegan.runs.sheets import diversity, generate, sheet_latents
+from fastbegan.runs.sheets import generate, sheet_latents
 from tests.helpers.processes import environment
 
 with warnings.catch_warnings():
@@ -37,7 +38,9 @@ with warnings.catch_warnings():
     import torch_fidelity
 
 COUNT, SIZE = 40, 32
-FIGURES = "inception_score frechet_distance kernel_distance precision recall diversity diversity_against".split()
+FIGURES = (
+    "inception_score frechet_distance kernel_distance precision recall sharpness variety diversity diversity_against"
+).split()
 TINY = ModelConfig(size=16, filters=2, hidden=4, latent=4, widths=(1, 2))
 
 
@@ -108,7 +111,9 @@ def test_figures_tell_apart_strengths_and_a_collapse() -> None:
     assert collapsed["frechet_distance"] > 2 * same["frechet_distance"]
     assert collapsed["kernel_distance"] > same["kernel_distance"] + 0.1
     assert collapsed["inception_score"] < same["inception_score"]
-    assert collapsed["diversity"] < 0.9 * same["diversity"]
+    assert collapsed["variety"] < 0.9 * same["variety"] and 0.9 < same["variety"] < 1.1
+    assert scores["more blurred"]["sharpness"] < scores["blurred"]["sharpness"] < 0.95 < same["sharpness"] < 1.05
+    assert scores["noisier"]["sharpness"] > 1.05
 
 
 def test_figures_are_plain_numbers_and_the_same_again(yardstick: Yardstick) -> None:
@@ -123,6 +128,8 @@ def test_figures_are_plain_numbers_and_the_same_again(yardstick: Yardstick) -> N
     assert score(images, _faces(0)) == first
     scaled = torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1
     assert first["diversity"] == pytest.approx(diversity(scaled), rel=1e-5)
+    looks = compare(scaled, torch.tensor(_faces(0)).permute(0, 3, 1, 2) / 127.5 - 1)
+    assert (first["sharpness"], first["variety"]) == pytest.approx((looks.sharpness, looks.variety), rel=1e-5)
 
 
 class _Adapter(torch_fidelity.FeatureExtractorBase):

@@ -140,7 +140,8 @@ def test_curves_are_the_rows(run: Path, page: str) -> None:
     curves, rows = _data(page)["curves"], RunFolder(run).read_metrics()
     for name in ("step", "images", "convergence", "loss_real", "loss_fake", "k"):
         assert curves["rows"][name] == pytest.approx([row[name] for row in rows], rel=1e-4)
-    assert curves["diversity"]["diversity"] == pytest.approx([row["diversity"] for row in rows], rel=1e-4)
+    for name in ("sharpness", "variety"):
+        assert curves["looks"][name] == pytest.approx([row[name] for row in rows], rel=1e-4)
 
 
 def test_facts_and_nearest_images_can_be_read_without_a_script(run: Path, page: str) -> None:
@@ -277,7 +278,7 @@ def test_long_runs_are_thinned_out(copy: Path) -> None:
     names = ("convergence", "loss_real", "loss_fake", "k")
     rows = [{"step": s, "images": 8 * s, **dict.fromkeys(names, 1 / s)} for s in range(1, 9001)]
     for row in rows[499::500]:
-        row["diversity"] = 0.1
+        row["sharpness"], row["variety"] = 0.5, 0.1
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert Explore(copy).run() == 0
     page = (copy / "explore.html").read_text(encoding="utf-8")
@@ -287,7 +288,7 @@ def test_long_runs_are_thinned_out(copy: Path) -> None:
     assert "2 of the sheets could not be read and are left out" in _Reader(page).text
     seen = data["curves"]["rows"]["step"]
     assert len(seen) == 2000 and seen[0] == 1 and seen[-1] == 9000 and set(np.diff(seen)) == {4, 5}
-    assert data["curves"]["diversity"]["step"] == list(range(500, 9001, 500))
+    assert data["curves"]["looks"]["step"] == list(range(500, 9001, 500))
 
 
 @pytest.mark.parametrize(

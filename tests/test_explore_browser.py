@@ -186,9 +186,9 @@ def _check_training(browser: _Browser, run: Path) -> None:
     ActionChains(browser.driver).move_to_element(chart).perform()
     assert "step 20, 160 images seen" in browser.element("#where").text
     values = [float(one.text) for one in browser.driver.find_elements("css selector", "#keys output")]
-    wanted = [row[name] for name in ("convergence", "loss_real", "loss_fake", "k", "diversity")]
+    wanted = [row[name] for name in ("convergence", "loss_real", "loss_fake", "k", "sharpness", "variety")]
     assert values == pytest.approx(wanted, rel=0.006)
-    assert len(browser.driver.find_elements("css selector", "#chart .dot")) == 5
+    assert len(browser.driver.find_elements("css selector", "#chart .dot")) == 6
     chart.click()
     assert browser.element("#sheet-out").text == "step 20"
     browser.press("#chart", "ARROW_RIGHT")

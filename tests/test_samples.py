@@ -12,11 +12,11 @@ from PIL import Image
 from fastbegan.cli import main
 from fastbegan.commands.sample import DEMO
 from fastbegan.data.faces import faces
+from fastbegan.runs.appearance import compare, diversity, roughness
 from fastbegan.runs.curves import save_curves
 from fastbegan.runs.folder import RunFolder
 from fastbegan.runs.sheets import (
     banded_sheet,
-    diversity,
     generated_band,
     grid,
     interpolate_latents,
@@ -99,6 +99,19 @@ def test_diversity_by_hand() -> None:
     images = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
     assert abs(diversity(images) - (0.5 + 1.0 + 0.5) / 3) < 1e-6
     assert diversity(images[:1]) == 0 and diversity(images[:1].expand(4, 3, 2, 2)) == 0
+
+
+def test_sharpness_and_variety_by_hand() -> None:
+    """Two real images of columns 0, 1, 0; samples with half of that contrast and a third of that distance."""
+    columns = torch.tensor([0.0, 1.0, 0.0]).expand(1, 3, 2, 3)
+    real = torch.cat((columns, columns - 0.9))
+    samples = torch.cat((columns / 2, columns / 2 - 0.3))
+    found = compare(samples, real)
+    assert found.diversity == pytest.approx(0.3) and found.variety == pytest.approx(1 / 3)
+    assert roughness(real) == pytest.approx(1) and found.sharpness == pytest.approx(0.5)
+    assert roughness(columns.transpose(2, 3)) == pytest.approx(1)  # along columns too
+    flat = compare(samples, real[:1].mean().expand(4, 3, 2, 3))
+    assert (flat.sharpness, flat.variety) == (0, 0)
 
 
 def test_curves(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from ..evaluation.scores import LEAST, SCATTERED, Yardstick, names
 from ..fields import require_seed
 from ..files import printable
 from ..runs import sheets
+from ..runs.appearance import SHARPNESS, VARIETY
 from ..runs.folder import RunConfig, RunFolder
 
 ENOUGH = 10_000
@@ -37,6 +38,8 @@ _BETTER = {
     "inception_score": "higher",
     "precision": "higher",
     "recall": "higher",
+    "sharpness": "near 1",
+    "variety": "near 1",
     "diversity": "near the data set's",
     "diversity_against": "",
 }
@@ -45,7 +48,7 @@ _BETTER = {
 @dataclass(frozen=True)
 class Evaluate:
     """Score images, a generator's or files, against a data set: Frechet and kernel distance, inception score,
-    precision, recall, diversity."""
+    precision, recall, sharpness, variety."""
 
     images: Positional[str]
     """A run folder, whose averaged generator draws them, or images as train takes them for data."""
@@ -141,6 +144,8 @@ def evaluate(options: Evaluate) -> int:
         "against": data_set.source,
         "size": f"{selection.size} px; images: {side.scaled}; data set: {data_set.scaled}",
         "extractor": f"{extractor.weights}; it scales what it sees itself: {extractor.resize}",
+        "sharpness": SHARPNESS,
+        "variety": VARIETY,
         "diversity": f"mean L1 distance between images in [-1, 1], {SCATTERED} of a side at most",
     }
     facts |= {

@@ -181,7 +181,7 @@ def _metrics(run: RunFolder) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Columns of the rows, thinned out; diversity apart, since few rows have it."""
+    """Columns of the rows, thinned out; figures of sheets apart, since few rows have them."""
     if not rows:
         return None
 
@@ -189,8 +189,8 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         points = [rows[place] for place in _evenly(len(rows), _POINTS)]
         return {name: [_short(row.get(name)) for row in points] for name in ("step", "images", *names)}
 
-    spread = [row for row in rows if "diversity" in row]
-    return {"rows": columns(rows, _CURVES), "diversity": columns(spread, ["diversity"]) if spread else None}
+    looks = [row for row in rows if "variety" in row]
+    return {"rows": columns(rows, _CURVES), "looks": columns(looks, ["sharpness", "variety"]) if looks else None}
 
 
 def _short(value: object) -> float | int | None:

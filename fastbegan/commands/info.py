@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from ..config import PRESETS
 from ..display import print_facts
 from ..nets.models import Discriminator, Generator, count_parameters
+from ..runs.appearance import SHARPNESS, VARIETY
 from ..runs.checkpoint import damage, list_checkpoints
 from ..runs.folder import RunFolder
 from ..training.cost import step_cost
@@ -85,8 +86,9 @@ def show_run(path: Path) -> int:
             ("losses", losses),
             ("balance", f"k {last['k']:.4f}, M {last['convergence']:.4f}, lr {last['lr']:g}"),
         ]
-        if spread := [row["diversity"] for row in rows if "diversity" in row]:
-            lines.append(("diversity", f"{spread[-1]:.3f} (mean distance between samples)"))
+        if looks := [row for row in rows if "variety" in row]:
+            lines.append(("sharpness", f"{looks[-1]['sharpness']:.2f} ({SHARPNESS})"))
+            lines.append(("variety", f"{looks[-1]['variety']:.2f} ({VARIETY})"))
     for checkpoint in list_checkpoints(folder.checkpoints):
         lines.append(("checkpoint", f"{checkpoint.name}: {damage(checkpoint) or 'whole'}"))
     if folder.nonfinite_file.exists():

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..counter import chosen
 from ..data.prepare import Progress
 from ..errors import UserError
-from ..runs.sheets import diversity
+from ..runs.appearance import compare, diversity
 from .extractors import DISPLAY, Extractor, open_extractor
 
 LEAST = 10
@@ -38,6 +38,8 @@ def names(extractor: str) -> dict[str, str]:
         "inception_score": "IS" if usual else f"IS ({net})",
         "precision": f"precision ({net})",  # the literature takes VGG16
         "recall": f"recall ({net})",
+        "sharpness": "sharpness",
+        "variety": "variety",
         "diversity": "diversity of the images",
         "diversity_against": "diversity of the data set",
     }
@@ -76,7 +78,8 @@ class Yardstick:
         self._shape, self._count = against.shape[1:], len(against)
         self._features, _ = self._extract(against, "looking at the data set")
         self._statistics = fid_features_to_statistics(self._features)
-        self._diversity = _diversity(against)
+        self._sample = _sample(against)
+        self._diversity = diversity(self._sample)
 
     def score(self, images: np.ndarray) -> dict[str, Any]:
         """Score `images`, uint8 [N, H, W, 3] with the data set's H and W, N from 10; returns figures as `score`."""
@@ -100,13 +103,16 @@ class Yardstick:
             features, self._features, prc_neighborhood=_NEIGHBOURS, save_cpu_ram=True, verbose=False
         )
         scores = isc_features_to_metric(logits, rng_seed=_SEED)
+        looks = compare(_sample(images), self._sample)
         return {
             "inception_score": scores["inception_score_mean"],
             "frechet_distance": frechet["frechet_inception_distance"],
             "kernel_distance": kernel["kernel_inception_distance_mean"],
             "precision": shapes["precision"],
             "recall": shapes["recall"],
-            "diversity": _diversity(images),
+            "sharpness": looks.sharpness,
+            "variety": looks.variety,
+            "diversity": looks.diversity,
             "diversity_against": self._diversity,
             "inception_score_std": scores["inception_score_std"],
             "count": len(images),
@@ -155,6 +161,7 @@ def score(
         - `kernel_distance` (Binkowski et al. 2018): the mean over 100 subsets of 1000 images. Smaller sets have
           subsets of min(N, M) images, and a single one where that is all of both.
         - `precision` and `recall` (Kynkaanniemi et al. 2019), with 3 neighbours.
+        - `sharpness` and `variety`: of at most 512 images per set, as `runs.appearance` defines them.
         - `diversity` and `diversity_against`: the mean L1 distance between images in [-1, 1], of at most 512 per set.
         - `count` and `count_against`; `extractor`; `resize`, how the extractor scales images.
 
@@ -171,6 +178,7 @@ def _check(name: str, images: np.ndarray) -> None:
         raise UserError(f"{name} has {len(images)} images; accepted: from {LEAST}")
 
 
-def _diversity(images: np.ndarray) -> float:
+def _sample(images: np.ndarray) -> Tensor:
+    """Some images, float32 [N, 3, H, W] in [-1, 1]."""
     part = torch.from_numpy(images[chosen(len(images), SCATTERED, 0)])
-    return diversity(part.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    return part.permute(0, 3, 1, 2).float() / 127.5 - 1

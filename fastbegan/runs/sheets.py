@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import counter
 from ..files import atomic
+from .appearance import Appearance, compare
 
 BANDS = ("real", "real, reconstructed", "generated", "generated, reconstructed")
 COLUMNS, ROWS = 10, 2  # tiles in each band of a training sheet
@@ -73,15 +74,16 @@ def save_gif(path: Path, frames: Sequence[np.ndarray | Image.Image], millisecond
         file.write(buffer.getvalue())
 
 
-def banded_sheet(bands: Sequence[np.ndarray]) -> Image.Image:
-    """Four bands of tiles (BANDS), each under its name."""
+def banded_sheet(bands: Sequence[np.ndarray], caption: str = "") -> Image.Image:
+    """Four bands of tiles (BANDS), each under its name; `caption` follows that of the generated images."""
     pictures = [grid(band, COLUMNS) for band in bands]
     height, width = pictures[0].shape[:2]
     sheet = Image.new("RGB", (width + 2 * _MARGIN, len(pictures) * (height + _LABEL) + _MARGIN), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for number, (name, picture) in enumerate(zip(BANDS, pictures, strict=True)):
         top = number * (height + _LABEL)
-        draw.text((_MARGIN, top + 3), name, fill="black", font=font)
+        text = f"{name}: {caption}" if caption and name == "generated" else name
+        draw.text((_MARGIN, top + 3), text, fill="black", font=font)
         sheet.paste(Image.fromarray(picture), (_MARGIN, top + _LABEL))
     return sheet
 
@@ -96,8 +98,8 @@ def generated_band(sheet: Image.Image) -> Image.Image:
 @torch.no_grad()
 def training_sheet(
     generator: nn.Module, discriminator: nn.Module, real: Tensor, z: Tensor
-) -> tuple[Image.Image, Tensor]:
-    """A sheet of real images, G(z) and D's reconstructions of both, and G(z), not clipped.
+) -> tuple[Image.Image, Appearance]:
+    """A sheet of real images, G(z) and D's reconstructions of both, and the figures of G(z).
 
     Args:
         generator: Maps `z` to images.
@@ -106,11 +108,13 @@ def training_sheet(
         z: [N, latent].
 
     Returns:
-        The sheet, and G(z) [N, 3, H, W].
+        The sheet, and how the G(z) look beside the real images.
     """
     fake = generator(z)
+    figures = compare(fake, real)
     bands = (real, discriminator(real), fake, discriminator(fake))
-    return banded_sheet([to_uint8(band) for band in bands]), fake
+    caption = f"sharpness {figures.sharpness:.2f}, variety {figures.variety:.2f}"
+    return banded_sheet([to_uint8(band) for band in bands], caption), figures
 
 
 def sheet_latents(latent: int, seed: int, count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -128,12 +132,3 @@ def interpolate_latents(z: Tensor, frames: int) -> Tensor:
     """Points on the lines between consecutive rows of z [N, latent]: [N - 1, frames, latent], with both ends."""
     weights = torch.linspace(0, 1, frames, device=z.device)[None, :, None]
     return torch.lerp(z[:-1, None], z[1:, None], weights)
-
-
-def diversity(images: Tensor) -> float:
-    """Mean absolute difference per value over all pairs of images [N, 3, H, W] in [-1, 1]; 0 for equal images."""
-    flat = images.detach().float().clamp(-1, 1).flatten(1)
-    count = len(flat)
-    if count < 2:
-        return 0.0
-    return torch.pdist(flat, p=1).mean().item() / flat.shape[1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 _STUCK_ROWS = 5  # consecutive log rows with k at 1 before a warning
-_FELL_TO = 0.5  # diversity under this share of its best counts as mode collapse
-_ALIVE = 0.02  # diversity of samples that differ; chosen, not measured (256 of the portraits: 0.386)
+_FELL_TO = 0.5  # variety under this share of its best counts as mode collapse
+_ALIVE = 0.05  # variety of samples that differ; chosen, not measured
 _PATIENCE = 0.5, 100_000  # share of the run, and number of images, by the first of which samples must differ
 
 
@@ -33,7 +33,7 @@ def not_finite(step: int, dump: Path, run: Path, lr: float, *, alternating: bool
 
 
 class HealthMonitor:
-    """Watches k and the diversity of samples. Each warning comes once, and again only after its cause has passed."""
+    """Watches k and the variety of samples. Each warning comes once, and again only after its cause has passed."""
 
     def __init__(self) -> None:
         self._stuck, self._best, self._collapsed = 0, 0.0, False
@@ -45,25 +45,25 @@ class HealthMonitor:
             return None
         return "k is stuck at 1: D cannot tell generated images apart any more; try a lower gamma or learning rate"
 
-    def after_sheet(self, diversity: float, images: int, fraction: float) -> str | None:
-        """Take the diversity of a sheet's generated images.
+    def after_sheet(self, variety: float, images: int, fraction: float) -> str | None:
+        """Take the variety of a sheet's generated images.
 
         Args:
-            diversity: Mean absolute difference between samples, from `sheets.diversity`.
+            variety: Distance between samples over that between real images, from `appearance.compare`.
             images: Images seen so far.
             fraction: Share of the run that is done, in [0, 1].
 
         Returns:
             A warning if mode collapse has just begun, else None.
         """
-        self._best = max(self._best, diversity)
-        fell = self._best > _ALIVE and diversity < _FELL_TO * self._best
+        self._best = max(self._best, variety)
+        fell = self._best > _ALIVE and variety < _FELL_TO * self._best
         share, most = _PATIENCE
         collapsed = fell or (self._best <= _ALIVE and (fraction >= share or images >= most))
         news = collapsed and not self._collapsed
         self._collapsed = collapsed
         if not news:
             return None
-        detail = f"fell from {self._best:.3f}" if fell else f"never rose in {images:,} images"
+        detail = f"fell from {self._best:.2f}" if fell else f"never rose in {images:,} images"
         advice = "try a higher gamma or another seed" if fell else "try a longer run, a higher gamma or another seed"
-        return f"the samples look alike (diversity {diversity:.3f}, {detail}); {advice}"
+        return f"the samples look alike (variety {variety:.2f} of the data's, {detail}); {advice}"

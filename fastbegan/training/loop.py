@@ -122,8 +122,8 @@ class Training:
             if not self.metrics.catch_up(self.progress):
                 return self._stop_not_finite()
             with self.metrics.paused():
-                diversity = self.sheets.draw_if_due(self.progress)
-            if not self.metrics.log(self.progress, self.schedule.lr, diversity):
+                looks = self.sheets.draw_if_due(self.progress)
+            if not self.metrics.log(self.progress, self.schedule.lr, looks):
                 return self._stop_not_finite()
             with self.metrics.paused():
                 self.checkpoints.save_if_due(self.progress, self.state)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from ..display import Display
 from ..distributed.ranks import Ranks
+from ..runs.appearance import Appearance
 from ..runs.folder import RunFolder
 from .health import HealthMonitor
 from .progress import Progress
@@ -32,9 +34,9 @@ class Metrics:
         self._tensorboard = tensorboard
         for row in self._folder.read_metrics():
             self._health.after_log(row["k"])
-            if "diversity" in row:
+            if "variety" in row:  # rows of earlier versions have none
                 fraction = progress.fraction() * row["images"] / max(progress.images, 1)
-                self._health.after_sheet(row["diversity"], row["images"], fraction)
+                self._health.after_sheet(row["variety"], row["images"], fraction)
 
     def begin(self, progress: Progress) -> None:
         """Start the clock: this process trains from now on."""
@@ -67,16 +69,16 @@ class Metrics:
         finite = self._write(progress, wait=progress.log_due or progress.waits)
         return finite and not (progress.waits and bool(self._step.found_bad.item()))
 
-    def log(self, progress: Progress, lr: float, diversity: float | None) -> bool:
-        """Begin a row where one is due; `diversity` is that of a sheet of this step.
+    def log(self, progress: Progress, lr: float, looks: Appearance | None) -> bool:
+        """Begin a row where one is due; `looks` is of a sheet of this step.
 
         Returns whether all numbers are finite so far.
         """
-        if diversity is not None:
-            self._warn(self._health.after_sheet(diversity, progress.images, progress.fraction()), progress.done)
+        if looks is not None:
+            self._warn(self._health.after_sheet(looks.variety, progress.images, progress.fraction()), progress.done)
         if progress.log_due:
             facts = {"step": progress.done, "images": progress.images, "lr": lr}
-            facts |= {} if diversity is None else {"diversity": diversity}
+            facts |= {} if looks is None else dataclasses.asdict(looks)
             self._row = self._step.begin_reading(), facts
         else:
             self._display.step(progress.fraction(), progress.done, progress.seconds_left())

@@ -9,8 +9,9 @@ from fastbegan_kernels import normalize_images
 from ..config import TrainConfig
 from ..data.loader import Loader
 from ..distributed.ranks import Ranks
+from ..runs.appearance import Appearance
 from ..runs.folder import RunFolder
-from ..runs.sheets import COLUMNS, ROWS, diversity, save_png, sheet_latents, training_sheet
+from ..runs.sheets import COLUMNS, ROWS, save_png, sheet_latents, training_sheet
 from .progress import Progress
 from .step import TrainStep
 
@@ -27,14 +28,14 @@ class Sheets:
             self._real = normalize_images(loader.pixels(ids).to(step.device), margin=2 * train.jitter)
             self._z = sheet_latents(step.generator.config.latent, train.seed, count, step.device)
 
-    def draw_if_due(self, progress: Progress) -> float | None:
-        """Write a sheet where one is due; returns the diversity of its generated images."""
+    def draw_if_due(self, progress: Progress) -> Appearance | None:
+        """Write a sheet where one is due; returns the figures of its generated images."""
         return self.draw(progress.done) if progress.sheet_due and self._ranks.first else None
 
-    def draw(self, step: int) -> float:
-        """Write the sheet of `step`; returns the diversity of its generated images."""
+    def draw(self, step: int) -> Appearance:
+        """Write the sheet of `step`; returns the figures of its generated images."""
         with self._ranks.patient(not self._drawn):  # kernels are chosen for the first one
-            sheet, fake = training_sheet(self._step.average, self._step.discriminator, self._real, self._z)
+            sheet, figures = training_sheet(self._step.average, self._step.discriminator, self._real, self._z)
             save_png(self._folder.sheet_file(step), sheet)
         self._drawn = True
-        return diversity(fake)
+        return figures
