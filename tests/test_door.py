@@ -134,3 +134,14 @@ def test_the_version_needs_no_torch() -> None:
     assert done.stdout == f"fastbegan {__version__}\n"
     modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "fastbegan.version" in modules and modules.isdisjoint({"torch", "numpy", "tyro"})
+
+
+def test_what_breaks_the_import_of_torch_is_named(tmp_path: Path) -> None:
+    """A missing library of CUDA, say; the output has nothing to do with it."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    variables = environment()
+    variables["PYTHONPATH"] = os.pathsep.join((str(tmp_path), variables["PYTHONPATH"]))
+    command = [sys.executable, "-m", "fastbegan", "info"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "libcudart.so.12" in done.stderr and "output cannot" not in done.stderr
