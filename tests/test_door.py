@@ -81,6 +81,7 @@ def test_an_interrupt_at_any_moment_is_one_line(seconds: float, tmp_path: Path) 
     assert process.returncode == 130 and _own_lines(errors) == lines, output + errors
 
 
+@pytest.mark.slow
 def test_an_ignored_interrupt_stays_ignored() -> None:
     """A shell starts a job in the background so."""
     command = [sys.executable, "-c", IN_BACKGROUND, "info", "--help"]
@@ -109,7 +110,9 @@ def _unread(*arguments: object, output: int | None = None) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], pytest.param(["info"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "arguments", [["--version"], *(pytest.param([word], marks=pytest.mark.slow) for word in ("--help", "info"))]
+)
 def test_a_reader_that_has_left_ends_a_command_quietly(arguments: list[str]) -> None:
     assert _unread(*arguments) == (141, "")
 

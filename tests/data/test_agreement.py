@@ -81,7 +81,7 @@ def _said(output: str) -> dict[tuple[str, str], int]:
     return {(kind, what): int(count.replace(",", "")) for kind, what, count in _REMARK.findall(output)}
 
 
-FAST = ("folder", "shards")
+FAST = ("shards",)
 ALL = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SOURCES]
 
 

@@ -228,6 +228,7 @@ if sys.argv[2] == "kill":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["open", "kill"])
 def test_a_loader_that_is_left_open_or_loses_its_processes(pictures: Path, way: str) -> None:
     command = [sys.executable, "-W", "default", "-c", _LEFT_OPEN, str(pictures), way]

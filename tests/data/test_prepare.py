@@ -315,6 +315,7 @@ def test_two_packs_at_once_do_the_work_once(pictures: Path, tmp_path: Path) -> N
     assert sorted(one.name for one in tmp_path.glob(".*")) == []
 
 
+@pytest.mark.slow
 def test_a_killed_pack_leaves_no_half_made_set_and_is_taken_up(tmp_path: Path) -> None:
     folder, out, log = tmp_path / "many", tmp_path / "a.pack", tmp_path / "log"
     folder.mkdir()

@@ -89,6 +89,7 @@ def test_training_on_a_packed_zoo_meets_no_bad_image(folder: Path, tmp_path: Pat
     assert "loader packed: no GPU" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_loader(pictures: Path, tmp_path: Path, fastbegan: Run) -> None:
     flags = ("--filters", 4, "--batch-size", 4, "--data", pictures, "--jitter", 1, "--out", tmp_path / "run")
     kinds = ("packed", "torch", *(("dali",) if dali_loader.INSTALLED else ()), "resident")

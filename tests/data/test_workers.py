@@ -125,6 +125,7 @@ def _growth(*pictures: Path) -> tuple[int, list[str]]:
     return bytes_more, answers
 
 
+@pytest.mark.slow
 def test_many_large_pictures_are_not_held_at_once(tmp_path: Path) -> None:
     Image.new("RGB", (4000, 3000), (40, 160, 90)).save(tmp_path / "large.jpg")
     bytes_more, answers = _growth(*[tmp_path / "large.jpg"] * 32)
@@ -164,6 +165,7 @@ decode._upright = upright
     assert worker.MEMORY + worker.PIXEL * MAX_PIXELS < 2.5e9
 
 
+@pytest.mark.slow
 def test_bombs_cost_no_memory(tmp_path: Path) -> None:
     zoo.broken(tmp_path)
     names = ["bomb.png", "bomb.jpg"]
