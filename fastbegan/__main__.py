@@ -16,26 +16,33 @@ CLOSED_PIPE = 141  # exit code where the reader of the output has left: that of 
 def main() -> int:
     """Run the command that this process was given; returns the exit code: that of `cli.main`, or CLOSED_PIPE."""
     try:
-        try:
-            return _command(sys.argv[1:])
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # Python's own, at its end, would print a trace
+        return _command(sys.argv[1:])
+    except BrokenPipeError:
+        return CLOSED_PIPE
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # rich makes this of it
             return CLOSED_PIPE
         raise
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write what the output holds back: Python itself would do so at its end, and print a trace where it cannot."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what the output still holds back
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes it
         if isinstance(error, BrokenPipeError):
-            return CLOSED_PIPE
+            sys.exit(CLOSED_PIPE)
         with contextlib.suppress(OSError):
             print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
+        sys.exit(2)
 
 
 def _command(arguments: list[str]) -> int:
-    if arguments == ["--version"]:
+    if arguments[:1] == ["--version"]:
         print(f"fastbegan {__version__}")
         return 0
     heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a shell's background jobs ignore it

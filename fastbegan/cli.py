@@ -56,9 +56,8 @@ def _train_defaults(arguments: list[str]) -> Train:
     if arguments[:1] != ["train"]:
         return Train(PRESETS["demo"].model, PRESETS["demo"].train)
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument("--preset")
-    scan.add_argument("--out", type=Path)
-    scan.add_argument("--size")
+    for name, kind in (("--preset", str), ("--out", Path), ("--size", str)):
+        scan.add_argument(name, type=kind, nargs="?")  # that a value is missing is for the real parser to say
     scan.add_argument("--widths", nargs="*")
     known = scan.parse_known_args(arguments)[0]
     if known.preset is not None:
@@ -86,10 +85,13 @@ def _check_environment() -> None:
         raise UserError(str(error)) from None
 
 
-def _require_no_stray_images(arguments: list[str], unknown: list[str]) -> None:
+def _require_no_stray_images(unknown: list[str]) -> None:
     """Raises UserError where images are given to `train` without --data."""
-    if arguments[:1] == ["train"] and len(unknown) == 1 and not unknown[0].startswith("-"):
-        raise UserError(f"{unknown[0]!r} stands alone; accepted for images: --data {shlex.quote(unknown[0])}")
+    if not any(argument.startswith("-") for argument in unknown):
+        images = unknown[0] if len(unknown) == 1 else "FOLDER"
+        raise UserError(
+            f"{', '.join(map(repr, unknown))} stands alone; accepted for images: --data {shlex.quote(images)}"
+        )
 
 
 def _parse(arguments: list[str]) -> Any:
@@ -117,11 +119,12 @@ def _parse(arguments: list[str]) -> Any:
     )
     about = "BEGAN: train it, draw with it. --version prints the version."
     parse = functools.partial(tyro.cli, commands, prog="fastbegan", description=about, args=arguments)
-    command, unknown = parse(return_unknown_args=True)
-    if unknown:
-        _require_no_stray_images(arguments, unknown)
-        parse()  # names them, and ends the process
-    return command
+    if arguments[:1] == ["train"]:
+        command, unknown = parse(return_unknown_args=True)
+        if not unknown:
+            return command
+        _require_no_stray_images(unknown)
+    return parse()  # names what it does not know, and ends the process
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,7 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {_first_line(error)}{_less_memory(command)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print("interrupted", file=sys.stderr)
         return 130
 
 

@@ -87,7 +87,7 @@ class DataConfig:
     crop: str = "center"
     """What to cut from each image before scaling: center (largest square), none (stretch), pixels (128), or celeba
     (the face in CelebA's aligned images)."""
-    max_pixels: Annotated[int, Range(1), FREE] = 64_000_000
+    max_pixels: Annotated[int, Range(1, 10**10), FREE] = 64_000_000
     """Pixels of the largest file that is decoded."""
     max_bad: Annotated[float, Range(0, 100), FREE] = 1.0
     """Percentage of broken files above which a folder is refused; below, they are named and left out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -89,8 +90,10 @@ def locked(path: Path, waiting: Callable[[], None] | None = None, seconds: float
     try:
         yield descriptor
     finally:
-        lock.unlink(missing_ok=True)
         if descriptor is not None:
+            if _is_at(descriptor, lock):  # else it is another holder's by now
+                with contextlib.suppress(OSError):  # what stays locks nobody out
+                    lock.unlink()
             _held.discard(descriptor)
             os.close(descriptor)
 
@@ -100,7 +103,13 @@ def _taken(lock: Path, waiting: Callable[[], None] | None, seconds: float) -> in
     while True:
         with contextlib.ExitStack() as opened:
             lock.parent.mkdir(parents=True, exist_ok=True)  # a holder that made it may remove it again
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)  # NFS takes locks of writable files only
+            is_new = not lock.exists()
+            try:
+                descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)  # NFS takes locks of writable files only
+            except FileNotFoundError:  # it was removed just now
+                continue
+            except PermissionError:  # another user's process left it
+                descriptor = os.open(lock, os.O_RDONLY)
             opened.callback(os.close, descriptor)
             try:
                 if fcntl is None:
@@ -116,9 +125,14 @@ def _taken(lock: Path, waiting: Callable[[], None] | None, seconds: float) -> in
                 time.sleep(_POLL)
                 continue
             except OSError as error:  # its number differs between file systems
+                if error.errno == errno.ESTALE and time.monotonic() < until:  # removed by a holder elsewhere, on NFS
+                    time.sleep(_POLL)
+                    continue
                 why = error.strerror or error
                 message = f"{lock.parent} takes no locks ({why}); start no second process that writes there"
                 warnings.warn(message, stacklevel=4)
+                if is_new:
+                    lock.unlink(missing_ok=True)
                 return None
             if _is_at(descriptor, lock):  # else the last holder removed the file while this process waited
                 with contextlib.suppress(OSError):  # a disk may be full, and the lock holds all the same
@@ -133,7 +147,7 @@ def _taken(lock: Path, waiting: Callable[[], None] | None, seconds: float) -> in
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
+    except OSError:  # it is gone; on NFS, stale
         return False
 
 

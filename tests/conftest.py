@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -36,6 +37,14 @@ def _same_flags() -> Iterator[None]:
         torch.backends.fp32_precision = "none"  # pyright: ignore[reportAttributeAccessIssue]
     torch.set_float32_matmul_precision("highest")
     cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = False, False, True  # as torch begins
+    if (tuning := sys.modules.get("fastbegan_kernels.tuning")) is not None:
+        _forget_choices(tuning)
+
+
+def _forget_choices(tuning: ModuleType) -> None:
+    """Kernels that were chosen in this process: checkpoints hold them, and a new process has none."""
+    tuning._chosen.clear()
+    tuning._adopted.clear()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,8 +81,7 @@ def fastbegan(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.Co
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(argument) for argument in arguments]
-        tuning._chosen.clear()  # a new process has chosen nothing, and checkpoints hold the choices
-        tuning._adopted.clear()
+        _forget_choices(tuning)
         capsys.readouterr()
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)  # printed as for a user

@@ -63,6 +63,7 @@ def test_a_ratio_may_fall_by_the_band(tmp_path: Path) -> None:
     assert not Accepted(tmp_path, MACHINE | {"threads": 4}).known
 
 
+@pytest.mark.slow
 def test_every_suite_can_be_collected_at_once() -> None:
     """As `pytest bench/` does; a suite that cannot be would end the others."""
     command = [sys.executable, "-m", "pytest", "bench/", "--collect-only", "-q"]

@@ -291,7 +291,9 @@ def test_images_without_their_option(images: str, tmp_path: Path, capsys: pytest
     error = capsys.readouterr().err
     assert error == f"error: {images!r} stands alone; accepted for images: --data {shlex.quote(images)}\n"
     assert not (tmp_path / "run").exists()
-    for arguments in (["train", images, "--gama", "1"], ["info", "run", images]):
+    assert main(["train", "a.jpg", "b.jpg"]) == 2  # *.jpg without quotes
+    assert "'a.jpg', 'b.jpg' stands alone; accepted for images: --data FOLDER" in capsys.readouterr().err
+    for arguments in (["train", images, "--gama", "1"], ["info", "run", images], ["sample", "--bogus"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2

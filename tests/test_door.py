@@ -81,6 +81,7 @@ def test_an_interrupt_at_any_moment_is_one_line(seconds: float, tmp_path: Path) 
     assert process.returncode == 130 and _own_lines(errors) == lines, output + errors
 
 
+@pytest.mark.slow
 def test_an_ignored_interrupt_stays_ignored() -> None:
     """A shell starts a job in the background so."""
     command = [sys.executable, "-c", IN_BACKGROUND, "info", "--help"]
@@ -109,7 +110,9 @@ def _unread(*arguments: object, output: int | None = None) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], pytest.param(["info"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "arguments", [["--version"], *(pytest.param([word], marks=pytest.mark.slow) for word in ("--help", "info"))]
+)
 def test_a_reader_that_has_left_ends_a_command_quietly(arguments: list[str]) -> None:
     assert _unread(*arguments) == (141, "")
 
@@ -134,3 +137,14 @@ def test_the_version_needs_no_torch() -> None:
     assert done.stdout == f"fastbegan {__version__}\n"
     modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "fastbegan.version" in modules and modules.isdisjoint({"torch", "numpy", "tyro"})
+
+
+def test_what_breaks_the_import_of_torch_is_named(tmp_path: Path) -> None:
+    """A missing library of CUDA, say; the output has nothing to do with it."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    variables = environment()
+    variables["PYTHONPATH"] = os.pathsep.join((str(tmp_path), variables["PYTHONPATH"]))
+    command = [sys.executable, "-m", "fastbegan", "info"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "libcudart.so.12" in done.stderr and "output cannot" not in done.stderr

@@ -120,6 +120,57 @@ def test_the_lock_of_a_file_that_is_gone_is_not_enough(tmp_path: Path, monkeypat
         assert lock is not None and os.path.samestat(os.fstat(lock), file.stat())
 
 
+def test_a_lock_file_of_another_holder_stays(tmp_path: Path) -> None:
+    """Someone removed the first holder's, and a second one holds its own."""
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(locked(tmp_path / "run"))
+        (tmp_path / ".run.lock").unlink()
+        second.enter_context(locked(tmp_path / "run", seconds=0))
+        first.close()
+        assert (tmp_path / ".run.lock").exists()
+        with pytest.raises(HeldError), locked(tmp_path / "run", seconds=0):
+            pass
+
+
+def test_a_stale_file_of_a_network_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [OSError(errno.ESTALE, "Stale file handle"), None]
+    real = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        if answers and (answer := answers.pop(0)) is not None:
+            raise answer
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / "run", seconds=5) as descriptor:
+        assert descriptor is not None and not answers
+
+
+def test_a_lock_file_that_another_user_left_can_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, real = tmp_path / ".run.lock", os.open
+    lock.touch()
+
+    def opened(path: Path, flags: int, *mode: int) -> int:
+        if path == lock and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", opened)
+    with locked(tmp_path / "run", seconds=0) as descriptor:
+        assert descriptor is not None
+        with pytest.raises(HeldError), locked(tmp_path / "run", seconds=0):
+            pass
+
+
+def test_a_link_to_nothing_in_place_of_runs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fastbegan: Run
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path / "not-mounted")
+    done = fastbegan("train", *TINY, "--steps", 1)
+    assert done.returncode == 2 and "runs cannot be made (File exists); give --out" in done.stderr
+
+
 def test_a_refused_start_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="planted"), RunFolder(tmp_path / "some" / "where" / "run").reserved():
         raise UserError("planted")
@@ -209,7 +260,7 @@ def test_a_refused_start_without_out_leaves_nothing(
     assert not list(tmp_path.iterdir())
     Path("runs").touch()
     done = fastbegan("train", *TINY, "--steps", 2)
-    assert done.returncode == 2 and "cannot be made (Not a directory); give --out" in done.stderr
+    assert done.returncode == 2 and "runs cannot be made (File exists); give --out" in done.stderr
 
 
 def test_the_lock_outlasts_a_checkpoint_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ def _require_clean(folder: Path, processes: int = 1) -> None:
     assert len(found) == processes and all(one["errors"] == [] for one in found), found
 
 
+@pytest.mark.slow
 def test_training_halves_its_rate_and_leaves_checkpoints(tmp_path: Path) -> None:
     done = _train(tmp_path, "--steps", 16, "--lr-window", 2, "--lr-floor", 1e-5, "--lr", 8e-3)
     assert done.returncode == 0, done.stderr

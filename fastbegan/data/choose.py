@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from ..config import TrainConfig
@@ -73,6 +74,8 @@ def open_loader(
     loader = _FROM_FILES[kind](catalogue, batching, decoding, workers=train.workers, prefetch=train.prefetch)
     identity = {"count": loader.count, "crc32": None, "files": catalogue.contents}
     line = f"{catalogue.description}; loader {kind}: {reason}"
+    if kind == "dali":
+        line += f"; DALI converts nothing, {np.count_nonzero(catalogue.seen[:, 2]):,} of them go through Pillow first"
     return loader, (line, *catalogue.remarks), identity
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import importlib
-import io
 import lzma
 import os
 import stat
 import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,15 +21,15 @@ from typing import IO, Any
 from ..errors import UserError
 from . import tfrecord
 from .decode import MAX_BYTES
-from .folder import HEAD, HIDDEN, TARS, LeftOut, Listing, is_image, kind_of
+from .folder import FIRST_BYTES, HIDDEN, TARS, LeftOut, Listing, is_image, kind_of
 from .workers import Entry
 
 _COMPRESSED: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-_DAMAGE = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
 _LOCAL = struct.Struct("<4s22x2H")  # a zip member's own header: its mark, and the lengths of name and extra field
-_COLUMNS = ("image", "img")
+_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp")  # in any case
 _ROWS = 32  # of a parquet file, read at once
-_LINKS = "links in an archive"
+_NAMED = 5  # keys or columns that a line names
+_LINKS, _SPECIAL = "links in an archive", "sparse or special files in a tar"
 
 
 @dataclass
@@ -40,12 +39,14 @@ class Container:
     path: Path
     identity: Sequence[tuple[object, ...]]
     """Rows that tell its content from another one's, wherever it lies."""
+    room: int
+    """Bytes of its pictures; of an archive without random access, all of its bytes."""
     entries: list[Entry] = field(default_factory=list)
     """Its pictures, where each can be read by itself."""
     left_out: list[LeftOut] = field(default_factory=list)
     """What is not taken. Of a `stream` it is complete when that has been read."""
-    stream: Callable[[], Iterator[Entry | LeftOut]] | None = None
-    """Reads an archive without random access from front to back."""
+    stream: Callable[[], Iterator[Entry]] | None = None
+    """Reads an archive without random access from front to back, contents included."""
     count: int | None = 0
     """Pictures in the stream; None where only reading tells."""
 
@@ -56,14 +57,19 @@ class Container:
 
     def read(self) -> Iterator[Entry]:
         """Yield all pictures, those of a stream with their content."""
-        yield from self.entries
-        if self.stream is not None:
-            self.left_out.clear()
-            for item in self.stream():
-                if isinstance(item, LeftOut):
-                    self.left_out.append(item)
-                else:
-                    yield item
+        yield from self.entries if self.stream is None else self.stream()
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever libraries raise on damaged archives into a UserError that names the archive."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # among them errors of tarfile, zipfile, four decompressors and pyarrow
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"data {path} cannot be read as a {kind} file: {why}") from None
 
 
 def open_archive(path: Path) -> Container:
@@ -79,80 +85,86 @@ def open_archive(path: Path) -> Container:
 def from_listing(folder: Path, listing: Listing) -> Container:
     """The image files of a folder."""
     place = f"{folder}{os.sep}"
-    return Container(
-        folder,
-        [(file.path, file.size) for file in listing.images],
-        [Entry(place + file.path, place + file.path, reason=file.reason) for file in listing.images],
-        listing.left_out(folder),
-    )
+    entries = [Entry(place + file.path, place + file.path, reason=file.reason) for file in listing.images]
+    identity = [(file.path, file.size) for file in listing.images]
+    room = sum(file.size for file in listing.images)
+    return Container(folder, identity, room, entries, listing.left_out(folder))
+
+
+def _indexed(path: Path, entries: list[Entry], left_out: list[LeftOut]) -> Container:
+    """An archive of ranges of bytes."""
+    places = [(entry.offset, entry.length) for entry in entries]
+    return Container(path, places, sum(entry.length or 0 for entry in entries), entries, left_out)
 
 
 def _records(path: Path) -> Container:
     entries, left_out = [], []
     for number, picture in enumerate(tfrecord.pictures(path)):
         name = f"{path}:{number}"
-        if isinstance(picture, list):
-            kind = f"records without {tfrecord.KEY.decode()} (they have {', '.join(picture)})"
-            left_out.append(LeftOut(name, kind))
+        if isinstance(picture, str):
+            entries.append(Entry(name, reason=picture))
+        elif isinstance(picture, list):
+            left_out.append(LeftOut(name, f"records without {tfrecord.KEY.decode()}, which have {_few(picture)}"))
         else:
-            entries.append(
-                Entry(name, reason=picture) if isinstance(picture, str) else Entry(name, str(path), *picture)
-            )
+            entries.append(Entry(name, str(path), *picture))
     return _indexed(path, entries, left_out)
 
 
-def _indexed(path: Path, entries: list[Entry], left_out: list[LeftOut]) -> Container:
-    """An archive of ranges of bytes."""
-    return Container(path, [(entry.offset, entry.length) for entry in entries], entries, left_out)
+def _few(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _tar(path: Path) -> Container:
     """As webdataset writes them; of one that is not compressed, this reads the headers only."""
-    try:
+    left_out: list[LeftOut] = []
+    with _reading(path, "tar"):
+        size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(6)
-            file.seek(max(0, path.stat().st_size - 8))
-            end = file.read()  # of gzip: checksum and length
-    except OSError as error:
-        raise UserError(f"data {path} cannot be read ({error.strerror})") from None
-    for mark, decompress in _COMPRESSED.items():
-        if start.startswith(mark):
-            identity = [(path.stat().st_size, end.hex())]
-            return Container(path, identity, stream=partial(_unpacked, path, decompress), count=None)
-    entries, left_out = [], []
-    try:
-        with path.open("rb") as file, tarfile.open(path, "r:") as tar:
-            for member in tar:
-                kind = _kind(member, partial(_at, file, member.offset_data, HEAD))
-                if kind:
-                    left_out.append(LeftOut(f"{path}:{member.name}", kind))
-                elif kind is None:
-                    entries.append(Entry(f"{path}:{member.name}", str(path), member.offset_data, member.size))
-            file.seek(tar.offset)
-            _require_end(path, file, tar.offset)
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"data {path} cannot be read as a tar file: {error}") from None
+            start, end = file.read(6), _at(file, max(0, size - 8), 8)  # gzip ends with a checksum and a length
+            for mark, decompress in _COMPRESSED.items():
+                if start.startswith(mark):
+                    stream = partial(_unpacked, path, decompress, left_out)
+                    return Container(path, [(size, end.hex())], size, [], left_out, stream, count=None)
+            entries: list[Entry] = []
+            with tarfile.open(path, "r:") as tar:
+                for member in _members(tar):
+                    kind = _tar_kind(member, partial(_at, file, member.offset_data, FIRST_BYTES))
+                    name = f"{path}:{member.name}"
+                    if kind:
+                        left_out.append(LeftOut(name, kind))
+                    else:
+                        entries.append(Entry(name, str(path), member.offset_data, member.size))
+                file.seek(tar.offset)
+                _check_end(path, file, tar.offset, left_out)
     return _indexed(path, entries, left_out)
 
 
-def _unpacked(path: Path, decompress: Callable[[Path], Any]) -> Iterator[Entry | LeftOut]:
-    """The members of a compressed tar file."""
-    try:
-        with decompress(path) as file, tarfile.open(fileobj=file, mode="r|") as tar:
-            for member in tar:
-                content = tar.extractfile(member) if member.isreg() and not member.issparse() else io.BytesIO()
-                start = content.read(HEAD) if content is not None else b""
-                name, kind = f"{path}:{member.name}", _kind(member, partial(bytes, start))
+def _unpacked(path: Path, decompress: Callable[[Path], Any], left_out: list[LeftOut]) -> Iterator[Entry]:
+    """The pictures of a compressed tar file; lists what is left out anew."""
+    left_out.clear()
+    with _reading(path, "compressed tar"), decompress(path) as file:
+        with tarfile.open(fileobj=file, mode="r|") as tar:
+            for member in _members(tar):
+                content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+                start = content.read(FIRST_BYTES) if content is not None else b""
+                name, kind = f"{path}:{member.name}", _tar_kind(member, partial(bytes, start))
                 if kind:
-                    yield LeftOut(name, kind)
-                elif kind is None and content is not None:
+                    left_out.append(LeftOut(name, kind))
+                elif content is not None:
                     yield _loaded(name, member.size, partial(_rest, start, content))
             assert tar.fileobj is not None
-            _require_end(path, tar.fileobj, tar.offset)
-            while file.read(1 << 20):  # to the checksum
-                pass
-    except _DAMAGE as error:
-        raise UserError(f"data {path} cannot be read as a compressed tar file: {error}") from None
+            _check_end(path, tar.fileobj, tar.offset, left_out)
+        while file.read(1 << 20):  # to the checksum
+            pass
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """All members but folders; a tar file keeps a record of each, which may be a million."""
+    for member in tar:
+        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+        if not member.isdir():
+            yield member
 
 
 def _rest(start: bytes, content: IO[bytes]) -> bytes:
@@ -164,28 +176,35 @@ def _at(file: IO[bytes], offset: int, length: int) -> bytes:
     return file.read(length)
 
 
-def _require_end(path: Path, file: Any, start: int) -> None:
-    """Raise UserError where anything but zeros follows: tarfile takes a damaged header for the end of the archive."""
+def _check_end(path: Path, file: Any, start: int, left_out: list[LeftOut]) -> None:
+    """Raise UserError where anything but zeros follows, and tell where nothing does.
+
+    tarfile takes a damaged header, and the end of the file, for the end of the archive.
+    """
+    length = file.tell() - start
     while block := file.read(1 << 20):
+        length += len(block)
         if block.strip(b"\0"):
             raise UserError(f"data {path} is damaged: what follows byte {start:,} is no entry of a tar file")
+    if not length:
+        left_out.append(LeftOut(str(path), "what may have followed in a tar file without an end mark"))
 
 
-def _kind(member: tarfile.TarInfo, head: Callable[[], bytes]) -> str | None:
-    """None for a picture, the kind of what is left out, nothing for a folder."""
-    if member.isdir():
-        return ""
-    if _is_hidden(member.name):
+def _tar_kind(member: tarfile.TarInfo, first_bytes: Callable[[], bytes]) -> str:
+    special = not member.isreg() or member.issparse()
+    return _kind(member.name, _LINKS if member.issym() or member.islnk() else _SPECIAL if special else "", first_bytes)
+
+
+def _kind(name: str, other: str, first_bytes: Callable[[], bytes]) -> str:
+    """Why a member of an archive is left out, nothing for a picture; `other` is the kind of what is no plain file."""
+    if _is_hidden(name):
         return HIDDEN
-    if member.issym() or member.islnk():
-        return _LINKS
-    if not member.isreg() or member.issparse():
-        return "sparse or special files in a tar"
-    return None if is_image(member.name, head) else kind_of(member.name)
+    return other or ("" if is_image(name, first_bytes) else kind_of(name))
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in PurePosixPath(name).parts)
+    parts = PurePosixPath(name.replace("\\", "/")).parts  # some Windows programs write backslashes
+    return any(part.startswith(".") and part not in (".", "..") for part in parts)
 
 
 def _loaded(name: str, size: int, read: Callable[[], bytes]) -> Entry:
@@ -198,39 +217,28 @@ def _loaded(name: str, size: int, read: Callable[[], bytes]) -> Entry:
 def _zip(path: Path) -> Container:
     """Members that are stored as they are can be read by themselves; else the file is read from front to back."""
     pictures, left_out = [], []
-    try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            for member in archive.infolist():
-                if member.is_dir():
-                    continue
-                if kind := _zip_kind(archive, member):
-                    left_out.append(LeftOut(f"{path}:{member.filename}", kind))
-                else:
-                    pictures.append(member)
-            if all(member.compress_type == zipfile.ZIP_STORED and not _is_encrypted(member) for member in pictures):
-                return _indexed(path, [_stored(path, file, member) for member in pictures], left_out)
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise UserError(f"data {path} cannot be read as a zip file: {error}") from None
+    with _reading(path, "zip"), zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for member in archive.infolist():
+            if member.is_dir():
+                continue
+            link = _LINKS if stat.S_ISLNK(member.external_attr >> 16) else ""
+            if kind := _kind(member.filename, link, partial(_first_bytes, archive, member)):
+                left_out.append(LeftOut(f"{path}:{member.filename}", kind))
+            else:
+                pictures.append(member)
+        if all(member.compress_type == zipfile.ZIP_STORED and not _is_encrypted(member) for member in pictures):
+            return _indexed(path, [_stored(path, file, member) for member in pictures], left_out)
     identity = [(member.CRC, member.file_size) for member in pictures]
-    stream = partial(_inflated, path, pictures, left_out)
-    return Container(path, identity, left_out=list(left_out), stream=stream, count=len(pictures))
+    room = sum(member.compress_size for member in pictures)
+    return Container(path, identity, room, [], left_out, partial(_inflated, path, pictures), len(pictures))
 
 
-def _zip_kind(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
-    """The kind of a member that is left out, nothing for a picture."""
-
-    def head() -> bytes:
-        try:
-            with archive.open(member) as content:
-                return content.read(HEAD)
-        except (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, EOFError):  # encrypted, or damaged
-            return b""
-
-    if _is_hidden(member.filename):
-        return HIDDEN
-    if stat.S_ISLNK(member.external_attr >> 16):
-        return _LINKS
-    return "" if is_image(member.filename, head) else kind_of(member.filename)
+def _first_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    try:
+        with archive.open(member) as content:
+            return content.read(FIRST_BYTES)
+    except Exception:  # encrypted, or damaged in the way of any of four compressions: no picture that anything tells
+        return b""
 
 
 def _is_encrypted(member: zipfile.ZipInfo) -> bool:
@@ -245,19 +253,18 @@ def _stored(path: Path, file: IO[bytes], member: zipfile.ZipInfo) -> Entry:
     return Entry(name, str(path), member.header_offset + _LOCAL.size + fields[1] + fields[2], member.file_size)
 
 
-def _inflated(path: Path, pictures: list[zipfile.ZipInfo], left_out: list[LeftOut]) -> Iterator[Entry | LeftOut]:
-    """The members of a zip file that compresses some of them."""
-    yield from left_out
-    with zipfile.ZipFile(path) as archive:
+def _inflated(path: Path, pictures: list[zipfile.ZipInfo]) -> Iterator[Entry]:
+    """The pictures of a zip file that compresses some of them; a damaged one costs no other."""
+    with _reading(path, "zip"), zipfile.ZipFile(path) as archive:
         for member in pictures:
             name = f"{path}:{member.filename}"
-            if _is_encrypted(member):
-                yield Entry(name, reason="encrypted")
-                continue
             try:
-                yield _loaded(name, member.file_size, partial(archive.read, member))
-            except (NotImplementedError, zipfile.BadZipFile, *_DAMAGE) as error:
-                yield Entry(name, reason=str(error))
+                if _is_encrypted(member):
+                    raise ValueError("encrypted")
+                entry = _loaded(name, member.file_size, partial(archive.read, member))
+            except Exception as error:
+                entry = Entry(name, reason=str(error) or type(error).__name__)
+            yield entry
 
 
 def _parquet(path: Path) -> Container:
@@ -266,31 +273,24 @@ def _parquet(path: Path) -> Container:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise UserError(f"data {path} needs pyarrow: pip install 'fastbegan[parquet]'") from None
-    try:
-        file = parquet.ParquetFile(path)
+    with _reading(path, "parquet"), parquet.ParquetFile(path) as file:
         rows, columns = file.metadata.num_rows, file.schema_arrow.names
-        file.close()
-    except Exception as error:  # pyarrow's errors share no base but ValueError and OSError
-        raise UserError(f"data {path} cannot be read as a parquet file: {str(error).splitlines()[0]}") from None
-    column = next((name for name in _COLUMNS if name in columns), None)
+        size = path.stat().st_size
+    column = next((column for name in _COLUMNS for column in columns if column.lower() == name), None)
     if column is None:
-        kind = f"parquet files without a column {' or '.join(_COLUMNS)} (they have {', '.join(columns)})"
-        return Container(path, [(rows,)], left_out=[LeftOut(str(path), kind)])
-    identity = [(rows, path.stat().st_size)]
-    return Container(path, identity, stream=partial(_rows, parquet, path, column), count=rows)
+        kind = f"parquet files without a column of pictures ({', '.join(_COLUMNS)}), which have {_few(columns)}"
+        return Container(path, [(rows,)], 0, left_out=[LeftOut(str(path), kind)])
+    return Container(path, [(rows, size)], size, stream=partial(_rows, parquet, path, column), count=rows)
 
 
 def _rows(parquet: Any, path: Path, column: str) -> Iterator[Entry]:
     """The pictures of a parquet file's column."""
     number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    yield _cell(f"{path}:{number}", value)
-                    number += 1
-    except (OSError, importlib.import_module("pyarrow").ArrowException) as error:
-        raise UserError(f"data {path} is damaged behind row {number}: {str(error).splitlines()[0]}") from None
+    with _reading(path, "parquet"), parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield _cell(f"{path}:{number}", value)
+                number += 1
 
 
 def _cell(name: str, value: Any) -> Entry:
@@ -300,4 +300,4 @@ def _cell(name: str, value: Any) -> Entry:
         value = value.get("bytes")
     if not isinstance(value, bytes):
         return Entry(name, reason="the row has no bytes" if value is None else f"the row has a {type(value).__name__}")
-    return _loaded(name, len(value), lambda: value)
+    return _loaded(name, len(value), partial(bytes, value))

@@ -29,6 +29,7 @@ except ImportError:  # no wheel for this platform: PIL decodes JPEG too, more sl
 
 VERSION = 3  # to be raised whenever the same file gives other pixels
 MAX_PIXELS = 64_000_000  # a header that declares more is refused before decoding
+_MOST_PIXELS = 10**10  # that may be asked for
 MAX_BYTES = 256 << 20  # of a file
 CROPS = ("center", "none", "celeba")
 SUFFIXES = frozenset(
@@ -70,8 +71,8 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.crop not in CROPS and not (self.crop.isdecimal() and int(self.crop) > 0):
             raise UserError(f"crop is {self.crop!r}; accepted: {', '.join(CROPS)}, or a number of pixels")
-        if self.max_pixels < 1:
-            raise UserError(f"max_pixels is {self.max_pixels}; accepted: whole numbers from 1")
+        if not 1 <= self.max_pixels <= _MOST_PIXELS:
+            raise UserError(f"max_pixels is {self.max_pixels}; accepted: 1 to {_MOST_PIXELS}")
 
 
 class RejectedImageError(Exception):

@@ -88,7 +88,10 @@ def _shared(pictures: list[np.ndarray]) -> Tensor:
 def _lack_of_memory(message: str) -> str | None:
     """What to do about `message`, an error of a loader process, where it tells that shared memory is full."""
     signs = ("/torch_", "shared memory", "Bus error", "No space left on device")
-    if not any(sign in message for sign in signs) or not _SHARED_MEMORY.is_dir():
+    others = ("Too many open files", "Permission denied")
+    if not any(sign in message for sign in signs) or any(sign in message for sign in others):
+        return None
+    if not _SHARED_MEMORY.is_dir():
         return None
     room = shutil.disk_usage(_SHARED_MEMORY)
     size = f"{room.total / 1e6:,.1f} MB, {room.free / 1e6:,.1f} free"

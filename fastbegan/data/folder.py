@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,14 +13,18 @@ from typing import NamedTuple
 from ..errors import UserError
 from .decode import SUFFIXES, RejectedImageError, is_picture, read_bytes
 
-HEAD = 32  # bytes that tell a picture
-# what stands beside pictures by the million is not opened to look whether it is one
+FIRST_BYTES = 32  # tell a picture
+# Not opened to look whether it is a picture: what stands beside pictures by the million, and photographs in formats
+# whose first bytes are those of a TIFF or an AVIF.
 _NEVER = frozenset(
     ".cls .csv .gz .html .json .jsonl .lock .log .md .mdb .npy .npz .parquet .pickle .pkl .pt .py .tar .tfrecord .tsv "
-    ".txt .xml .yaml .yml .zip".split()
+    ".txt .xml .yaml .yml .zip "
+    ".3fr .arw .cr2 .cr3 .dng .erf .heic .heif .hif .kdc .mrw .ndpi .nef .nrw .orf .pef .raf .raw .rw2 .srw .svs .x3f"
+    "".split()
 )
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-HIDDEN, ARCHIVES = "hidden", "archives that were not opened"
+HIDDEN, ARCHIVES, AGAIN = "hidden", "archives that are not read", "links to what is taken already"
+_RECORDS = re.compile(r"\.tfrecords?(-\d+-of-\d+)?$")
 
 
 class ImageFile(NamedTuple):
@@ -40,7 +45,7 @@ class LeftOut(NamedTuple):
 
     name: str
     kind: str
-    """The words that follow a count: `.txt`, `links in a tar`."""
+    """What it is, in words: `.txt`, `links in an archive`."""
 
 
 @dataclass
@@ -51,25 +56,21 @@ class Listing:
     """Sorted by path."""
     others: list[ImageFile] = field(default_factory=list)
     """Files that are no images, sorted by path."""
-    hidden: list[LeftOut] = field(default_factory=list)
-    """Hidden files and folders; nobody looked into these."""
+    met: list[LeftOut] = field(default_factory=list)
+    """Hidden files and folders, into which nobody looked, and links to what was met before."""
 
     def left_out(self, folder: Path) -> list[LeftOut]:
         """Everything but the images, with whole paths."""
         kinds = [LeftOut(file.path, kind_of(file.path)) for file in self.others]
-        return [LeftOut(f"{folder}{os.sep}{name}", kind) for name, kind in (*kinds, *self.hidden)]
+        return [LeftOut(f"{folder}{os.sep}{name}", kind) for name, kind in (*kinds, *self.met)]
 
 
 def list_images(folder: Path) -> Listing:
     """List all image files under `folder` and its subfolders; skip hidden files and folders.
 
     A file is an image by its suffix, or by its first bytes where the suffix says nothing. Links are followed. Each file
-    and folder counts once, by device and inode, so loops of links end. Raises UserError where `folder` is not a
-    readable folder.
+    and folder counts once, by device and inode, so loops of links end. Raises UserError where a folder cannot be read.
     """
-    if not folder.is_dir():
-        kind = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"data {str(folder)!r} {kind}; accepted: 'faces', 'faces:COUNT' or a folder of images")
     listing, root = Listing(), folder.stat()
     visited = {(root.st_dev, root.st_ino)}
     waiting = [""]  # strings are cheaper than Path objects: there may be a million files
@@ -82,7 +83,7 @@ def list_images(folder: Path) -> Listing:
         for entry in entries:
             relative = os.path.join(current, entry.name)  # noqa: PTH118
             if entry.name.startswith("."):
-                listing.hidden.append(LeftOut(relative, HIDDEN))
+                listing.met.append(LeftOut(relative, HIDDEN))
                 continue
             try:
                 status = entry.stat()
@@ -91,6 +92,7 @@ def list_images(folder: Path) -> Listing:
                 (listing.images if suffix_of(entry.name) in SUFFIXES else listing.others).append(file)
                 continue
             if (identity := (status.st_dev, status.st_ino)) in visited:
+                listing.met.append(LeftOut(relative, AGAIN))
                 continue
             if status.st_ino:  # Windows reports 0
                 visited.add(identity)
@@ -109,7 +111,7 @@ def list_images(folder: Path) -> Listing:
 def _is_image(folder: Path, file: ImageFile) -> bool:
     def head() -> bytes:
         try:
-            return b"" if file.reason else read_bytes(folder / file.path, 0, HEAD)
+            return b"" if file.reason else read_bytes(folder / file.path, 0, FIRST_BYTES)
         except RejectedImageError:
             return b""
 
@@ -135,4 +137,4 @@ def kind_of(name: str) -> str:
 def is_archive(name: str) -> bool:
     """Whether a file of this name may hold pictures."""
     name = name.lower()
-    return name.endswith((*TARS, ".zip", ".parquet")) or ".tfrecord" in name  # NAME.tfrecord-00000-of-00010
+    return name.endswith((*TARS, ".zip", ".parquet")) or _RECORDS.search(name) is not None

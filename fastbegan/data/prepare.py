@@ -106,7 +106,6 @@ def load_images(
     """
     if Path(data).suffix == ".pack" and Path(data).is_file():
         image_set = _open_pack(Path(data), size)
-        _check_report(Path(data), len(image_set.images), 100.0)  # who packed them has decided how many are too many
     else:
         source = find_source(data)
         _require_entries(source, minimum, data)
@@ -161,9 +160,9 @@ def make_pack(
         if header.source != source.description:
             raise UserError(f"{path} holds {header.source}; give another file for {source.description}, or remove it")
         if (header.made_from, header.size) != (made_from, size):
-            warnings.warn(f"{path} was made of other files, another crop or size; packing again", stacklevel=3)
+            warnings.warn(f"{path} was made of other files, or otherwise; packing again", stacklevel=3)
             return None
-        return _image_set(images, header, path, source)
+        return _image_set(images, header, path, max_bad, source)
 
     if (image_set := existing()) is None:
         make_folder(path.parent)
@@ -177,8 +176,7 @@ def make_pack(
                 accept = partial(_few_broken, source, progress, max_bad)
                 _write(source, path, size, decoding, workers, accept, partial(finish, path))
                 images, header = read_pack(path, check_below=0)  # the checksum was computed while writing
-                image_set = _image_set(images, header, path, source, ", packed now")
-    _check_report(path, len(image_set.images), max_bad)
+                image_set = _image_set(images, header, path, max_bad, source, ", packed now")
     return replace(image_set, contents=source.contents) if isinstance(source, Files) else image_set
 
 
@@ -224,11 +222,15 @@ def load_catalogue(
             parts = source.parts(0, 8, decoding, workers)  # 8 px: only whether they decode matters
             for part in _few_broken(source, progress, max_bad, parts, [], "checking images"):
                 lines.append(Line(part.done, 0, 0, part.files, part.broken))
-            _write_catalogue(path, made_from, lines)
+            try:
+                _write_catalogue(path, made_from, lines)
+            except UserError as error:  # it only saves time, and decoding all may have taken hours
+                warnings.warn(str(error), stacklevel=2)
     files = [file for line in lines for file in line.files]
     broken = [entry for line in lines for entry in line.broken]
     total = len(files) + len(broken)
-    _require_few_broken(broken, total, total, max_bad)
+    if not again:  # else the caller names them
+        _tell_broken(broken, total, max_bad, "fastbegan data check names all")
     seen = np.array([file[1:] for file in files], dtype=np.int64).reshape(-1, 3)
     description = f"{source.description}, {len(files):,} of {total:,} good"
     entries = source.entries if source.stream is None else []
@@ -256,13 +258,16 @@ def _open_pack(path: Path, size: int) -> ImageSet:
         raise UserError(f"{error}; make it again with: fastbegan data pack") from None
     if header.size != size:
         raise UserError(f"{path} holds images of {header.size} px; {size} are wanted: pack them with --size {size}")
-    return _image_set(images, header, path)
+    return _image_set(images, header, path, 100.0)  # who packed them has decided how many are too many
 
 
 def _image_set(
-    images: np.ndarray, header: PackHeader, path: Path, source: Source | None = None, more: str = ""
+    images: np.ndarray, header: PackHeader, path: Path, max_bad: float, source: Source | None = None, more: str = ""
 ) -> ImageSet:
+    """A pack with what its report says. Raises UserError where that names too many broken files for this caller."""
     rows = report.read(_report_file(path))
+    broken = [(name, detail) for name, kind, detail in rows if kind == report.BROKEN]
+    _tell_broken(broken, header.count + len(broken), max_bad, f"all named in {_report_file(path)}")
     if isinstance(source, Files) and source.stream is None:  # other files may lie beside the pictures by now
         rows = [*map(report.left_out, source.left_out), *(row for row in rows if row.kind != report.LEFT_OUT)]
     remarks = (*report.remarks(rows), *_faint(images))
@@ -364,7 +369,8 @@ def _few_broken(
     """Pass the parts on; raise UserError as soon as too many entries, those of `before` included, are broken."""
     broken, done, total = list(before), 0, source.total
     for part in parts:
-        broken, done = broken + part.broken, part.done
+        broken.extend(part.broken)
+        done = part.done
         if total is not None:  # else only the end tells how many are too many
             _require_few_broken(broken, done, total, max_bad)
         yield part
@@ -388,11 +394,8 @@ def _broken_words(broken: list[tuple[str, str]], done: int, total: int) -> str:
     return f"{len(broken)} of {where} are broken ({named}{more})"
 
 
-def _check_report(pack: Path, good: int, max_bad: float) -> None:
-    """Raise UserError where the report names too many broken files for this caller; warn where it names any."""
-    broken = [(name, detail) for name, kind, detail in report.read(_report_file(pack)) if kind == report.BROKEN]
-    total = good + len(broken)
+def _tell_broken(broken: list[tuple[str, str]], total: int, max_bad: float, where: str) -> None:
+    """Raise UserError for too many broken files; warn of any, with the words that tell `where` all are named."""
     _require_few_broken(broken, total, total, max_bad)
     if broken:
-        words = _broken_words(broken, total, total)
-        warnings.warn(f"{words}; left out, all named in {_report_file(pack)}", stacklevel=3)
+        warnings.warn(f"{_broken_words(broken, total, total)}; left out, {where}", stacklevel=4)

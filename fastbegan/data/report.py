@@ -87,8 +87,9 @@ def remarks(lines: Iterable[Row]) -> tuple[str, ...]:
     most = [words for words, _ in counts.most_common() if words[0] == LEFT_OUT]
     said = [*most[:_KINDS], *(words for words in counts if words[0] != LEFT_OUT)]
     texts = [
-        f"{kind}: {counts[kind, what]:,} {printable(what)} ({printable(examples[kind, what])})" for kind, what in said
+        f"{kind} ({printable(what)}): {counts[kind, what]:,}, such as {printable(examples[kind, what])}"
+        for kind, what in said
     ]
     if rest := most[_KINDS:]:
-        texts.append(f"{LEFT_OUT}: {sum(counts[words] for words in rest):,} of {len(rest)} other kinds")
+        texts.append(f"{LEFT_OUT} ({len(rest)} other kinds): {sum(counts[words] for words in rest):,}")
     return tuple(texts)

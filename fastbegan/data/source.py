@@ -17,7 +17,7 @@ from ..errors import UserError
 from . import arrays, faces
 from .containers import Container, from_listing, open_archive
 from .decode import VERSION, Decoding
-from .folder import LeftOut, is_archive, list_images
+from .folder import LeftOut, Listing, is_archive, list_images
 from .pack import Part
 from .workers import Entry, Scaled, decode_all
 
@@ -230,19 +230,33 @@ def _folder(path: Path) -> Files:
         raise UserError(f"data {str(path)!r} {kind}; accepted: {ACCEPTED}")
     folder = path.resolve()
     listing = list_images(folder)
-    archives = [file for file in listing.others if is_archive(file.path)]
-    if archives and sum(file.size for file in archives) >= _ARCHIVES * sum(file.size for file in listing.images):
-        if lost := [file for file in archives if file.reason]:
-            raise UserError(f"data {folder / lost[0].path} is no file that can be read; repair or remove it")
-        shards = [open_archive(folder / file.path) for file in archives]
-        previews = [LeftOut(str(folder / file.path), "pictures beside archives") for file in listing.images]
-        others = [item for item in listing.left_out(folder) if not is_archive(item.name)]
-        digest = _digest(str(folder), [(_archive_digest(shard),) for shard in shards])
-        contents = _digest("", [(_digest("", shard.identity),) for shard in shards])
-        return Files(f"images of {len(shards)} files in {folder}", shards, digest, contents, [*previews, *others])
     container = from_listing(folder, listing)
-    digest = _digest(str(folder), listing.images)
-    return Files(f"images of {folder}", [container], digest, _digest("", container.identity))
+    archives = _archives(folder, listing, _ARCHIVES * container.room)
+    if not archives:
+        return Files(
+            f"images of {folder}", [container], _digest(str(folder), listing.images), _digest("", container.identity)
+        )
+    previews = [LeftOut(entry.name, "pictures beside archives") for entry in container.entries]
+    others = [item for item in container.left_out if not is_archive(item.name)]
+    digest = _digest(str(folder), [(_archive_digest(archive),) for archive in archives])
+    contents = _digest("", [(_digest("", archive.identity),) for archive in archives])
+    return Files(f"images of {len(archives)} files in {folder}", archives, digest, contents, [*previews, *others])
+
+
+def _archives(folder: Path, listing: Listing, least: int) -> list[Container]:
+    """The archives of a folder; none where their pictures take fewer than `least` bytes, as beside other pictures."""
+    files = [file for file in listing.others if is_archive(file.path)]
+    if sum(file.size for file in files) < least:
+        return []  # without looking into them
+    try:
+        if lost := [file for file in files if file.reason]:
+            raise UserError(f"data {folder / lost[0].path} is no file that can be read; repair or remove it")
+        archives = [open_archive(folder / file.path) for file in files]
+    except UserError:
+        if listing.images:
+            return []  # an archive of something else may lie beside pictures
+        raise
+    return archives if sum(archive.room for archive in archives) >= least else []
 
 
 def _archive(path: Path) -> Files:

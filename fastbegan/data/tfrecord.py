@@ -50,6 +50,7 @@ def _picture(data: mmap.mmap, start: int, stop: int) -> tuple[int, int] | list[s
                     for strings in _fields(data, *value, 1):
                         for first, last in _fields(data, *strings, 1):
                             return first, last - first
+                raise ValueError(f"its {KEY.decode()} holds no bytes")
     if not keys:
         raise ValueError("it has no features")
     return sorted(keys)

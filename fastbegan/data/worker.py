@@ -18,10 +18,10 @@ import sys
 
 import numpy as np
 
-from .decode import MAX_PIXELS, Decoding, RejectedImageError, decode, read_bytes
+from .decode import Decoding, RejectedImageError, decode, read_bytes
 
-MEMORY = 1_000_000_000  # bytes of address space that a process may have ...
-_PIXEL = 16  # ... and for each pixel that a picture may have above the default
+MEMORY = 400_000_000  # bytes of address space that a process may have ...
+PIXEL = 32  # ... and for each pixel of the largest picture: up to eight copies of it, in up to 4 bytes
 READY = b"ready\n"
 SLOTS = 8  # pending requests, so that the process need not wait for the next one
 SLOT = 4 << 20  # bytes
@@ -34,7 +34,7 @@ def _limit_memory(max_pixels: int) -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limits
         import resource
 
-        memory = MEMORY + _PIXEL * max(0, max_pixels - MAX_PIXELS)
+        memory = MEMORY + PIXEL * max_pixels
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

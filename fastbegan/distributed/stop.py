@@ -30,7 +30,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         names = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last does not exist on Windows
-        self._previous = {s: signal.signal(s, self._handle) for n in names if (s := getattr(signal, n, None))}
+        numbers = [number for name in names if (number := getattr(signal, name, None))]
+        # what the parent had this process ignore, as a script's shell does with Ctrl-C for background jobs, stays so
+        heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

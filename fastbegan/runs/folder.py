@@ -167,7 +167,11 @@ class RunFolder:
 
 def _made(path: Path) -> bool:
     try:
-        path.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)  # apart: a link to nothing in its place exists, too
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be made ({error.strerror}); give --out, a folder that can") from None
+    try:
+        path.mkdir()
     except FileExistsError:
         return False
     except OSError as error:

@@ -22,8 +22,6 @@ class Checkpoints:
         self._step, self._folder, self._display, self._ranks, self._keep = step, folder, display, ranks, keep
         self._writer = Writer()
         self.saved_step = -1
-        if ranks.watch is not None:
-            ranks.watch.last_wish = self.linger
 
     def check(self) -> None:
         """Raise what went wrong so far."""

@@ -77,7 +77,8 @@ class Training:
     ) -> None:
         """Open or create the run folder; load images, nets and the newest checkpoint. Raises UserError.
 
-        Only the first of several ranks touches the folder; the others take what they need from it.
+        Nothing keeps another process out of the folder; `train` does. Only the first of several ranks touches it; the
+        others take what they need from that one.
         """
         self.ranks = ranks = ranks or Ranks()
         config.train.require_runnable(ranks.world, launched=ranks.launched)

@@ -228,6 +228,7 @@ if sys.argv[2] == "kill":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["open", "kill"])
 def test_a_loader_that_is_left_open_or_loses_its_processes(pictures: Path, way: str) -> None:
     command = [sys.executable, "-W", "default", "-c", _LEFT_OPEN, str(pictures), way]
@@ -266,6 +267,9 @@ def test_which_loader_and_why(monkeypatch: pytest.MonkeyPatch, pictures: Path) -
     monkeypatch.setattr(choose, "available_memory", lambda _: 2 * 12 * 16 * 16 * 3)
     with pytest.raises(UserError, match=r"loader resident would take 0.00 GB of 0.0 GB free; accepted: up to 40%"):
         line("resident")
+    if dali_loader.INSTALLED:
+        Image.new("RGBA", (40, 50)).save(pictures / "alpha.png")
+        assert line("dali").endswith("loader dali: asked for; DALI converts nothing, 1 of them go through Pillow first")
     monkeypatch.setattr(choose.dali_loader, "INSTALLED", False)
     with pytest.raises(UserError, match=r"loader dali needs NVIDIA DALI: pip install 'fastbegan\[dali\]'"):
         line("dali")

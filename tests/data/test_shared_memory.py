@@ -45,3 +45,12 @@ def test_a_small_shared_memory_is_named_once(
     assert said.startswith(f"{tmp_path} is too small for loader processes (") and " MB, " in said and " free)" in said
     for advice in ("docker run --shm-size=1g", "--ipc=host", "--loader packed"):
         assert advice in said
+
+
+def test_what_is_no_lack_of_room_is_not_called_so() -> None:
+    for message in (
+        "unable to open shared memory object </torch_1_2_3> in read-write mode: Too many open files (24)",
+        "unable to open shared memory object </torch_1_2_3> in read-write mode: Permission denied (13)",
+        "DataLoader worker (pid 7) is killed by signal: Killed",
+    ):
+        assert files_loader._lack_of_memory(message) is None

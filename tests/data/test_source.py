@@ -117,7 +117,7 @@ def test_records_without_a_picture_are_named_one_by_one(sources: dict[str, Path]
     path.write_bytes(path.read_bytes().replace(b"image/encoded", b"image/encodex", 1))
     source = find_source(str(path))
     assert isinstance(source, Files) and source.total == 11
-    kind = "records without image/encoded (they have image/encodex, image/format)"
+    kind = "records without image/encoded, which have image/encodex, image/format"
     assert source.left_out == [LeftOut(f"{path}:0", kind)]
     assert len(_images(path)) == 11
 

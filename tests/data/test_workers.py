@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from PIL import Image
 
 from fastbegan import UserError
 from fastbegan.data import worker, workers
-from fastbegan.data.decode import Decoding, RejectedImageError, decode, read_bytes
+from fastbegan.data.decode import MAX_PIXELS, Decoding, RejectedImageError, decode, read_bytes
 from fastbegan.data.scale import scale
 from fastbegan.data.workers import Entry, Scaled, decode_all
-from tests.helpers import zoo
+from tests.helpers import profiles, zoo
 from tests.helpers.processes import environment
 
 
@@ -124,6 +125,7 @@ def _growth(*pictures: Path) -> tuple[int, list[str]]:
     return bytes_more, answers
 
 
+@pytest.mark.slow
 def test_many_large_pictures_are_not_held_at_once(tmp_path: Path) -> None:
     Image.new("RGB", (4000, 3000), (40, 160, 90)).save(tmp_path / "large.jpg")
     bytes_more, answers = _growth(*[tmp_path / "large.jpg"] * 32)
@@ -140,21 +142,30 @@ def test_processes_that_do_not_start_are_no_broken_files(
         list(decode_all([_entry(pictures / "02.jpg")], 16, Decoding(), workers=1))
 
 
-def test_memory_is_bounded(tmp_path: Path) -> None:
-    """A picture that passes the header's check but not the worker's memory is named, and the next one decoded."""
-    side = 7900  # 62 megapixels: 250 MB as RGBA, and as much again for each step of the colour rule
-    Image.new("RGBA", (side, side), (255, 0, 0, 128)).save(tmp_path / "large.png", compress_level=1)
-    Image.new("RGB", (20, 20), (1, 2, 3)).save(tmp_path / "small.png")
-    requests = [_entry(tmp_path / name) for name in ("large.png", "small.png")]
-    (_, large), (_, small) = decode_all(requests, 8, Decoding("none"), workers=1)
-    assert isinstance(small, Scaled)
-    if isinstance(large, RejectedImageError):
-        assert str(large) == "needs more memory than one picture may have"
-    else:
-        assert large.pixels[0, 0].tolist() == [255, 127, 127]
-    assert worker.MEMORY <= 1e9
+def test_memory_is_bounded(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that takes more memory than a process may have is named, and the next one decoded."""
+    (tmp_path / "sitecustomize.py").write_text(
+        """
+from fastbegan.data import decode
+real = decode._upright
+def upright(data, limit):
+    if data == b"greedy":
+        bytearray(1 << 29)
+        bytearray(1 << 30)
+    return real(data, limit)
+decode._upright = upright
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    entries = [Entry("greedy", data=b"greedy"), _entry(pictures / "02.jpg")]
+    for limit, reason in ((1_000_000, "needs more memory than one picture may have"), (50_000_000, "cannot identify")):
+        (_, greedy), (_, small) = decode_all(entries, 8, Decoding("none", limit), workers=1)
+        assert isinstance(greedy, RejectedImageError) and reason in str(greedy)
+        assert isinstance(small, Scaled)
+    assert worker.MEMORY + worker.PIXEL * MAX_PIXELS < 2.5e9
 
 
+@pytest.mark.slow
 def test_bombs_cost_no_memory(tmp_path: Path) -> None:
     zoo.broken(tmp_path)
     names = ["bomb.png", "bomb.jpg"]
@@ -162,3 +173,33 @@ def test_bombs_cost_no_memory(tmp_path: Path) -> None:
     for name, answer in zip(names, answers, strict=True):
         assert any(words in answer for words in zoo.BROKEN[name].split("|")), answer
     assert bytes_more < 250e6
+
+
+_EXIF = Image.Exif()
+_EXIF[0x0112] = 6
+_P3 = profiles.P3.profile()
+LARGEST: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "plain": ("RGB", "jpg", {}),
+    "turned": ("RGB", "jpg", {"exif": _EXIF}),
+    "wide": ("RGB", "jpg", {"icc_profile": _P3}),
+    "wide and turned": ("RGB", "jpg", {"icc_profile": _P3, "exif": _EXIF}),
+    "CMYK": ("CMYK", "jpg", {}),
+    "PNG": ("RGB", "png", {"icc_profile": _P3}),
+    "alpha": ("RGBA", "png", {"icc_profile": _P3, "exif": _EXIF}),
+    "palette": ("P", "png", {"transparency": 0}),
+    "sixteen": ("I;16", "png", {"transparency": 0}),
+    "float": ("F", "tif", {}),
+    "WebP": ("RGBA", "webp", {"lossless": True, "method": 0}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("megapixels", [4, 64])
+@pytest.mark.parametrize("kind", LARGEST)
+def test_the_largest_picture_fits_into_the_memory_of_a_process(kind: str, megapixels: int, tmp_path: Path) -> None:
+    mode, suffix, options = LARGEST[kind]
+    path = tmp_path / f"large.{suffix}"
+    side = int((megapixels * 1e6) ** 0.5)
+    Image.new(mode, (side, side)).save(path, **options)
+    ((_, answer),) = decode_all([_entry(path)], 8, Decoding("none", side * side), workers=1)
+    assert isinstance(answer, Scaled), answer

@@ -221,7 +221,8 @@ def test_copies_and_repeated_tensors_compile(impl: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # raised inside opcheck itself
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [False, True])
 def test_opcheck(every: bool) -> None:
     """Each op in the fused tier once, or every call in every tier."""
     _, (x, weight, bias) = _layer(conv2d_elu)
