@@ -25,5 +25,5 @@ def test_the_demo_learns_to_draw_different_faces(tmp_path: Path) -> None:
     convergence = [row["convergence"] for row in rows]
     assert convergence[-1] < 0.3 * convergence[0]
     assert convergence[-1] < 0.11  # 0.080 when the preset was chosen: one run, seed 0
-    assert rows[-1]["variety"] > 0.2  # 0.34 in that run
+    assert rows[-1]["variety"] > 0.2  # 0.39 on two cores of an AMD EPYC, seed 0
     assert 0.02 < rows[-1]["k"] < 0.5
