@@ -25,8 +25,6 @@ from .workers import Entry
 
 _STALE_SECONDS = 86_400  # after that long, leftovers of a killed process are removed
 _NAMED = 3  # broken files that a message names
-_LOOKED_AT = 32  # images of a pack, and rows and columns of each
-_BLACK, _PLAIN = 16, 8  # grey levels below which an image is nearly black, and nearly of one colour
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the work, the number of entries done, and their total, 0 where nobody knows it."""
@@ -270,30 +268,12 @@ def _image_set(
     _tell_broken(broken, header.count + len(broken), max_bad, f"all named in {_report_file(path)}")
     if isinstance(source, Files) and source.stream is None:  # other files may lie beside the pictures by now
         rows = [*map(report.left_out, source.left_out), *(row for row in rows if row.kind != report.LEFT_OUT)]
-    remarks = (*report.remarks(rows), *_faint(images))
+    remarks = (*report.remarks(rows), *report.faint(images))
     return ImageSet(images, header.crc32, f"{header.source}, {header.count:,} at {header.size} px{more}", remarks)
 
 
 def _report_file(pack: Path) -> Path:
     return pack.with_suffix(".rejected.txt")
-
-
-def _faint(images: np.ndarray) -> list[str]:
-    """A line where more than half of a pack is nearly black, or of one colour."""
-    if not len(images):
-        return []
-    chosen = np.linspace(0, len(images) - 1, min(len(images), _LOOKED_AT)).astype(np.int64)
-    step = -(-images.shape[1] // _LOOKED_AT)  # a thousand pixels of each are enough
-    looked = images[chosen, ::step, ::step].reshape(len(chosen), -1, 3)
-    brightest, darkest = looked.max(1), looked.min(1)
-    black = (brightest < _BLACK).all(1)
-    plain = (brightest - darkest < _PLAIN).all(1) & ~black
-    counts = {"nearly black": int(black.sum()), "nearly of one colour": int(plain.sum())}
-    return [
-        f"{words}: {count} of {len(chosen)} images that were looked at"
-        for words, count in counts.items()
-        if count > len(chosen) / 2
-    ]
 
 
 def _require_entries(source: Source, minimum: int, data: str) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from ..files import atomic, printable
 from .decode import Decoding, Note, largest_side
 from .folder import LeftOut
@@ -29,6 +31,8 @@ _MEANINGS = {
     _ENLARGED: "smaller than the images that were asked for",
 }
 _KINDS = 6  # kinds of left-out entries that are named
+_LOOKED_AT = 32  # images of a pack, and rows and columns of each
+_BLACK, _PLAIN = 16, 8  # grey levels below which an image is nearly black, and nearly of one colour
 
 
 class Row(NamedTuple):
@@ -93,3 +97,21 @@ def remarks(lines: Iterable[Row]) -> tuple[str, ...]:
     if rest := most[_KINDS:]:
         texts.append(f"{LEFT_OUT} ({len(rest)} other kinds): {sum(counts[words] for words in rest):,}")
     return tuple(texts)
+
+
+def faint(images: np.ndarray) -> list[str]:
+    """A line where more than half of a pack is nearly black, or of one colour."""
+    if not len(images):
+        return []
+    chosen = np.linspace(0, len(images) - 1, min(len(images), _LOOKED_AT)).astype(np.int64)
+    step = -(-images.shape[1] // _LOOKED_AT)  # a thousand pixels of each are enough
+    looked = images[chosen, ::step, ::step].reshape(len(chosen), -1, 3)
+    brightest, darkest = looked.max(1), looked.min(1)
+    black = (brightest < _BLACK).all(1)
+    plain = (brightest - darkest < _PLAIN).all(1) & ~black
+    counts = {"nearly black": int(black.sum()), "nearly of one colour": int(plain.sum())}
+    return [
+        f"{words}: {count} of {len(chosen)} images that were looked at"
+        for words, count in counts.items()
+        if count > len(chosen) / 2
+    ]
