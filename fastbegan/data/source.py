@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,7 +18,7 @@ from ..errors import UserError
 from . import arrays, faces
 from .containers import Container, from_listing, open_archive
 from .decode import VERSION, Decoding
-from .folder import LeftOut, Listing, is_archive, list_images
+from .folder import ImageFile, LeftOut, Listing, is_archive, list_images
 from .pack import Part
 from .workers import Entry, Scaled, decode_all
 
@@ -248,15 +249,24 @@ def _archives(folder: Path, listing: Listing, least: int) -> list[Container]:
     files = [file for file in listing.others if is_archive(file.path)]
     if sum(file.size for file in files) < least:
         return []  # without looking into them
+    opened = [_open_or_not(folder, file) for file in files]
+    archives = [archive for archive in opened if isinstance(archive, Container)]
+    damage = next((error for error in opened if isinstance(error, UserError)), None)
+    enough = sum(archive.room for archive in archives) >= least
+    if damage is not None:
+        if enough or not listing.images:
+            raise damage
+        warnings.warn(f"{damage}; the pictures beside it are taken", stacklevel=2)
+    return archives if enough else []
+
+
+def _open_or_not(folder: Path, file: ImageFile) -> Container | UserError:
+    if file.reason:
+        return UserError(f"data {folder / file.path} is no file that can be read; repair or remove it")
     try:
-        if lost := [file for file in files if file.reason]:
-            raise UserError(f"data {folder / lost[0].path} is no file that can be read; repair or remove it")
-        archives = [open_archive(folder / file.path) for file in files]
-    except UserError:
-        if listing.images:
-            return []  # an archive of something else may lie beside pictures
-        raise
-    return archives if sum(archive.room for archive in archives) >= least else []
+        return open_archive(folder / file.path)
+    except UserError as error:
+        return error
 
 
 def _archive(path: Path) -> Files:

@@ -308,9 +308,21 @@ def test_an_archive_without_pictures_does_not_displace_those_beside_it(pictures:
     _zip(pictures / "model.zip", {"weights.bin": content})
     _parquet(pictures / "embeddings.parquet", text=[content])
     (pictures / "damaged.tar").write_bytes(content)
-    image_set = load_images(str(pictures), 16, Decoding(), _quiet)
+    with pytest.warns(UserWarning, match=r"damaged\.tar cannot be read .*; the pictures beside it are taken"):
+        image_set = load_images(str(pictures), 16, Decoding(), _quiet)
     kind = "left out (archives that are not read)"
     assert len(image_set.images) == 12 and image_set.remarks == (f"{kind}: 3, such as {pictures / 'damaged.tar'}",)
+
+
+def test_a_damaged_shard_beside_a_preview_and_good_shards_is_named(files: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "preview.png").write_bytes(files[0].read_bytes())
+    for number in range(3):
+        _tar(folder / f"{number}.tar", _members(files))
+    (folder / "1.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(UserError, match=r"1\.tar cannot be read as a tar file"):
+        find_source(str(folder))
 
 
 def test_what_lies_beside_records_is_no_record(files: list[Path], tmp_path: Path) -> None:
