@@ -81,9 +81,9 @@ class DataConfig:
     """Which images, and how they come (paper §4.1)."""
 
     data: Annotated[str, FREE] = "faces"
-    """faces (procedural portraits; faces:COUNT for another number of them), a folder of images, a .tar (webdataset),
-    .zip, .tfrecord or .parquet (Hugging Face) file or a folder of them, a .pack file, cifar10:ROOT or
-    fashion-mnist:ROOT."""
+    """faces or portraits (drawn; portraits are harder; NAME:COUNT for another number of them), a folder of images, a
+    .tar (webdataset), .zip, .tfrecord or .parquet (Hugging Face) file or a folder of them, a .pack file, cifar10:ROOT
+    or fashion-mnist:ROOT."""
     crop: str = "center"
     """What to cut from each image before scaling: center (largest square), none (stretch), pixels (128), or celeba
     (the face in CelebA's aligned images)."""
@@ -114,8 +114,9 @@ class ObjectiveConfig:
     """Proportional gain of k (§3.4)."""
     eta: Literal[1, 2] = 1
     """Exponent of the pixel-wise loss (§3.1)."""
-    passes: Annotated[Literal["single-pass", "joint", "textbook"], FREE] = "single-pass"
-    """How often D runs: once for each image, once for both batches joined, or three times as the formulas stand."""
+    passes: Annotated[Literal["auto", "single-pass", "joint", "textbook"], FREE] = "auto"
+    """How often D runs: once for each image, once for both batches joined, or three times as the formulas stand. auto:
+    the faster of the first two on a CPU, where it is measured; once for each image on a GPU."""
     updates: Literal["simultaneous", "alternating"] = "simultaneous"
     """Update D and G from the same parameters (paper), or D first and G through the updated D."""
     latents: Literal["shared", "independent"] = "shared"
@@ -132,6 +133,8 @@ class OptimizerConfig:
     """Images a step, of all ranks together."""
     lr: Annotated[float, Range(0, above=True), FREE] = 1e-4
     """Adam's learning rate at the start."""
+    beta1: Annotated[float, Range(0, 0.999)] = 0.9
+    """Adam's decay of the mean gradient; the paper only names Adam, whose own this is."""
     lr_floor: Annotated[float, Range(0)] = 2e-5
     """Halving stops here."""
     scaling: Literal["none", "sqrt", "linear"] = "none"
@@ -157,9 +160,10 @@ class RuntimeConfig:
     device: Annotated[str, FREE] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the device has it natively, else float32."""
+    """auto: on a GPU bf16 where it has that natively, on a CPU what a measurement finds fastest; else float32."""
     compile: Annotated[Literal["auto", "off", "default", "max-autotune"], FREE] = "auto"
-    """torch.compile for the nets. auto: default, but off where a run is too short to gain from it."""
+    """torch.compile for the nets. auto: default, but off where a run is too short to gain from it. A run that goes on
+    keeps its choice, unless its length changes."""
     cuda_graph: Annotated[Literal["auto", "off"], FREE] = "auto"
     """auto: on a GPU a whole step is one CUDA graph."""
     cudnn_search: Annotated[Literal["auto", "off"], FREE] = "auto"

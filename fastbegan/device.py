@@ -18,7 +18,7 @@ from fastbegan_kernels.dispatch import HAS_TRITON, ROCM
 from .errors import UserError
 
 OLD_GPU_TORCH = "2.7.1"  # the last default wheel with CUDA 12.6 and code for sm_60
-_COMPILE_PAYS = 600.0  # seconds of a run from which on a cold compilation of 20 to 60 s pays
+_COMPILE_PAYS = {"cpu": 240.0, "cuda": 600.0}  # seconds of a run from which on a cold compilation pays
 _CPU_BF16 = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # flags in /proc/cpuinfo, x86 and Arm
 
 
@@ -107,13 +107,15 @@ def nvidia_smi() -> tuple[str, str] | None:
 def pick_precision(wanted: str, device: torch.device) -> tuple[str, torch.dtype | None]:
     """Resolve a precision: auto, float32, tf32, bf16 or fp16. `set_backends` puts it into force.
 
+    auto is bf16 on a GPU that has it natively, else float32; on a CPU only `training.fastest` can tell better.
+
     Returns its name and the dtype of autocast, None for float32 and tf32. Raises UserError where the device does not
     support it.
     """
     if wanted not in ("auto", "float32", "tf32", "bf16", "fp16"):
         raise UserError(f"precision is {wanted!r}; accepted: auto, float32, tf32, bf16, fp16")
     if wanted == "auto":
-        wanted = "bf16" if _has_native_bf16(device) else "float32"
+        wanted = "bf16" if device.type == "cuda" and has_native_bf16(device) else "float32"
     # GPUs before Ampere have fp16 in hardware but not bf16; CPUs the other way round
     accepted = "float32, bf16" if device.type != "cuda" else "float32, fp16"
     if wanted == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
@@ -153,7 +155,8 @@ def available_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _has_native_bf16(device: torch.device) -> bool:
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the device computes with bf16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return not _CPU_BF16.isdisjoint(_cpu_flags())
@@ -172,7 +175,7 @@ def _cpu_flags() -> list[str]:
 
 
 def pick_compile(wanted: str, device: torch.device, seconds: float) -> tuple[str | None, str]:
-    """Choose torch.compile's mode: off, auto, or a mode by name. `auto` compiles runs of ten minutes and more.
+    """Choose torch.compile's mode: off, auto, or a mode by name. `auto` compiles runs of a few minutes and more.
 
     Args:
         wanted: The option.
@@ -193,7 +196,7 @@ def pick_compile(wanted: str, device: torch.device, seconds: float) -> tuple[str
         missing = "Triton is not installed"
     if wanted != "auto" and missing:
         raise UserError(f"compile is {wanted!r}, but {missing}; accepted here: auto, off")
-    if wanted == "auto" and (missing or seconds < _COMPILE_PAYS):
+    if wanted == "auto" and (missing or seconds < _COMPILE_PAYS[device.type]):
         return None, f"compile off ({missing or 'a short run'})"
     mode = "default" if wanted == "auto" else wanted
     return mode, f"compile {mode}"

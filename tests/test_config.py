@@ -28,7 +28,7 @@ pytestmark = pytest.mark.core
         (TrainConfig, "images", 0, "whole numbers from 1"),
         (TrainConfig, "minutes", -1.0, "numbers above 0"),
         (TrainConfig, "requeue_code", 256, "0 to 255"),
-        (TrainConfig, "passes", "three", "single-pass, joint, textbook"),
+        (TrainConfig, "passes", "three", "auto, single-pass, joint, textbook"),
         (TrainConfig, "eta", 3, "1, 2"),
         (TrainConfig, "flip", 1, "True, False"),
         (TrainConfig, "data", Path("faces"), "text"),
@@ -62,5 +62,7 @@ def test_what_is_alike_is_taken() -> None:
 
 def test_what_is_learned_may_not_change_on_resume() -> None:
     fixed = set(TrainConfig().__dict__) - FREE_ON_RESUME
-    learned = "crop flip jitter gamma lambda_k eta updates latents carry_steps batch_size lr_floor scaling lr_window"
+    learned = (
+        "crop flip jitter gamma lambda_k eta updates latents carry_steps batch_size beta1 lr_floor scaling lr_window"
+    )
     assert fixed == {*learned.split(), "ema_half_life", "seed", "precision", "deterministic"}

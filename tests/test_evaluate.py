@@ -319,7 +319,7 @@ def test_wrong_arrays_and_extractors_are_refused(yardstick: Yardstick, tmp_path:
         names("vgg16")
 
 
-def test_a_folder_against_portraits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_against_faces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = _faces(300, 12, 48)
     for number, picture in enumerate(pictures):
         Image.fromarray(picture).save(tmp_path / f"{number:02d}.png")
@@ -331,7 +331,7 @@ def test_a_folder_against_portraits(tmp_path: Path, capsys: pytest.CaptureFixtur
         "FD (EfficientNet-Lite0)",
         "recall (EfficientNet-Lite0)",
         f"all 12 there are (14 were asked for) of: images of {tmp_path.resolve()}",
-        "14 of: 64 procedural portraits",
+        "14 of: 64 procedural faces",
         "32 px; images: bilinear, antialiased, crop center, as for packs",
         "data set: drawn at 32 px",
         "bilinear, antialiased, to 128 px",

@@ -45,7 +45,7 @@ def test_every_tensor_counter_and_setting_is_the_files(run: Path) -> None:
     config = RunFolder(run).read_config()
     read = json.loads(json.dumps(config.to_dict()))
     assert all(read[part].items() >= written[part].items() for part in ("model", "train"))
-    assert set(read["train"]) - set(written["train"]) == {"cudnn_search", "max_pixels"}  # added since
+    assert set(read["train"]) - set(written["train"]) == {"cudnn_search", "max_pixels", "beta1"}  # added since
     with Display(quiet=True) as display:
         training = Training(config, run, resume=True, display=display)
     stored = load_latest(STORED / "run" / "checkpoints", torch.device("cpu"))
@@ -72,3 +72,24 @@ def test_it_trains_on_and_draws(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert main(["info", str(run)]) == 0
     told = capsys.readouterr().out
     assert "1,881" in told and "step 6" in told and "000000006: whole" in told
+
+
+def test_a_run_on_the_faces_of_format_0_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are portraits now; the checkpoint's checksum of all pixels says whether they are the same."""
+    run = tmp_path / "run"
+    flags = "--size 16 --widths 1 1 --filters 2 --repeats 1 --hidden 4 --latent 4 --batch-size 4 --device cpu".split()
+    assert main(["train", "--data", "portraits:24", *flags, "--steps", "2", "--out", str(run)]) == 0
+    written = json.loads((run / "config.json").read_text())
+    assert written.pop("format") == 1
+    written["train"]["data"] = "faces:24"
+    (run / "config.json").write_text(json.dumps(written))
+    assert RunFolder(run).read_config().train.data == "portraits:24"
+    assert main(["train", "--out", str(run), "--steps", "4"]) == 0
+    assert "24 procedural portraits" in capsys.readouterr().out
+    continued = json.loads((run / "config.json").read_text())
+    assert continued["format"] == 1 and continued["train"]["data"] == "portraits:24"
+    assert main(["train", "--out", str(run), "--steps", "6", "--data", "faces:24"]) == 2
+    assert "other pixels" in capsys.readouterr().err
+    (run / "config.json").write_text(json.dumps(continued | {"format": 2}))
+    assert main(["info", str(run)]) == 2
+    assert "format is 2; accepted: 0 to 1" in capsys.readouterr().err

@@ -25,7 +25,7 @@ class DataPack:
     """Decode images once into one file that training maps into memory. An interrupted pack is resumed."""
 
     source: Positional[str]
-    """As --data of train: a folder, an archive, faces:COUNT, cifar10:ROOT, fashion-mnist:ROOT."""
+    """As --data of train: a folder, an archive, faces:COUNT, portraits:COUNT, cifar10:ROOT, fashion-mnist:ROOT."""
     out: Positional[Path]
     """The file to write, NAME.pack; NAME.rejected.txt beside it lists files broken, left out, converted or enlarged."""
     size: int = 64

@@ -18,6 +18,7 @@ from ..counter import chosen
 from ..data.decode import Decoding
 from ..data.prepare import Progress, load_images
 from ..data.scale import scale
+from ..data.styles import style_of
 from ..device import pick_device
 from ..display import Display
 from ..errors import UserError
@@ -193,7 +194,7 @@ def _load(
     pixels = image_set.images[chosen(total, count, selection.seed, from_end=from_end)]
     pixels = pixels[:, jitter : jitter + size, jitter : jitter + size]
     number = f"all {total:,} there are ({count:,} were asked for)" if total < count else f"{len(pixels):,}"
-    if data.partition(":")[0] == "faces":
+    if style_of(data):
         scaled = f"drawn at {stored} px"
     elif Path(data).suffix == ".pack":
         scaled = f"as packed, at {stored} px ({_FILTER})"

@@ -36,7 +36,7 @@ class Experiment:
     out: Path | None = None
     """The folder. One that holds this experiment is resumed. Default: experiments/NAME-SCALE."""
     data: str | None = None
-    """As --data of train. Default: portraits; paper scale has no default."""
+    """As --data of train. Default: faces; paper scale has no default."""
     trained: Path | None = None
     """A run folder to use instead of training a run (continuity, convergence, scores)."""
     seed: int = 0

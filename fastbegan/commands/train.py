@@ -15,7 +15,7 @@ from ..training.loop import train
 
 @dataclass(frozen=True)
 class Train:
-    """Train a BEGAN. Without options: the demo, on procedural portraits, into a new folder under runs/."""
+    """Train a BEGAN. Without options: the demo, on procedural faces, into a new folder under runs/."""
 
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]

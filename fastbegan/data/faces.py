@@ -1,7 +1,7 @@
-"""Procedural portraits, the default data set: no download, any size; image i depends on (seed, i) only.
+"""Procedural faces, the default data set: no download, any size; image i depends on (seed, i) only.
 
-A portrait is a stack of shapes. Each shape is a signed distance field, negative inside, in units of half the image. The
-field becomes a coverage per pixel, so edges are smooth at every size. x grows to the right, y downwards, from -1 to 1.
+Flat colours, sharp edges and continuous traits, which a small net learns. Faces vary much, walls and clothes little:
+what lies far from the median is what an L1 loss gives up first.
 """
 
 from __future__ import annotations
@@ -11,255 +11,117 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import counter
+from .drawing import Canvas, Traits, bar, both, draw, oval
 
-DEFAULT_COUNT = 16_384
-VERSION = 1  # to be raised whenever the same numbers give other portraits
-_CHUNK = 128  # images drawn at once: bounds memory and keeps temporaries in the cache
+VERSION = 2  # to be raised whenever the same numbers give other faces; 1 are now `portraits`
 
-_SKIN = ("ffe3cb", "f6cfae", "eab98d", "d49e73", "b57c50", "8a5a3b", "643f2b", "f9d9c0")
-_HAIR = ("1f1713", "3d271b", "654026", "94602f", "c99a52", "e8cf92", "8e3318", "b9b7b3", "575a66", "b3502f")
-_CLOTHES = ("355a93", "a63a3f", "3f7d58", "e4e1da", "2e3038", "dba03e", "77549b", "4f969c", "c9707a")
-_WALL = ("c3dbee", "f1dcc6", "d5e6cd", "e6d5ea", "f7eab9", "b7c5d4", "ebebe8", "8090a6", "a8746c", "9cc1b8")
-_IRIS = ("4a301b", "6f4d2b", "3f6f97", "557f51", "5c6670", "2b211a")
-_LIPS = ("b9544f", "a14a46", "cc706a", "8c3f3c", "c43f5c")
-_FRAMES = ("1f1f23", "5a3421", "9c2a28", "46506e", "b58a3a")
-_WHITE, _DARK = (0.97, 0.97, 0.97), (0.22, 0.07, 0.07)
+_SKIN = ("ffe0c7", "f0c19b", "cf9468", "9c6440", "643c28")
+_HAIR = ("1d1614", "4b2c1c", "8d4a27", "c8823f", "ecc77f", "d9d3c7")
+_IRIS = ("3a2416", "5b4022", "4f6b3d", "3f6f9c")
+_LIPS = ("a2453f", "cb5a5c")
+_WALL = ("b9d0e0", "cfe0ea")
+_CLOTHES = ("3f5f86", "5f86ab")
+_WHITE, _PUPIL = (0.98, 0.98, 0.98), (0.06, 0.05, 0.06)
 
 
 def faces(index: Tensor, size: int, seed: int = 0) -> Tensor:
-    """Draw portraits.
+    """Draw faces.
 
     Args:
-        index: Numbers of the portraits: int64 [N].
+        index: Numbers of the faces: int64 [N].
         size: Height and width, in pixels.
-        seed: Chooses another set of portraits.
+        seed: Chooses another set of faces.
 
     Returns:
         uint8 [N, size, size, 3], on the device of `index`.
     """
-    chunks = [_portraits(part, size, seed) for part in index.split(_CHUNK)]
-    return torch.cat(chunks) if chunks else index.new_zeros((0, size, size, 3), dtype=torch.uint8)
-
-
-class _Traits:
-    """The random numbers of N portraits, one draw after another; shape [N, 1, 1] broadcasts over pixels.
-
-    The order of draws is part of what a portrait is: a new trait is drawn last, and VERSION is raised.
-    """
-
-    PER_IMAGE = 80  # counters reserved for each image
-
-    def __init__(self, index: Tensor, seed: int) -> None:
-        counters = index[:, None] * self.PER_IMAGE + torch.arange(self.PER_IMAGE, device=index.device)
-        self._draws = iter(counter.uniform(seed, counter.FACES, counters).T[..., None, None])
-
-    def between(self, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return low + (high - low) * next(self._draws)
-
-    def chance(self, probability: float) -> Tensor:
-        """1.0 with this probability, else 0.0."""
-        return (next(self._draws) < probability).float()
-
-    def colour(self, palette: tuple[str, ...]) -> Tensor:
-        """A colour of the palette per portrait, [N, 1, 1, 3], up to 6 % lighter or darker than listed."""
-        draw = next(self._draws)
-        table = torch.tensor([[int(c[i : i + 2], 16) / 255 for i in (0, 2, 4)] for c in palette], device=draw.device)
-        scaled = draw.flatten() * len(palette)
-        chosen = scaled.long().clamp(max=len(palette) - 1)
-        jitter = 0.94 + 0.12 * (scaled - chosen)  # the remainder is uniform in [0, 1) again
-        return (table[chosen] * jitter[:, None]).clamp(0, 1)[:, None, None]
-
-
-class _Canvas:
-    """An image under construction, float [N, H, W, 3]."""
-
-    def __init__(self, count: int, size: int, device: torch.device) -> None:
-        axis = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
-        self.x, self.y = axis[None, None, :], axis[None, :, None]
-        self.pixel = 2.0 / size
-        self.image = torch.zeros(count, size, size, 3, device=device)
-
-    def cover(self, distance: Tensor) -> Tensor:
-        """The share of each pixel that lies inside the shape, 0 to 1."""
-        return (0.5 - distance / self.pixel).clamp(0, 1)
-
-    def paint(self, mask: Tensor, colour: Tensor | tuple[float, float, float]) -> None:
-        """Blend `colour` into the image by `mask` [N, H, W], 0 to 1."""
-        if isinstance(colour, tuple):
-            colour = torch.tensor(colour, device=self.image.device)
-        self.image.lerp_(colour.expand_as(self.image), mask.expand(self.image.shape[:3])[..., None])
+    return draw(index, size, seed, _faces)
 
 
 @dataclass(frozen=True)
 class _Head:
-    """N heads: coordinates of the pixels in each head's own frame, its outline and colours."""
+    """N heads: coordinates of the pixels in each head's own frame, its size and colours."""
 
     x: Tensor
     y: Tensor
-    turn: Tensor
-    """How far the features (eyes, nose, mouth) shift against the skull."""
     wide: Tensor
     tall: Tensor
-    jaw: Tensor
     skin: Tensor
     hair: Tensor
 
-    @property
-    def fx(self) -> Tensor:
-        """x for the features."""
-        return self.x - self.turn
 
-    def skull(self, dy: float, scale: float, power: Tensor | float) -> Tensor:
-        """Distance to the outline of the skull, narrower towards the jaw."""
-        x = self.x / (1 - self.jaw * (self.y / self.tall).clamp(-0.2, 1))
-        return _oval(x, self.y + dy, self.wide * scale, self.tall * scale, power)
-
-
-def _oval(x: Tensor, y: Tensor, rx: Tensor | float, ry: Tensor | float, power: Tensor | float = 2.0) -> Tensor:
-    """Super-ellipse |x/rx|^p + |y/ry|^p = 1, distance scaled by the smaller radius."""
-    norm = (x / rx).abs().pow(power) + (y / ry).abs().pow(power)
-    radius = torch.minimum(torch.as_tensor(rx), torch.as_tensor(ry))
-    return (norm.clamp(min=1e-12).pow(1 / power) - 1) * radius
+def _faces(index: Tensor, size: int, seed: int) -> Tensor:
+    t = Traits(index, seed)
+    canvas = Canvas(len(index), size, index.device)
+    canvas.image.copy_(t.blend(_WALL).expand_as(canvas.image))
+    x, y = canvas.x - t.between(-0.03, 0.03), canvas.y - t.between(-0.02, 0.04)
+    head = _Head(x, y, t.between(0.47, 0.6), t.between(0.6, 0.7), t.blend(_SKIN), t.blend(_HAIR))
+    volume = _hair_behind(t, canvas, head)
+    _body(t, canvas, head)
+    _skull(t, canvas, head)
+    _eyes(t, canvas, head)
+    _nose_and_mouth(t, canvas, head)
+    _hair_in_front(t, canvas, head, volume)
+    return canvas.image.clamp_(0, 1)
 
 
-def _bar(x: Tensor, y: Tensor, half_length: Tensor, radius: Tensor | float) -> Tensor:
-    """A horizontal bar with round ends."""
-    return torch.hypot((x.abs() - half_length).clamp(min=0), y) - radius
+def _hair_behind(t: Traits, canvas: Canvas, head: _Head) -> Tensor:
+    """Draw the hair behind head and shoulders, from cropped to long; returns its thickness above the skull."""
+    volume, length = t.between(0.03, 0.2), t.between(-0.5, 1.1)
+    cap = oval(head.x, head.y + 0.06, head.wide + volume, head.tall + volume, 2.3)
+    ends = length - 0.25 * (head.x.abs() / (head.wide + volume)) ** 4
+    sides = both(head.x.abs() - head.wide - volume * 0.9, both(head.y - ends, -head.y - 0.1))
+    canvas.paint(canvas.cover(both(cap, head.y - 0.1 - volume)), head.hair * 0.86)
+    canvas.paint(canvas.cover(sides), head.hair * 0.86)
+    return volume
 
 
-def _both(a: Tensor, b: Tensor) -> Tensor:
-    """The intersection of two shapes."""
-    return torch.maximum(a, b)
+def _body(t: Traits, canvas: Canvas, head: _Head) -> None:
+    shirt = t.blend(_CLOTHES)
+    canvas.paint(canvas.cover(oval(head.x, head.y - 1.3, t.between(0.78, 0.92), 0.5, 2.6)), shirt)
+    neck = both(head.x.abs() - head.wide * 0.4, both(head.y - 0.92, -head.y))
+    canvas.paint(canvas.cover(neck), head.skin * 0.84)
 
 
-def _portraits(index: Tensor, size: int, seed: int) -> Tensor:
-    t = _Traits(index, seed)
-    canvas = _Canvas(len(index), size, index.device)
+def _skull(t: Traits, canvas: Canvas, head: _Head) -> None:
+    for side in (-1, 1):
+        canvas.paint(canvas.cover(oval(head.x - side * head.wide, head.y - 0.06, 0.08, 0.13)), head.skin * 0.9)
+    jaw = t.between(0.0, 0.22)
+    x = head.x / (1 - jaw * (head.y / head.tall).clamp(0, 1))
+    canvas.paint(canvas.cover(oval(x, head.y - 0.02, head.wide, head.tall, t.between(2.0, 2.5))), head.skin)
+
+
+def _eyes(t: Traits, canvas: Canvas, head: _Head) -> None:
     cover, paint = canvas.cover, canvas.paint
-
-    # wall: two colours, a slanted blend
-    wall, shade = t.colour(_WALL), t.colour(_WALL)
-    slope = ((canvas.x * t.between(-1.2, 1.2) + canvas.y) * 0.5 + 0.5).clamp(0, 1)
-    canvas.image.copy_(torch.lerp(wall.expand_as(canvas.image), shade * 0.8, slope[..., None]))
-
-    # position and pose of the head
-    centre_x, centre_y = t.between(-0.07, 0.07), t.between(-0.02, 0.1)
-    zoom, tilt = t.between(0.9, 1.1), t.between(-0.1, 0.1)
-    turn = t.between(-0.13, 0.13)
-    u, v = (canvas.x - centre_x) / zoom, (canvas.y - centre_y) / zoom
-    x, y = u * tilt.cos() + v * tilt.sin(), v * tilt.cos() - u * tilt.sin()
-    wide, tall = t.between(0.41, 0.53), t.between(0.55, 0.67)
-    jaw, square = t.between(-0.08, 0.2), t.between(2.0, 2.5)
-    skin, hair, shirt = t.colour(_SKIN), t.colour(_HAIR), t.colour(_CLOTHES)
-    head = _Head(x, y, turn, wide, tall, jaw, skin, hair)
-
-    # one hair style per portrait: long, bald, round (curls), bun, else short
-    style, length = t.between(), t.between()
-    is_long, is_bald = (style < 0.36).float(), ((style >= 0.36) & (style < 0.44)).float()
-    is_round, is_bun = ((style >= 0.44) & (style < 0.56)).float(), ((style >= 0.56) & (style < 0.66)).float()
-    paint(
-        cover(_oval(x, y - 0.06 - 0.14 * length, wide * 1.27, tall * (1.03 + 0.42 * length), 2.7)) * is_long,
-        hair * 0.8,
-    )
-    paint(cover(_oval(x, y + 0.2, wide * 1.42, tall * 1.07, 2.2)) * is_round, hair * 0.88)
-    paint(cover(torch.hypot(x, y + tall * 1.13) - 0.19) * is_bun, hair * 0.9)
-
-    # shoulders, collar, neck
-    paint(cover(_oval(canvas.x - centre_x, canvas.y - 1.24, t.between(0.7, 0.92), 0.48, 2.8)), shirt)
-    neck = _bar(
-        canvas.y - centre_y - 0.55 * zoom,
-        canvas.x - centre_x,
-        torch.full_like(wide, 0.26),
-        wide * 0.42 * zoom,
-    )
-    paint(cover(neck - 0.035) * cover(0.86 - canvas.y) * t.chance(0.5), shirt * 0.75)
-    paint(cover(neck), skin * 0.84)
-
-    # ears, then the head under one soft light
+    spread, wide, tall = head.wide * t.between(0.4, 0.46), t.between(0.115, 0.145), t.between(0.08, 0.115)
+    iris, look = t.blend(_IRIS), t.between(-0.25, 0.25)
+    brow_y, brow_tilt = t.between(0.17, 0.23), t.between(-0.35, 0.35)
     for side in (-1, 1):
-        paint(cover(_oval(x - side * wide * 0.98 + turn * 0.3, y - 0.05, 0.08, 0.125)), skin * 0.88)
-    outline = head.skull(0.0, 1.0, square)
-    on_head = cover(outline)
-    glow = 1.03 + 0.12 * (t.between(-0.9, 0.9) * x / wide - 0.4 * y / tall) - 0.15 * ((x / wide) ** 2 + (y / tall) ** 2)
-    paint(on_head, (skin * glow.clamp(0.6, 1.15)[..., None]).clamp(0, 1))
-    blush = t.chance(0.6) * t.between(0.1, 0.35)
-    for side in (-1, 1):
-        spot = torch.exp(-((head.fx - side * wide * 0.55) ** 2 + (y - 0.2) ** 2) / 0.02)
-        paint(spot * blush * on_head, skin * torch.tensor([1.0, 0.62, 0.58], device=skin.device))
-
-    eye_y, spread = _eyes(t, canvas, head)
-    _nose_and_mouth(t, canvas, head, outline, may_have_beard=1 - is_long)
-    _front_hair(t, canvas, head, length, has_hair=1 - is_bald)
-    _glasses(t, canvas, head, eye_y, spread)
-
-    exposure = t.between(0.9, 1.06)[..., None]
-    return canvas.image.mul_(exposure).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-
-
-def _eyes(t: _Traits, canvas: _Canvas, head: _Head) -> tuple[Tensor, Tensor]:
-    """Draw eyes and brows; returns the height of the eyes and their distance from the middle."""
-    cover, paint = canvas.cover, canvas.paint
-    fx, y, hair = head.fx, head.y, head.hair
-    spread, eye_y = t.between(0.17, 0.23), t.between(-0.06, 0.04)
-    rx, ry = t.between(0.075, 0.11), t.between(0.045, 0.085)
-    iris, look_x, look_y = t.colour(_IRIS), t.between(-0.3, 0.3), t.between(-0.2, 0.2)
-    brow_y, brow_tilt, brow_r = t.between(0.13, 0.19), t.between(-0.3, 0.3), t.between(0.016, 0.034)
-    for side in (-1, 1):
-        ex, ey = fx - side * spread, y - eye_y
-        lid = _oval(ex, ey, rx, ry)
-        white = cover(lid)
+        x, y = head.x - side * spread, head.y - 0.02
+        white = cover(oval(x, y, wide, tall))
         paint(white, _WHITE)
-        radius = ry * 0.82 + 0.012
-        disc = torch.hypot(ex - look_x * rx, ey - look_y * ry) - radius
+        disc = torch.hypot(x - look * wide, y) - 0.072
         paint(white * cover(disc), iris)
-        paint(white * cover(disc + radius * 0.5), iris * 0.15)
-        paint(white * cover(torch.hypot(ex - look_x * rx + 0.018, ey - look_y * ry + 0.018) - 0.014), _WHITE)
-        paint(cover(lid.abs() - 0.011) * (ey < 0).float(), hair * 0.35)
-        brow = _bar(ex, ey + brow_y + side * brow_tilt * ex + 1.6 * ex**2, rx * 0.95, brow_r)
-        paint(cover(brow), hair * 0.6)
-    return eye_y, spread
+        paint(white * cover(disc + 0.035), _PUPIL)
+        paint(cover(torch.hypot(x - look * wide + 0.02, y + 0.022) - 0.014), _WHITE)
+        paint(cover(oval(x, y, wide, tall).abs() - 0.013) * (y < 0).float(), head.hair * 0.4)
+        paint(cover(bar(x, y + brow_y + side * brow_tilt * x + 1.2 * x**2, wide * 0.9, 0.03)), head.hair * 0.55)
 
 
-def _nose_and_mouth(t: _Traits, canvas: _Canvas, head: _Head, outline: Tensor, *, may_have_beard: Tensor) -> None:
+def _nose_and_mouth(t: Traits, canvas: Canvas, head: _Head) -> None:
     cover, paint = canvas.cover, canvas.paint
-    fx, y, turn, skin, hair = head.fx, head.y, head.turn, head.skin, head.hair
-    nose_y, nose_w = t.between(0.16, 0.24), t.between(0.035, 0.07)
-    paint(cover(_oval(fx - turn * 0.4, y - nose_y, nose_w, 0.032)) * 0.55, skin * 0.74)
-    ridge = torch.exp(-((fx - turn * 0.4) ** 2 / 0.0016 + (y - nose_y * 0.55) ** 2 / 0.02))
-    paint(ridge * 0.25, (skin * 1.12).clamp(max=1))
-
-    mouth_y, half, smile = t.between(0.34, 0.42), t.between(0.1, 0.19), t.between(-0.9, 2.4)
-    opening = t.between(-0.12, 0.1).clamp(min=0)
-    beard, moustache = t.chance(0.16) * may_have_beard, t.chance(0.18) * may_have_beard
-    cheeks = _both(outline, 0.22 - y - 0.9 * fx**2)
-    hole = _oval(fx, y - mouth_y, half * 1.15, 0.075)
-    paint(cover(_both(cheeks, -hole)) * beard * 0.92, hair * 0.8)
-    paint(cover(_bar(fx, y - mouth_y + 0.085 + 0.8 * fx**2, half * 0.7, 0.028)) * moustache, hair * 0.7)
-
-    line = y - mouth_y + smile * (fx**2 - half**2 * 0.5)
-    paint(cover(_bar(fx, line, half, 0.022 + opening * 0.5)), t.colour(_LIPS))
-    paint(cover(_bar(fx, line, half * 0.82, opening * 0.42 - 0.004)) * (opening > 0.012), _DARK)
-    teeth = _both(_bar(fx, line, half * 0.76, opening * 0.42 - 0.006), line + 0.004)
-    paint(cover(teeth) * (opening > 0.03), _WHITE)
-
-
-def _front_hair(t: _Traits, canvas: _Canvas, head: _Head, length: Tensor, *, has_hair: Tensor) -> None:
-    """Draw the hair between the skull's outline and a curved hairline with a parting."""
     x, y = head.x, head.y
-    parting, line, fringe = t.between(-0.35, 0.35), t.between(-0.42, -0.22), t.between(0, 0.9)
-    skull = head.skull(0.05, 1.1, 2.2)
-    from_parting = x - parting * head.wide
-    hairline = y - line - fringe * from_parting**2 * torch.where(from_parting > 0, 1.0, 0.5)
-    strands = 0.93 + 0.07 * torch.sin((x * 38 + 6 * torch.sin(y * 9 + parting * 9)) * (1 + length))
-    canvas.paint(canvas.cover(_both(skull, hairline)) * has_hair, head.hair * strands[..., None])
+    paint(cover(oval(x, y - 0.2, t.between(0.05, 0.085), 0.04)), head.skin * 0.78)
+    half, smile, opening = t.between(0.13, 0.23), t.between(-0.3, 2.0), t.between(-0.06, 0.09).clamp(min=0)
+    line = y - 0.4 + smile * (x**2 - half**2 * 0.5)
+    lips = t.blend(_LIPS)
+    paint(cover(bar(x, line, half, 0.035 + opening * 0.5)), lips)
+    paint(cover(bar(x, line, half * 0.84, opening * 0.5 - 0.008)), _WHITE)
 
 
-def _glasses(t: _Traits, canvas: _Canvas, head: _Head, eye_y: Tensor, spread: Tensor) -> None:
-    fx, y = head.fx, head.y
-    wears, radius, frame = t.chance(0.22), t.between(0.13, 0.16), t.colour(_FRAMES)
-    for side in (-1, 1):
-        rim = _oval(fx - side * spread, y - eye_y, radius, radius * 0.85, 2.6).abs() - 0.016
-        canvas.paint(canvas.cover(rim) * wears, frame)
-    bridge = _bar(fx, y - eye_y + 0.01, (spread - radius).clamp(min=0.01), 0.014)
-    canvas.paint(canvas.cover(bridge) * wears, frame)
+def _hair_in_front(t: Traits, canvas: Canvas, head: _Head, volume: Tensor) -> None:
+    """Draw the hair above a slanted, curved hairline."""
+    x, y = head.x, head.y
+    line, slant, curve = t.between(-0.48, -0.3), t.between(-0.3, 0.3), t.between(0.1, 0.8)
+    cap = oval(x, y + 0.06, head.wide + volume * 0.75, head.tall + volume * 0.75, 2.3)
+    canvas.paint(canvas.cover(both(cap, y - line - slant * x - curve * x**2)), head.hair)

@@ -1,4 +1,4 @@
-"""Sources of images: portraits, folders, archives, torchvision's data sets."""
+"""Sources of images: drawn ones, folders, archives, torchvision's data sets."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import UserError
-from . import arrays, faces
+from . import arrays
 from .containers import Container, from_listing, open_archive
 from .decode import VERSION, Decoding
 from .folder import ImageFile, LeftOut, Listing, is_archive, list_images
 from .pack import Part
+from .styles import DEFAULT_COUNT, STYLES, style_of
 from .workers import Entry, Scaled, decode_all
 
 _CHUNK = 512  # images of a part
 ACCEPTED = (
-    "'faces', 'faces:COUNT', a folder of images, a .tar, .zip, .tfrecord or .parquet file or a folder of them, a .pack "
-    "file, cifar10:ROOT or fashion-mnist:ROOT"
+    "'faces', 'portraits', either with :COUNT, a folder of images, a .tar, .zip, .tfrecord or .parquet file or a "
+    "folder of them, a .pack file, cifar10:ROOT or fashion-mnist:ROOT"
 )
 _ARCHIVES = 2  # times as much room as its pictures: from there on a folder's archives are the set
 
@@ -38,7 +39,7 @@ class Source(Protocol):
 
     @property
     def doing(self) -> str:
-        """The work that progress names: "packing images" or "drawing portraits"."""
+        """The work that progress names: "packing images" or "drawing faces"."""
         ...
 
     @property
@@ -67,25 +68,30 @@ def _hash(**values: object) -> str:
 
 
 @dataclass
-class Portraits:
-    """Procedural portraits, drawn by number."""
+class Drawn:
+    """Procedural images, drawn by number."""
 
+    style: str
+    """A key of STYLES."""
     total: int
-    doing: str = "drawing portraits"
+
+    @property
+    def doing(self) -> str:
+        return f"drawing {self.style}"
 
     @property
     def description(self) -> str:
-        return f"{self.total:,} procedural portraits"
+        return f"{self.total:,} procedural {self.style}"
 
     def made_from(self, decoding: Decoding) -> str:
-        return _hash(faces=self.total, version=faces.VERSION)
+        return _hash(**{self.style: self.total}, version=STYLES[self.style].version)
 
     def parts(self, start: int, size: int, decoding: Decoding, workers: int | None) -> Iterator[Part]:
         import torch
 
         for first in range(start, self.total, _CHUNK):
             stop = min(first + _CHUNK, self.total)
-            yield Part(stop, faces.faces(torch.arange(first, stop), size).numpy(), [], [])
+            yield Part(stop, STYLES[self.style].draw(torch.arange(first, stop), size).numpy(), [], [])
 
 
 @dataclass
@@ -183,11 +189,11 @@ class Files:
 
 
 def absolute(data: str) -> str:
-    """`data` with an absolute path. (`faces` means portraits; a folder of that name is `./faces`.)"""
+    """`data` with an absolute path. (`faces` are drawn; a folder of that name is `./faces`.)"""
     kind, _, rest = data.partition(":")
     if kind in arrays.NAMES:
         return f"{kind}:{Path(rest).resolve()}"
-    return data if kind == "faces" else str(Path(data).resolve())
+    return data if style_of(data) else str(Path(data).resolve())
 
 
 def without_folders(data: str) -> str:
@@ -199,18 +205,18 @@ def without_folders(data: str) -> str:
 def find_source(data: str) -> Source:
     """Open the source that `data` names (see ACCEPTED). Raises UserError where there is none."""
     kind, _, rest = data.partition(":")
-    if kind == "faces":
-        return Portraits(_count(data))
+    if style := style_of(data):
+        return Drawn(style, _count(data, style))
     if kind in arrays.NAMES:
         return Arrays(*arrays.load(kind, Path(rest)))
     path = Path(data)
     return _archive(path.resolve()) if path.is_file() and is_archive(path.name) else _folder(path)
 
 
-def _count(data: str) -> int:
-    number = data.removeprefix("faces").removeprefix(":")
-    if data == "faces":
-        return faces.DEFAULT_COUNT
+def _count(data: str, style: str) -> int:
+    number = data.removeprefix(style).removeprefix(":")
+    if data == style:
+        return DEFAULT_COUNT
     if not number.isdecimal() or int(number) < 1:
         raise UserError(f"data is {data!r}; accepted: {ACCEPTED}; COUNT from 1")
     return int(number)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ..data.decode import Decoding
-from ..data.faces import faces
 from ..data.prepare import load_images
+from ..data.styles import STYLES, style_of
 from ..device import core_count
 from ..display import Display, duration
 from ..evaluation.extractors import Extractor
@@ -116,12 +116,12 @@ class Study(Page):
         return images[np.sort(chosen)]
 
     def unseen(self, run: Trained, count: int) -> np.ndarray | None:
-        """Portraits that `run` was not trained on: uint8 [count, size, size, 3]; None for other data."""
+        """Drawn images that `run` was not trained on: uint8 [count, size, size, 3]; None for other data."""
         config = run.folder.read_config()
-        if config.train.data.partition(":")[0] != "faces":
+        if (style := style_of(config.train.data)) is None:
             return None
         first = self.real(run).shape[0]
-        return faces(torch.arange(first, first + count), config.model.size).numpy()
+        return STYLES[style].draw(torch.arange(first, first + count), config.model.size).numpy()
 
     def score(self, images: np.ndarray, run: Trained, count: int | None = None) -> dict[str, Any]:
         """Score images against training images.
@@ -202,13 +202,14 @@ class Study(Page):
         if self._shown is not None:
             config, rows = self._shown.read_config(), self._shown.read_metrics()
             model, train = config.model, config.train
-            data = train.data if train.data.partition(":")[0] == "faces" else Path(train.data).name
+            drawn = style_of(train.data)
+            data = train.data if drawn else Path(train.data).name
             yield (
                 f"Data {data}, {model.size} pixels, n = {model.filters}, {rows[-1]['step'] if rows else 0:,} steps of "
                 f"{train.batch_size} images, precision {train.precision}."
             )
-            if train.data.partition(":")[0] == "faces":
-                yield "The portraits are drawn by a program and vary in fewer ways than photographs."
+            if drawn:
+                yield f"The {drawn} are drawn by a program and vary in fewer ways than photographs."
         if self.settings.trained is None or self.settings.scale == "smoke":
             yield self.scale.limits
         if self.settings.seeds in (None, 1):

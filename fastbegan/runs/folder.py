@@ -21,6 +21,7 @@ from ..files import HeldError, atomic, locked, make_folder, read_json, removed_i
 from ..nets.models import Generator
 from ..version import __version__
 
+FORMAT = 1  # of config.json; a file without a number is of format 0
 _PATIENCE = 5.0  # seconds for the process before to end: it may have been killed just now
 
 
@@ -33,18 +34,30 @@ class RunConfig:
     train: TrainConfig
 
     def to_dict(self) -> dict[str, Any]:
-        return {"fastbegan": __version__, **dataclasses.asdict(self)}
+        return {"format": FORMAT, "fastbegan": __version__, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """The inverse of `to_dict`. Raises UserError where a part is missing or wrong."""
         if missing := [name for name in ("preset", "model", "train") if name not in values]:
             raise UserError(f"no {missing[0]!r} in it")
+        values = _of_this_format(values)
         return cls(
             str(values["preset"]),
             from_dict(ModelConfig, values["model"]),
             from_dict(TrainConfig, values["train"]),
         )
+
+
+def _of_this_format(values: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config.json of any format, as this version would write it. Raises UserError for a later one."""
+    written = values.get("format", 0)
+    if not isinstance(written, int) or not 0 <= written <= FORMAT:
+        raise UserError(f"format is {written!r}; accepted: 0 to {FORMAT}")
+    train = values["train"]
+    if written == 0 and isinstance(train, dict) and str(train.get("data")).partition(":")[0] == "faces":
+        train = train | {"data": train["data"].replace("faces", "portraits", 1)}
+    return values | {"train": train}
 
 
 class RunFolder:

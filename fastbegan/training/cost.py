@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..config import ModelConfig, TrainConfig
 from ..nets.models import Discriminator, Generator, count_parameters
-from .objective import OBJECTIVES
+from .objective import objective_for
 
 # FLOP/s of a step: measured with `fastbegan bench step` on two CPU cores, assumed for a GPU
 _CPU_RATE, _GPU_RATE = 8e10, 2e13
@@ -59,7 +59,7 @@ def step_cost(model: ModelConfig, train: TrainConfig, dtype: torch.dtype | None 
             real, z = real.to(dtype), z.to(dtype)
         ledger, counter = _Ledger(), FlopCounterMode(display=False)
         done: dict[torch.nn.Module, int] = {}  # FLOPs until a net's gradients were complete
-        objective = OBJECTIVES[train.passes](
+        objective = objective_for(train.passes)(
             generator,
             discriminator,
             torch.zeros(()),
@@ -117,9 +117,13 @@ class _Held:
         self.ledger.hold(self.storage, self.size, -1)
 
 
-def run_seconds(model: ModelConfig, train: TrainConfig, device: torch.device) -> float:
-    """An estimate of a run's length in seconds, from its FLOPs."""
-    seconds = step_cost(model, train).flops / (_GPU_RATE if device.type == "cuda" else _CPU_RATE)
+def step_seconds(model: ModelConfig, train: TrainConfig, device: torch.device) -> float:
+    """An estimate of a step's length in seconds, from its FLOPs."""
+    return step_cost(model, train).flops / (_GPU_RATE if device.type == "cuda" else _CPU_RATE)
+
+
+def run_seconds(train: TrainConfig, seconds: float) -> float:
+    """A run's length in seconds, from that of a step."""
     lengths = [60 * train.minutes] if train.minutes else []
     lengths += [seconds * train.steps] if train.steps else []
     lengths += [seconds * train.images / train.batch_size] if train.images else []

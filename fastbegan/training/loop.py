@@ -13,11 +13,10 @@ import torch
 
 from fastbegan_kernels import tuning
 
-from ..config import ModelConfig, TrainConfig
+from ..config import TrainConfig
 from ..counter import Z_D, Z_G, latents
 from ..data.choose import open_loader, same_images
 from ..data.source import absolute
-from ..device import pick_compile, pick_device, pick_precision, set_backends
 from ..display import Display, summary_writer
 from ..distributed.ranks import Ranks
 from ..distributed.stop import STOPPED_BY_USER, StopRequest
@@ -29,10 +28,10 @@ from ..runs.curves import save_curves
 from ..runs.folder import RunConfig, RunFolder, check_resumable, new_run_folder
 from ..runs.sheets import save_animation
 from .checkpoints import Checkpoints
-from .cost import run_seconds
 from .graph import GraphedStep
 from .health import not_finite
 from .metrics import Metrics
+from .place import choose, find_device
 from .progress import Progress
 from .schedule import StallHalving
 from .sheets import Sheets
@@ -42,31 +41,6 @@ from .tune import tune_for_all
 # exit code; 0: the run ended by itself or the system asked it to; 4 (watch.LOST) and 5 are of several ranks
 NOT_FINITE = 3
 _SETTLED = 5  # steps after which everything that compiles has compiled, sheets apart
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where and in which arithmetic a run computes, and a few words on each for its first lines."""
-
-    device: torch.device
-    precision: str
-    dtype: torch.dtype | None
-    """Compute type of both nets; None for float32."""
-    compile_mode: str | None
-    device_line: str
-    compile_line: str
-
-    @classmethod
-    def choose(cls, model: ModelConfig, train: TrainConfig, ranks: Ranks) -> Place:
-        """By the config and this machine, the same on all ranks. Sets torch's global flags. Raises UserError."""
-        device, device_line = pick_device(train.device, None if ranks.alone else ranks.local)
-        precision, dtype = pick_precision(train.precision, device)
-        set_backends(precision, deterministic=train.deterministic, search=train.cudnn_search == "auto")
-        ranks.require_same("device", device.type)
-        ranks.require_same("precision", precision)
-        seconds = run_seconds(model, train, device) if train.compile == "auto" else 0.0
-        compile_mode, compile_line = pick_compile(train.compile, device, seconds)
-        return cls(device, precision, dtype, compile_mode, device_line, compile_line)
 
 
 class Training:
@@ -83,23 +57,28 @@ class Training:
         self.ranks = ranks = ranks or Ranks()
         config.train.require_runnable(ranks.world, launched=ranks.launched)
         events = summary_writer() if config.train.tensorboard and ranks.first else None
-        self.place = place = Place.choose(config.model, config.train, ranks)
-        # a continued run keeps the precision and the images, wherever it is continued
-        train = dataclasses.replace(config.train, precision=place.precision, data=absolute(config.train.data))
-        self.config = config = dataclasses.replace(config, train=train)
+        device, device_line = find_device(config.train, ranks)
         self.display, self.folder = display, RunFolder(out)
+        # a continued run keeps the images, wherever it is continued
+        self.config = _with(config, data=absolute(config.train.data))
         stored = ranks.from_first(self._stored(resume) if ranks.first else None)
+        train = _as_it_began(self.config, stored).train
         self.loader, data_lines, self.data = open_loader(
-            train, config.model.size, place.device, display.preparing, rank=ranks.rank, world=ranks.world
+            train, config.model.size, device, display.preparing, rank=ranks.rank, world=ranks.world
         )
         ranks.require_same("data", self.data, same_images)
-        state = None if stored is None else load_for_all(self.folder.checkpoints, place.device, ranks)
+        state = None if stored is None else load_for_all(self.folder.checkpoints, device, ranks)
         if state is not None:  # the kernels of the run so far, not those that are fastest today
-            tuning.adopt(place.device, state.get("kernels", {}))
-        tune_for_all(config.model, train, place.device, place.dtype, ranks, display.trying)
-        nets = build(config.model, seed=train.seed, device=place.device)
+            tuning.adopt(device, state.get("kernels", {}))
+        self.place = place = choose(
+            config.model, train, device, device_line, ranks, _compiled_so_far(state, stored, train)
+        )
+        train = place.train
+        self.config = config = dataclasses.replace(config, train=train)
+        tune_for_all(config.model, train, device, place.dtype, ranks, display.trying)
+        nets = build(config.model, seed=train.seed, device=device)
         self.step = TrainStep(*nets, train, place.dtype, place.compile_mode, ranks)
-        self.advance = GraphedStep(self._work, place.device, enabled=train.cuda_graph == "auto", agree=ranks.agree)
+        self.advance = GraphedStep(self._work, device, enabled=train.cuda_graph == "auto", agree=ranks.agree)
         self.schedule = StallHalving(train.lr * train.scale, train.lr_floor * train.scale)
         self.progress = Progress(train, self.step, ranks)
         self.metrics = Metrics(self.step, self.folder, display, ranks)
@@ -188,6 +167,7 @@ class Training:
             "schedule": self.schedule.state_dict(),
             "asked_lr": self.config.train.lr,
             "kernels": tuning.choices(self.place.device, lasting=True),
+            "compile": self.place.compile_mode or "off",
             **self.step.training_state(),
         }
 
@@ -216,7 +196,7 @@ class Training:
                 f"{self.folder.path} holds a run already; --resume auto continues it, or give another --out"
             )
         stored = self.folder.read_config()
-        check_resumable(stored, self.config, self.folder.path)
+        check_resumable(stored, _as_it_began(self.config, stored), self.folder.path)
         return stored
 
     def _open_folder(self, events: Any) -> None:
@@ -238,9 +218,11 @@ class Training:
         size = f"{self.config.model.size} px, {parameters:,} parameters (D + G)"
         graph_line = "the whole step one CUDA graph" if self.advance.enabled else "no CUDA graph"
         done = self.progress.done
-        say(f"device     {place.device_line}; {place.precision}{many}")
+        say(f"device     {place.device_line}; {train.precision}{many}")
         say(f"networks   {self.config.preset}: {size}; {train.updates} updates, {train.latents} z")
         say(f"step       {self.step.describe()}; {place.compile_line}; {graph_line}")
+        if place.measured_line:
+            say(f"measured   {place.measured_line}")
         for name, line in zip_longest(("data",), data_lines, fillvalue=""):
             say(f"{name:<11}{line}")
         say(f"run        {self.folder.path}" + (f", continued at step {done:,}" if done else ""))
@@ -282,6 +264,27 @@ class Training:
             say(f"  {line}")
         next_command = f"more faces: fastbegan sample {self.folder.path}"
         say(next_command if finished else f"to continue: fastbegan train --out {self.folder.path}")
+
+
+def _with(config: RunConfig, **changes: Any) -> RunConfig:
+    """The same run with other settings of its training."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def _as_it_began(config: RunConfig, stored: RunConfig | None) -> RunConfig:
+    """Where a run that goes on leaves precision or passes open, it keeps those of `stored`, wherever it goes on."""
+    if stored is None:
+        return config
+    names = [name for name in ("precision", "passes") if getattr(config.train, name) == "auto"]
+    return _with(config, **{name: getattr(stored.train, name) for name in names})
+
+
+def _compiled_so_far(state: dict[str, Any] | None, stored: RunConfig | None, train: TrainConfig) -> str | None:
+    """The mode of torch.compile that a run has had, or "off"; None for a new run, and where its length changes."""
+    if state is None or stored is None:
+        return None
+    same = all(getattr(stored.train, name) == getattr(train, name) for name in ("images", "steps", "minutes"))
+    return state.get("compile") if same else None
 
 
 def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,9 @@ class Objective(ABC):
     float32 (float64 for float64 nets), without their graph. Images are [N, 3, H, W] in [-1, 1], latents [N, latent].
     All but the textbook compare images with D's output in the compute type.
     """
+
+    words: ClassVar[str]
+    """How often D runs, for a run's first lines."""
 
     def __init__(
         self,
@@ -126,6 +129,8 @@ def _compiled(net: nn.Module, mode: str, dtype: torch.dtype | None) -> Any:
 
 class Textbook(Objective):
     """D runs on x, on G(z) for itself and on G(z) for G; plain modules, the nets' own parameters, autocast."""
+
+    words = "textbook, D three times"
 
     def _nets(self) -> tuple[Any, Any]:
         return to_plain(self.generator, share=True), to_plain(self.discriminator, share=True)
@@ -224,6 +229,8 @@ class Leaves:
 
 class SinglePass(Objective):
     """One pass of D per image: on G(z) for both players, and on x."""
+
+    words = "D once per image"
 
     def _shared(self, real: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         leaves_g, leaves_d = self._leaves()
@@ -325,6 +332,8 @@ def _minus(gradients: list[Tensor], k: Tensor, others: list[Tensor]) -> list[Ten
 class JointPass(SinglePass):
     """x and G(z) through D as one batch; the gradients of D's weights are kept apart by halves."""
 
+    words = "D once per batch"
+
     def _shared(self, real: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         leaves_g, leaves_d = self._leaves()
         fake = self.generate(z, leaves_g.weights)
@@ -350,3 +359,8 @@ class JointPass(SinglePass):
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"textbook": Textbook, "single-pass": SinglePass, "joint": JointPass}
+
+
+def objective_for(passes: str) -> type[Objective]:
+    """The class for `ObjectiveConfig.passes`. "auto" is single-pass here; only `fastbegan train` measures."""
+    return OBJECTIVES["single-pass" if passes == "auto" else passes]

@@ -26,7 +26,7 @@ from ..distributed.ranks import LostContactError, Ranks
 from ..errors import UserError
 from ..layers import Equilibrium
 from ..nets.models import Discriminator, Generator
-from .objective import OBJECTIVES, Objective
+from .objective import Objective, objective_for
 from .reading import Reading
 
 # fp16 only: scale of the losses so that small gradients do not vanish, as torch.amp.GradScaler starts it
@@ -114,7 +114,7 @@ class TrainStep(nn.Module):
         self.optimizer_g = self._adam(generator)
 
     def _objective(self, compile_mode: str | None) -> Objective:
-        return OBJECTIVES[self.config.passes](
+        return objective_for(self.config.passes)(
             self.generator,
             self.discriminator,
             self.equilibrium.k,
@@ -128,7 +128,9 @@ class TrainStep(nn.Module):
     def _adam(self, net: nn.Module) -> torch.optim.Adam:
         # lr is a tensor, so that changing it needs no new graph; fused, so that found_inf can hold a step back
         lr = torch.tensor(self.config.lr * self.config.scale, device=self.device)
-        return torch.optim.Adam(net.parameters(), lr=lr, fused=True, capturable=self.device.type == "cuda")
+        return torch.optim.Adam(
+            net.parameters(), lr=lr, betas=(self.config.beta1, 0.999), fused=True, capturable=self.device.type == "cuda"
+        )
 
     def describe(self) -> str:
         """How a step gets its gradients.
@@ -136,8 +138,7 @@ class TrainStep(nn.Module):
         Returns:
             A few words, for the first lines of a run.
         """
-        passes = {"textbook": "textbook, D three times", "single-pass": "D once per image", "joint": "D once per batch"}
-        words = f"{self.config.passes}: {passes[self.config.passes]}"
+        words = f"{self.config.passes}: {self.objective.words}"
         if self.config.passes == "textbook":
             return words
         if self.config.updates == "alternating":

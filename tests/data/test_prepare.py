@@ -144,9 +144,9 @@ def test_a_broken_file_counts_once_when_a_pack_is_taken_up(
         assert len(_load(folder, made, max_bad=7.0)) == 15
 
 
-@pytest.mark.parametrize("data", ["faces:0", "faces:many", "faces:-3"])
+@pytest.mark.parametrize("data", ["faces:0", "faces:many", "portraits:-3"])
 def test_wrong_counts_of_faces_are_named(data: str, made: list[str]) -> None:
-    with pytest.raises(UserError, match="accepted: 'faces', 'faces:COUNT'"):
+    with pytest.raises(UserError, match="accepted: 'faces', 'portraits', either with :COUNT"):
         _load(data, made)
 
 

@@ -157,7 +157,8 @@ def test_no_records_and_no_tar(tmp_path: Path) -> None:
 def test_what_is_no_source_is_named(tmp_path: Path, bad: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        UserError, match=f"{bad}' (does not exist|is a file); accepted: 'faces', 'faces:COUNT', a folder"
+        UserError,
+        match=f"{bad}' (does not exist|is a file); accepted: 'faces', 'portraits', either with :COUNT, a folder",
     ):
         find_source(str(tmp_path / bad))
 

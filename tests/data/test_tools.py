@@ -124,7 +124,7 @@ def test_info_draws_a_contact_sheet(folder: Path, tmp_path: Path, fastbegan: Run
     out = tmp_path / "faces.pack"
     assert fastbegan("data", "pack", "faces:100", out, "--size", 16).returncode == 0
     done = fastbegan("data", "info", out)
-    assert done.returncode == 0 and "100 procedural portraits: 100 images of 16 px, 0.1 MB" in done.stdout
+    assert done.returncode == 0 and "100 procedural faces: 100 images of 16 px, 0.1 MB" in done.stdout
     with Image.open(tmp_path / "faces.sheet.png") as sheet:
         assert sheet.size == (128, 128)
     fastbegan("data", "info", out, "--sheet", tmp_path / "other.png")
