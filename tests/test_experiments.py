@@ -27,6 +27,7 @@ from fastbegan.experiments.continuity import recover
 from fastbegan.experiments.convergence import ranks_correlate
 from fastbegan.experiments.record import fingerprint
 from fastbegan.experiments.scales import SCALES
+from fastbegan.experiments.speed import WAYS, minutes_to_levels, seconds_to, smoothed
 from fastbegan.files import read_json
 from fastbegan.nets.models import build
 from fastbegan.runs.folder import RunFolder
@@ -210,6 +211,31 @@ def test_ranks_correlate() -> None:
     assert ranks_correlate(np.array([1.0, 2, 3]), np.array([3.0, 2, -5])) == pytest.approx(-1)
     # by hand: 1 - 6 * (0 + 1 + 1 + 0 + 0) / (5 * 24)
     assert ranks_correlate(np.array([1.0, 2, 3, 4, 5]), np.array([1.0, 3, 2, 4, 5])) == pytest.approx(0.9)
+
+
+def test_minutes_to_a_level() -> None:
+    assert smoothed([4, 2, 0, 2], 2).tolist() == [4, 3, 1, 1]
+    falling = [float(value) for value in range(100, 0, -1)]
+    times = [2.0 * number for number in range(1, 101)]
+    # the mean of 30 values from v + 29 down to v is v + 14.5: it is 50 at v = 35.5, so at most 50 from v = 35 on
+    assert seconds_to(50, times, falling) == times[falling.index(35.0)]
+    assert seconds_to(1, times, falling) is None  # the last mean is 15.5
+    seconds = {
+        "textbook": times,
+        "textbook compiled": [30 + 0.9 * t for t in times],
+        "ours": [40 + t / 2 for t in times],
+    }
+    race = {way: {"seconds": seconds[way], "M": falling} for way in WAYS}
+    half, whole = minutes_to_levels(race, (0.5, 1.0))
+    assert whole == {
+        "M": 15.5,
+        "textbook": pytest.approx(200 / 60),
+        "textbook compiled": pytest.approx(210 / 60),
+        "ours": pytest.approx(140 / 60),
+    }
+    assert half["M"] == 65.5 and half["ours"] == pytest.approx((40 + 50) / 60)
+    stuck = race | {"ours": {"seconds": times, "M": [100.0] * 100}}
+    assert minutes_to_levels(stuck, (1.0,))[0]["ours"] is None
 
 
 def test_latents_are_recovered_inside_the_cube() -> None:

@@ -15,10 +15,10 @@ from ..display import Display
 from ..distributed.stop import StopRequest
 from ..errors import UserError
 from ..evaluation.extractors import open_extractor
-from ..experiments import ablation, continuity, convergence, diversity, scores, unbalanced
+from ..experiments import ablation, continuity, convergence, diversity, scores, speed, unbalanced
 from ..experiments.record import FILE, Settings
 from ..experiments.scales import SCALES
-from ..experiments.study import OF_ONE_RUN, Study
+from ..experiments.study import OF_MANY_SEEDS, OF_ONE_RUN, Study
 from ..fields import require_seed
 from ..files import locked, make_folder, sha256, visible
 from ..runs.folder import RunFolder
@@ -26,11 +26,13 @@ from ..runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Experiment:
-    """Repeat an experiment of the paper (its section 4): train the runs it needs and write a report."""
+    """Repeat an experiment of the paper (its section 4), or measure its speed: train the runs it needs and write a
+    report."""
 
-    name: Positional[Literal["diversity", "continuity", "convergence", "unbalanced", "scores", "ablation"]]
+    name: Positional[Literal["diversity", "continuity", "convergence", "unbalanced", "scores", "ablation", "speed"]]
     """diversity (gamma), continuity (latents of real images), convergence (M against quality), unbalanced (a starved D
-    or G), scores (of generated images), ablation (skips, vanishing residuals, updates, latents)."""
+    or G), scores (of generated images), ablation (skips, vanishing residuals, updates, latents), speed
+    (minutes to the same quality, beside the textbook step and torch.compile of it)."""
     scale: Literal["demo", "paper", "smoke"] = "demo"
     """demo: minutes on two cores; paper: the paper's nets and lengths, for GPUs; smoke: shows only that it works."""
     out: Path | None = None
@@ -42,7 +44,7 @@ class Experiment:
     seed: int = 0
     """All random numbers follow from it."""
     seeds: int | None = None
-    """Number of seeds, from `seed` on, for diversity. Default: the scale's."""
+    """Number of seeds, from `seed` on, for diversity and speed. Default: the scale's, and 1 for speed."""
     extractor: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
     """As for evaluate."""
     inception: Path | None = None
@@ -58,7 +60,7 @@ class Experiment:
 
 EXPERIMENTS = {
     module.__name__.rpartition(".")[2]: module.run
-    for module in (diversity, continuity, convergence, unbalanced, scores, ablation)
+    for module in (diversity, continuity, convergence, unbalanced, scores, ablation, speed)
 }
 
 
@@ -75,8 +77,8 @@ def experiment(options: Experiment) -> int:
     if scale not in SCALES:
         raise UserError(f"scale is {scale!r}; accepted: {', '.join(SCALES)}")
     require_seed(seed)
-    if seeds is not None and (seeds < 1 or name != "diversity"):
-        raise UserError(f"seeds is {seeds} for {name}; accepted: whole numbers from 1, for diversity")
+    if seeds is not None and (seeds < 1 or name not in OF_MANY_SEEDS):
+        raise UserError(f"seeds is {seeds} for {name}; accepted: whole numbers from 1, for {', '.join(OF_MANY_SEEDS)}")
     if trained is not None and name not in OF_ONE_RUN:
         raise UserError(f"trained is {trained} for {name}; accepted: with {', '.join(OF_ONE_RUN)}")
     if trained is not None and data is not None:

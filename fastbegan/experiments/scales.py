@@ -10,8 +10,12 @@ class Scale:
     """Lengths and counts of an experiment."""
 
     preset: str
+    filters: int | None
+    """n; None for the preset's."""
+    precision: str
+    """As for `fastbegan train`."""
     options: tuple[str, ...]
-    """Options of `fastbegan train`, for every run."""
+    """Further options of `fastbegan train`, for every run that it trains."""
     data: str | None
     """The default of --data; None where it has to be given."""
     steps: int
@@ -30,6 +34,8 @@ class Scale:
     """Images whose latents `continuity` recovers."""
     descent: int
     """Steps of each recovery."""
+    minutes: float
+    """Minutes of each run of `speed`."""
     starved: int
     """The small N_h or N_z of `unbalanced`; 64 is usual."""
     limits: str
@@ -38,14 +44,15 @@ class Scale:
 
 SCALES: dict[str, Scale] = {
     "smoke": Scale(
-        preset="demo", options=("--filters", "4", "--sample-every", "10", "--log-every", "2"), data="faces:256",
+        preset="demo", filters=4, precision="auto", options=("--sample-every", "10", "--log-every", "2"),
+        data="faces:256", minutes=0.1,
         steps=20, steps_of_many=8, seeds=1, samples=24, scored=24, checkpoints=5, recovered=4, descent=10, starved=2,
         limits="Nothing: runs of a few steps show that the experiment works, and nothing else.",
     ),
     "demo": Scale(
         # float32, though some CPUs have bf16, so that figures of two machines compare
-        preset="demo", data="faces",
-        options=tuple("--precision float32 --log-every 10 --sample-every 250 --checkpoint-every 250".split()),
+        preset="demo", filters=None, precision="float32", data="faces", minutes=10,
+        options=tuple("--log-every 10 --sample-every 250 --checkpoint-every 250".split()),
         steps=3600, steps_of_many=1000, seeds=3, samples=500, scored=500, checkpoints=15, recovered=64, descent=400,
         starved=4,
         limits=(
@@ -54,7 +61,8 @@ SCALES: dict[str, Scale] = {
         ),
     ),
     "paper": Scale(
-        preset="paper-64", options=tuple("--checkpoint-every 12500 --sample-every 12500".split()), data=None,
+        preset="paper-64", filters=None, precision="auto", data=None, minutes=180,
+        options=tuple("--checkpoint-every 12500 --sample-every 12500".split()),
         steps=437_500, steps_of_many=437_500, seeds=1, samples=10_000, scored=50_000, checkpoints=35, recovered=64,
         descent=2000, starved=16,
         limits="The nets and the length are the paper's; its 360,000 portraits were never published.",

@@ -30,6 +30,7 @@ from .scales import SCALES, Scale
 from .training import Trained, Trainer
 
 OF_ONE_RUN = ("continuity", "convergence", "scores")
+OF_MANY_SEEDS = ("diversity", "speed")
 ALIKE = 0.1  # share of the training images' diversity below which a note says that images are alike
 
 
@@ -78,14 +79,18 @@ class Study(Page):
     def train(self, options: Mapping[str, Sequence[object]], *, steps: int, may_fail: bool = False) -> list[Trained]:
         """Train a run per name; see `Trainer.train`."""
         runs = self._trainer.train(options, steps=steps, may_fail=may_fail)
-        self._shown = runs[0].folder
+        self.note_settings(runs[0].folder)
         return runs
 
     def train_one(self, name: str, options: Sequence[object] = ()) -> Trained:
         """Train one run, or take the one of --trained; see `Trainer.train_one`."""
         run = self._trainer.train_one(name, options)
-        self._shown = run.folder
+        self.note_settings(run.folder)
         return run
+
+    def note_settings(self, folder: RunFolder) -> None:
+        """Take the run whose settings the report names."""
+        self._shown = folder
 
     def draw(self, generator: Generator, count: int | None = None) -> np.ndarray:
         """Draw images from the same latents for every generator: uint8 [count, size, size, 3].

@@ -120,7 +120,8 @@ class Trainer:
 
     def _command(self, name: str, options: Sequence[object], steps: int) -> list[str]:
         settings = self.settings
-        defaults = {"--preset": self.scale.preset, "--seed": settings.seed}
+        defaults = {"--preset": self.scale.preset, "--seed": settings.seed, "--precision": self.scale.precision}
+        defaults |= {} if self.scale.filters is None else {"--filters": self.scale.filters}
         chosen = [part for option, value in defaults.items() if option not in options for part in (option, value)]
         fixed = ("--data", settings.data, "--device", self.device, "--steps", steps, "--out", self._run(name).path)
         flags = [*chosen, *self.scale.options, *options, *fixed, "--requeue-code", _STOPPED]

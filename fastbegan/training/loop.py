@@ -44,7 +44,7 @@ _SETTLED = 5  # steps after which everything that compiles has compiled, sheets 
 
 
 class Training:
-    """One run, from its config to its folder: `run` trains, `advance_one` is one step of it."""
+    """One run, from its config to its folder: `run` trains; `begin` and `go_on` do so step by step."""
 
     def __init__(
         self, config: RunConfig, out: Path, *, resume: bool, display: Display, ranks: Ranks | None = None
@@ -94,20 +94,32 @@ class Training:
 
     def run(self, stop: StopRequest) -> int:
         """Train until a total is reached or someone asks to stop; returns the exit code."""
-        self._begin(stop)
+        self.begin()
+        stop.patient = True
         while not self.progress.last:
-            self.advance_one()
-            self.progress.decide(stop)
-            self._halve_lr_if_due()
-            if not self.metrics.catch_up(self.progress):
+            if not self.go_on(stop):
                 return self._stop_not_finite()
-            with self.metrics.paused():
-                looks = self.sheets.draw_if_due(self.progress)
-            if not self.metrics.log(self.progress, self.schedule.lr, looks):
-                return self._stop_not_finite()
-            with self.metrics.paused():
-                self.checkpoints.save_if_due(self.progress, self.state)
         return self._end(stop)
+
+    def begin(self) -> None:
+        """Start the clocks: this process trains from now on."""
+        self.metrics.begin(self.progress)
+        self.progress.begin()
+
+    def go_on(self, stop: StopRequest) -> bool:
+        """One step, and what is due after it; False where a number is not finite."""
+        self.advance_one()
+        self.progress.decide(stop)
+        self._halve_lr_if_due()
+        if not self.metrics.catch_up(self.progress):
+            return False
+        with self.metrics.paused():
+            looks = self.sheets.draw_if_due(self.progress)
+        if not self.metrics.log(self.progress, self.schedule.lr, looks):
+            return False
+        with self.metrics.paused():
+            self.checkpoints.save_if_due(self.progress, self.state)
+        return True
 
     def advance_one(self) -> None:
         """One step, on the batch that is next."""
@@ -143,11 +155,6 @@ class Training:
         window = self.config.train.lr_window
         if window and self.progress.done % window == 0:
             self.step.set_lr(self.schedule.update(self.step.equilibrium.read_window()))
-
-    def _begin(self, stop: StopRequest) -> None:
-        self.metrics.begin(self.progress)
-        self.progress.begin()
-        stop.patient = True
 
     def _end(self, stop: StopRequest) -> int:
         """After the last step; returns the exit code."""

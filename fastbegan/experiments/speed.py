@@ -1,0 +1,277 @@
+"""Time to quality: the same run by the textbook step, by torch.compile of it, and by ours, turn by turn."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import PRESETS
+from ..data.choose import open_loader
+from ..device import pick_precision
+from ..display import Display, duration
+from ..distributed.stop import StopRequest
+from ..errors import UserError
+from ..figures import new_figure, save_figure
+from ..measure.machine import synchronize
+from ..runs.folder import RunConfig, RunFolder
+from ..runs.sheets import save_png
+from ..training.loop import Training
+from .pictures import beside
+from .study import Study
+from .training import Trained
+
+WAYS: dict[str, dict[str, Any]] = {
+    "textbook": {"passes": "textbook", "compile": "off", "cuda_graph": "off"},
+    "textbook compiled": {"passes": "textbook", "compile": "default"},
+    "ours": {"passes": "auto", "compile": "default"},
+}
+TEXTBOOK, *_ = WAYS
+OTHERS = tuple(way for way in WAYS if way != "ours")
+_COLOURS = {"textbook": "#7f7f7f", "textbook compiled": "#ff7f0e", "ours": "#1f77b4"}
+_TURN = 5.0  # seconds
+_LOG_EVERY = 10  # steps of a row of metrics
+_SMOOTHED = 30  # rows of metrics of which M is the mean
+_MARKS = 6  # times at which images are scored, evenly spaced
+_SCORES = ("frechet_distance", "kernel_distance")
+_REPORT = 30.0  # seconds between lines of progress
+_NEVER = 10**9
+_TILES, _COLUMNS = 24, 4
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_LEVELS = (0.25, 0.5, 0.75, 1.0)  # shares of the textbook's time, whose M is the goal of a row
+
+
+@dataclass
+class Racer:
+    """One way at work."""
+
+    training: Training
+    seconds: float
+    """Of its own turns, and of its set-up."""
+    clock: list[float] = field(default_factory=list)
+    """Seconds after each step."""
+    marks: list[tuple[float, dict[str, Tensor]]] = field(default_factory=list)
+    """Seconds, and the weights of the averaged generator then."""
+
+
+def run(study: Study) -> None:
+    """Train by all WAYS for the same minutes, once a seed; plot M and a distance from the data against minutes."""
+    first = study.settings.seed
+    seeds = range(first, first + (study.settings.seeds or 1))
+    races = {seed: study.measure(f"seed-{seed}", lambda seed=seed: _race(study, seed)) for seed in seeds}
+    study.note_settings(RunFolder(_folder(study, "ours", first)))
+    distance = study.names["frechet_distance"]
+    _draw(study, races, distance)
+    study.show("speed.png", f"M and {distance} against minutes; a line each seed. Compilation counts.")
+    study.show(f"samples-{first}.png", f"What each draws after {study.scale.minutes:g} minutes, seed {first}.")
+    levels = {seed: minutes_to_levels(race) for seed, race in races.items()}
+    study.say(f"Minutes until M, a mean over {_SMOOTHED * _LOG_EVERY} steps, is as low as the textbook step gets it:")
+    study.table(
+        ("seed", "M", *WAYS, *(f"ours / {way}" for way in OTHERS)),
+        [
+            (seed, row["M"], *(row[way] or "not reached" for way in WAYS), *(_ratio(row, way) for way in OTHERS))
+            for seed, rows in levels.items()
+            for row in rows
+        ],
+    )
+    study.table(
+        ("seed", "way", "steps", "ms a step", "first step, s", *(study.names[name] for name in _SCORES)),
+        [
+            (seed, way, f"{row['steps']:,}", row["ms"], row["first_step"], *(row["marks"][-1][n] for n in _SCORES))
+            for seed, race in races.items()
+            for way, row in race.items()
+        ],
+    )
+    study.say(
+        "The first step holds set-up and compilation, without any cache. Milliseconds are a median over all steps, "
+        "scores those of the last images."
+    )
+    for way in OTHERS:
+        ratios = [_ratio(rows[-1], way) for rows in levels.values()]
+        study.check(
+            f"ours reaches the textbook's last M sooner than {way} does, with every seed",
+            f"{', '.join(ratio if isinstance(ratio, str) else f'{ratio:.3g}' for ratio in ratios)} of its minutes",
+            all(isinstance(ratio, float) and ratio < 1 for ratio in ratios),
+        )
+    study.say(*(f"- {way}: {row['settings']}" for way, row in races[first].items()))
+    study.finish(
+        "Speed: the same quality in less time",
+        "Not in the paper. The same nets, images and seed are trained for the same minutes in three ways: the step as "
+        "the paper's formulas stand, in eager PyTorch (`textbook`); torch.compile of it; and `fastbegan train`. They "
+        f"take turns of {_TURN:g} seconds. Their gradients are equal, so what differs is the number of steps.",
+        {"levels": levels, "races": races},
+    )
+
+
+def _ratio(minutes: dict[str, float | None], way: str) -> float | str:
+    """Ours over another way's."""
+    ours, other = minutes["ours"], minutes[way]
+    return ours / other if ours is not None and other is not None else "not reached"
+
+
+def _race(study: Study, seed: int) -> dict[str, Any]:
+    """The figures of all ways with one seed."""
+    limit = 60 * study.scale.minutes
+    with _no_compiled_code(), Display(quiet=True) as quiet:
+        configs = {way: _config(study, seed, changes) for way, changes in WAYS.items()}
+        some = next(iter(configs.values()))
+        open_loader(some.train, some.model.size, study.device, study.display.preparing)  # packs before a clock starts
+        racers = {way: _set_up(_folder(study, way, seed), configs[way], quiet) for way in WAYS}
+        reported = time.monotonic()
+        while any(racer.seconds < limit for racer in racers.values()):
+            racer = min(racers.values(), key=lambda racer: racer.seconds)
+            _turn(racer, study.device, limit)
+            if time.monotonic() - reported > _REPORT:
+                reported = time.monotonic()
+                steps = (f"{way} {len(racer.clock):,}" for way, racer in racers.items())
+                study.display.say(f"seed {seed}, {duration(racer.seconds)} each: {', '.join(steps)} steps")
+        panels = [(f"{way}, {len(racer.clock):,} steps", _samples(study, racer)) for way, racer in racers.items()]
+        save_png(study.folder / f"samples-{seed}.png", beside(panels, _COLUMNS))
+        return {way: _figures(study, racer) for way, racer in racers.items()}
+
+
+@contextlib.contextmanager
+def _no_compiled_code() -> Iterator[None]:
+    """Inductor starts with an empty cache inside: compilation is part of what is measured."""
+    before = os.environ.get(_CACHE)
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ[_CACHE] = empty
+        torch.compiler.reset()
+        try:
+            yield
+        finally:
+            torch.compiler.reset()
+            os.environ.pop(_CACHE)
+            os.environ.update({} if before is None else {_CACHE: before})
+
+
+def _config(study: Study, seed: int, changes: dict[str, Any]) -> RunConfig:
+    preset, scale = PRESETS[study.scale.preset], study.scale
+    train = replace(
+        preset.train,
+        data=study.settings.data,
+        device=str(study.device),
+        seed=seed,
+        images=None,
+        steps=_NEVER,
+        precision=pick_precision(scale.precision, study.device)[0],  # the same for all
+        log_every=_LOG_EVERY,
+        sample_every=_NEVER,
+        checkpoint_every=_NEVER,
+        **changes,
+    )
+    return RunConfig(scale.preset, preset.model.resized(None, scale.filters), train)
+
+
+def _folder(study: Study, way: str, seed: int) -> Path:
+    return study.folder / "runs" / f"{way.replace(' ', '-')}-seed-{seed}"
+
+
+def _set_up(folder: Path, config: RunConfig, display: Display) -> Racer:
+    shutil.rmtree(folder, ignore_errors=True)  # of a race that was interrupted
+    start = time.monotonic()
+    training = Training(config, folder, resume=False, display=display)
+    return Racer(training, time.monotonic() - start)
+
+
+def _turn(racer: Racer, device: torch.device, limit: float) -> None:
+    """Train for a turn, or until `limit`; note the time after each step, and the weights at each mark."""
+    training, stop, before = racer.training, StopRequest(), racer.seconds
+    end = min(before + _TURN, limit)
+    synchronize(device)
+    training.begin()
+    start = time.monotonic()
+    while racer.seconds < end:
+        if not training.go_on(stop):
+            raise UserError(f"{training.folder.path} has a number that is not finite at step {len(racer.clock) + 1:,}")
+        racer.seconds = before + time.monotonic() - start
+        racer.clock.append(racer.seconds)
+    synchronize(device)
+    racer.seconds = racer.clock[-1] = before + time.monotonic() - start
+    if racer.seconds >= limit * (len(racer.marks) + 1) / _MARKS:
+        weights = {name: value.clone() for name, value in training.step.average.state_dict().items()}
+        racer.marks.append((racer.seconds, weights))
+
+
+def _samples(study: Study, racer: Racer) -> np.ndarray:
+    return study.draw(copy.deepcopy(racer.training.step.average).eval(), _TILES)
+
+
+def _figures(study: Study, racer: Racer) -> dict[str, Any]:
+    """What a way has done: M against seconds, scores at the marks, times."""
+    training = racer.training
+    training.metrics.catch_up(training.progress)
+    rows = training.folder.read_metrics()
+    trained = Trained(training.folder.path.name, training.folder)
+    generator = copy.deepcopy(training.step.average).eval()
+    marks = []
+    for seconds, weights in racer.marks:
+        generator.load_state_dict(weights)
+        scores = study.score(study.draw(generator), trained)
+        marks.append({"seconds": seconds} | {name: scores[name] for name in _SCORES})
+    steps = np.diff(racer.clock)
+    train, compile_line = training.config.train, training.place.compile_line
+    return {
+        "settings": f"{training.step.describe()}; {compile_line}; {train.precision}",
+        "steps": len(racer.clock),
+        "images": training.progress.images,
+        "ms": 1e3 * float(np.median(steps)),
+        "first_step": racer.clock[0],
+        "seconds": [round(racer.clock[row["step"] - 1], 2) for row in rows],
+        "M": [row["convergence"] for row in rows],
+        "marks": marks,
+    }
+
+
+def smoothed(values: Sequence[float], width: int = _SMOOTHED) -> np.ndarray:
+    """Mean of each value and the `width` - 1 before it, of fewer at the start."""
+    sums = np.cumsum(np.concatenate(([0.0], values)))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def seconds_to(level: float, seconds: Sequence[float], values: Sequence[float]) -> float | None:
+    """When `values`, smoothed, first were at most `level`; None for never."""
+    reached = np.flatnonzero(smoothed(values) <= level)
+    return float(seconds[reached[0]]) if len(reached) else None
+
+
+def minutes_to_levels(race: dict[str, Any], shares: Sequence[float] = _LEVELS) -> list[dict[str, float | None]]:
+    """For each share of the textbook's time, the M that it had reached then, and each way's minutes until that M."""
+    textbook, rows = race[TEXTBOOK], []
+    for share in shares:
+        until = int(np.searchsorted(textbook["seconds"], share * textbook["seconds"][-1], side="right"))
+        level = float(smoothed(textbook["M"])[: max(1, until)].min())
+        seconds = {way: seconds_to(level, race[way]["seconds"], race[way]["M"]) for way in WAYS}
+        rows.append({"M": level} | {way: None if value is None else value / 60 for way, value in seconds.items()})
+    return rows
+
+
+def _draw(study: Study, races: Mapping[int, dict[str, Any]], distance: str) -> None:
+    figure, (upper, lower) = new_figure(rows=2, width=8, height=7, share_x=True)
+    for number, race in enumerate(races.values()):
+        for way, row in race.items():
+            style = {"color": _COLOURS[way], "label": way if number == 0 else None, "alpha": 0.85}
+            upper.plot(np.array(row["seconds"]) / 60, smoothed(row["M"]), linewidth=1.4, **style)
+            marks = row["marks"]
+            times, scores = ([mark[name] for mark in marks] for name in ("seconds", "frechet_distance"))
+            lower.plot(np.array(times) / 60, scores, marker="o", markersize=3, linewidth=1.2, **style)
+    upper.set_yscale("log")
+    upper.set_ylabel("M")
+    lower.set_ylabel(distance)
+    lower.set_ylim(bottom=0)
+    lower.set_xlabel("minutes of training, compilation included")
+    upper.legend(frameon=False)
+    save_figure(study.folder / "speed.png", figure)
