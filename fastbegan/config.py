@@ -141,6 +141,9 @@ class OptimizerConfig:
     """How lr, lr_floor and lambda_k, which are meant for 16 images a step, grow with batch_size / 16."""
     lr_window: Annotated[int, Range(0)] = 8000
     """Halve the learning rate when the mean of M over this many steps did not fall; 0 for never."""
+    lr_fall: Annotated[float, Range(0, 1), FREE] = 0.0
+    """Share of the run, at its end, in which the learning rate falls to lr_floor: 0.5 for the second half. It counts
+    --images and --steps; not in the paper."""
     ema_half_life: Annotated[float, Range(0)] = 20_000.0
     """Half-life of the averaged generator in images; samples come from it. 0 for no average."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbegan import Equilibrium, TrainConfig, UserError
-from fastbegan.training.schedule import StallHalving
+from fastbegan.training.schedule import StallHalving, falling
 from fastbegan_kernels import equilibrium_update, reference
 
 pytestmark = pytest.mark.core
@@ -101,3 +101,10 @@ def test_learning_rate_halves_on_a_stall_down_to_the_floor() -> None:
     copy.load_state_dict(schedule.state_dict())
     assert [copy.update(m) for m in (0.15, 0.15, 0.15)] == [2.5e-5, 2e-5, 2e-5]
     assert StallHalving(1e-5, floor=2e-5).update(float("inf")) == 1e-5  # never raised
+
+
+def test_the_rate_falls_at_the_end() -> None:
+    rates = [falling(1e-3, 2e-4, 0.4, done) for done in (0.0, 0.6, 0.8, 1.0, 1.1)]
+    assert rates == pytest.approx([1e-3, 1e-3, 6e-4, 2e-4, 2e-4])
+    assert falling(1e-3, 2e-4, 0.0, 1.0) == 1e-3  # never
+    assert falling(1e-4, 2e-4, 1.0, 0.5) == 1e-4  # never raised

@@ -12,6 +12,7 @@ import torch
 
 from fastbegan import PRESETS, ModelConfig, TrainConfig
 from fastbegan.display import Display
+from fastbegan.distributed.stop import StopRequest
 from fastbegan.runs.checkpoint import load_latest
 from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.training import fastest as measuring
@@ -140,3 +141,23 @@ def test_compilation_is_kept(before: str, mode: str | None, monkeypatch: pytest.
     assert place.compile_mode == mode and place.measured_line == ""
     monkeypatch.setattr("shutil.which", lambda name: None)  # it goes on where nothing can be compiled
     assert places.choose(DEMO.model, settings, CPU, "cpu", Ranks(), before).compile_mode is None
+
+
+def test_a_run_whose_rate_falls_continues_bit_for_bit(tmp_path: Path) -> None:
+    settings = TrainConfig(data="faces:32", batch_size=8, device="cpu", steps=12, lr=1e-3, lr_fall=0.5, log_every=3)
+    config = RunConfig("demo", TINY, replace(settings, precision="float32", passes="joint"))
+    assert train(config, tmp_path / "whole") == 0
+    with Display(quiet=True) as display:
+        training = Training(config, tmp_path / "parts", resume=True, display=display)
+        training.begin()
+        for _ in range(8):
+            assert training.go_on(StopRequest())
+        training.checkpoints.save(8, training.state)
+        training.checkpoints.finish()
+    assert train(config, tmp_path / "parts") == 0
+    rows = [RunFolder(tmp_path / name).read_metrics() for name in ("whole", "parts")]
+    assert [row["lr"] for row in rows[0]] == pytest.approx([1e-3, 1e-3, 1e-3 - 0.5 * 9.8e-4, 2e-5])
+    states = [load_latest(tmp_path / name / "checkpoints", CPU) for name in ("whole", "parts")]
+    assert states[0] is not None and states[1] is not None
+    for name, value in states[0]["modules"].items():
+        assert torch.equal(states[1]["modules"][name], value), name

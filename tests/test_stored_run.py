@@ -45,7 +45,12 @@ def test_every_tensor_counter_and_setting_is_the_files(run: Path) -> None:
     config = RunFolder(run).read_config()
     read = json.loads(json.dumps(config.to_dict()))
     assert all(read[part].items() >= written[part].items() for part in ("model", "train"))
-    assert set(read["train"]) - set(written["train"]) == {"cudnn_search", "max_pixels", "beta1"}  # added since
+    assert set(read["train"]) - set(written["train"]) == {
+        "cudnn_search",
+        "max_pixels",
+        "beta1",
+        "lr_fall",
+    }  # added since
     with Display(quiet=True) as display:
         training = Training(config, run, resume=True, display=display)
     stored = load_latest(STORED / "run" / "checkpoints", torch.device("cpu"))

@@ -33,7 +33,7 @@ from .health import not_finite
 from .metrics import Metrics
 from .place import choose, find_device
 from .progress import Progress
-from .schedule import StallHalving
+from .schedule import StallHalving, falling
 from .sheets import Sheets
 from .step import TrainStep
 from .tune import tune_for_all
@@ -80,6 +80,7 @@ class Training:
         self.step = TrainStep(*nets, train, place.dtype, place.compile_mode, ranks)
         self.advance = GraphedStep(self._work, device, enabled=train.cuda_graph == "auto", agree=ranks.agree)
         self.schedule = StallHalving(train.lr * train.scale, train.lr_floor * train.scale)
+        self._lr_set = self.schedule.lr
         self.progress = Progress(train, self.step, ranks)
         self.metrics = Metrics(self.step, self.folder, display, ranks)
         self.checkpoints = Checkpoints(self.step, self.folder, display, ranks, keep=train.keep)
@@ -110,12 +111,12 @@ class Training:
         """One step, and what is due after it; False where a number is not finite."""
         self.advance_one()
         self.progress.decide(stop)
-        self._halve_lr_if_due()
+        self._move_lr_if_due()
         if not self.metrics.catch_up(self.progress):
             return False
         with self.metrics.paused():
             looks = self.sheets.draw_if_due(self.progress)
-        if not self.metrics.log(self.progress, self.schedule.lr, looks):
+        if not self.metrics.log(self.progress, self._lr_set, looks):
             return False
         with self.metrics.paused():
             self.checkpoints.save_if_due(self.progress, self.state)
@@ -151,10 +152,21 @@ class Training:
         elif self._steps_here == _SETTLED:
             self.ranks.settle()
 
-    def _halve_lr_if_due(self) -> None:
+    def _move_lr_if_due(self) -> None:
         window = self.config.train.lr_window
         if window and self.progress.done % window == 0:
-            self.step.set_lr(self.schedule.update(self.step.equilibrium.read_window()))
+            self.schedule.update(self.step.equilibrium.read_window())
+        if (lr := self._lr()) != self._lr_set:
+            self._set_lr(lr)
+
+    def _lr(self) -> float:
+        """The learning rate of the next step."""
+        train = self.config.train
+        return falling(self.schedule.lr, train.lr_floor * train.scale, train.lr_fall, self.progress.counted_fraction())
+
+    def _set_lr(self, lr: float) -> None:
+        self._lr_set = lr
+        self.step.set_lr(lr)
 
     def _end(self, stop: StopRequest) -> int:
         """After the last step; returns the exit code."""
@@ -189,8 +201,8 @@ class Training:
         # the rate of the checkpoint: a process may die after config.json is written, before the next checkpoint
         if state.get("asked_lr", stored.train.lr) != self.config.train.lr:
             self.schedule.lr = self.config.train.lr * self.config.train.scale
-        self.step.set_lr(self.schedule.lr)
         self.progress.load_state(state)
+        self._set_lr(self._lr())
         self.checkpoints.saved_step = self.progress.done
 
     def _stored(self, resume: bool) -> RunConfig | None:
@@ -251,7 +263,7 @@ class Training:
         k = self.step.equilibrium.k.item()
         dump = {"step": step, "image_ids": ids, "k": k if k == k else "nan", "config": self.config.to_dict()}
         write_json(self.folder.nonfinite_file, dump)
-        lr, alternating = self.schedule.lr / self.config.train.scale, self.config.train.updates == "alternating"
+        lr, alternating = self._lr_set / self.config.train.scale, self.config.train.updates == "alternating"
         message = not_finite(step, self.folder.nonfinite_file, self.folder.path, lr, alternating=alternating)
         self.display.say(message)
 

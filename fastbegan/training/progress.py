@@ -45,11 +45,15 @@ class Progress:
         self._step.wish.fill_(wish)
         before, self._wishes = self._wishes, Reading(self._step.wished[None])
         # minutes do not count here: clocks differ between ranks
-        return self._fraction(None) >= 1 or (before is not None and before.values()[0] > 0)
+        return self.counted_fraction() >= 1 or (before is not None and before.values()[0] > 0)
 
     def fraction(self) -> float:
         """Share of the run that is done, by the total that is nearest."""
         return self._fraction(self._train.minutes)
+
+    def counted_fraction(self) -> float:
+        """The same by images and steps, so equal on all ranks and machines; 0 where only minutes are given."""
+        return self._fraction(None)
 
     def _fraction(self, minutes: float | None) -> float:
         train = self._train

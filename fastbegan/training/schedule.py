@@ -1,6 +1,12 @@
-"""The schedule of the learning rate (paper §4.1)."""
+"""The schedule of the learning rate: halved when M stalls (paper §4.1), and falling at the end of a run."""
 
 from __future__ import annotations
+
+
+def falling(lr: float, floor: float, share: float, fraction: float) -> float:
+    """The rate that falls from `lr` to `floor`, linearly, in the last `share` of a run of which `fraction` is done."""
+    left = (1 - fraction) / share if share else 1.0
+    return lr if left >= 1 else min(lr, floor + (lr - floor) * max(left, 0.0))
 
 
 class StallHalving:
