@@ -15,7 +15,7 @@ from ..display import Display
 from ..distributed.stop import StopRequest
 from ..errors import UserError
 from ..evaluation.extractors import open_extractor
-from ..experiments import ablation, continuity, convergence, diversity, scores, speed, unbalanced
+from ..experiments import ablation, continuity, convergence, diversity, nearest, scores, speed, unbalanced
 from ..experiments.record import FILE, Settings
 from ..experiments.scales import SCALES
 from ..experiments.study import OF_MANY_SEEDS, OF_ONE_RUN, Study
@@ -29,10 +29,12 @@ class Experiment:
     """Repeat an experiment of the paper (its section 4), or measure its speed: train the runs it needs and write a
     report."""
 
-    name: Positional[Literal["diversity", "continuity", "convergence", "unbalanced", "scores", "ablation", "speed"]]
+    name: Positional[
+        Literal["diversity", "continuity", "convergence", "unbalanced", "scores", "ablation", "nearest", "speed"]
+    ]
     """diversity (gamma), continuity (latents of real images), convergence (M against quality), unbalanced (a starved D
-    or G), scores (of generated images), ablation (skips, vanishing residuals, updates, latents), speed
-    (minutes to the same quality, beside the textbook step and torch.compile of it)."""
+    or G), scores (of generated images), ablation (skips, vanishing residuals, updates, latents), nearest
+    (training images beside samples), speed (minutes to the same quality, beside the textbook step and torch.compile)."""
     scale: Literal["demo", "paper", "smoke"] = "demo"
     """demo: minutes on two cores; paper: the paper's nets and lengths, for GPUs; smoke: shows only that it works."""
     out: Path | None = None
@@ -40,7 +42,7 @@ class Experiment:
     data: str | None = None
     """As --data of train. Default: faces; paper scale has no default."""
     trained: Path | None = None
-    """A run folder to use instead of training a run (continuity, convergence, scores)."""
+    """A run folder to use instead of training a run (continuity, convergence, scores, nearest)."""
     seed: int = 0
     """All random numbers follow from it."""
     seeds: int | None = None
@@ -60,7 +62,7 @@ class Experiment:
 
 EXPERIMENTS = {
     module.__name__.rpartition(".")[2]: module.run
-    for module in (diversity, continuity, convergence, unbalanced, scores, ablation, speed)
+    for module in (diversity, continuity, convergence, unbalanced, scores, ablation, nearest, speed)
 }
 
 

@@ -60,13 +60,13 @@ class Traits:
         jitter = 0.94 + 0.12 * (scaled - chosen)  # the remainder is uniform in [0, 1) again
         return (table[chosen] * jitter[:, None]).clamp(0, 1)[:, None, None]
 
-    def blend(self, palette: tuple[str, ...]) -> Tensor:
-        """A colour on the line through the palette's, in their order, [N, 1, 1, 3]."""
-        draw = next(self._draws)
-        table = _table(palette, draw.device)
-        scaled = draw.flatten() * (len(palette) - 1)
-        left = scaled.long().clamp(max=len(palette) - 2)
-        return torch.lerp(table[left], table[left + 1], (scaled - left)[:, None])[:, None, None]
+
+def blend(palette: tuple[str, ...], place: Tensor) -> Tensor:
+    """The colour at `place`, 0 to 1, [N, 1, 1], on the line through the palette's in their order: [N, 1, 1, 3]."""
+    table = _table(palette, place.device)
+    scaled = place.flatten() * (len(palette) - 1)
+    left = scaled.long().clamp(max=len(palette) - 2)
+    return torch.lerp(table[left], table[left + 1], (scaled - left)[:, None])[:, None, None]
 
 
 def _table(palette: tuple[str, ...], device: torch.device) -> Tensor:

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .drawing import Canvas, Traits, bar, both, draw, oval
+from .drawing import Canvas, Traits, bar, blend, both, draw, oval
 
 VERSION = 2  # to be raised whenever the same numbers give other faces; 1 are now `portraits`
 
-_SKIN = ("ffe0c7", "f0c19b", "cf9468", "9c6440", "643c28")
-_HAIR = ("1d1614", "4b2c1c", "8d4a27", "c8823f", "ecc77f", "d9d3c7")
+# the brightness of both falls and rises in equal steps
+_SKIN = ("ffe0c7", "eebd96", "cf9568", "a66e48", "7d4f35")
+_HAIR = ("1a1413", "52301f", "8a5231", "b87a41", "d6a462")
 _IRIS = ("3a2416", "5b4022", "4f6b3d", "3f6f9c")
 _LIPS = ("a2453f", "cb5a5c")
-_WALL = ("b9d0e0", "cfe0ea")
+_WALL = ("86a9bf", "9abacd")
 _CLOTHES = ("3f5f86", "5f86ab")
+_VOLUME, _LENGTH = (0.03, 0.2), (0.0, 1.2)
 _WHITE, _PUPIL = (0.98, 0.98, 0.98), (0.06, 0.05, 0.06)
 
 
@@ -53,9 +55,12 @@ class _Head:
 def _faces(index: Tensor, size: int, seed: int) -> Tensor:
     t = Traits(index, seed)
     canvas = Canvas(len(index), size, index.device)
-    canvas.image.copy_(t.blend(_WALL).expand_as(canvas.image))
+    canvas.image.copy_(blend(_WALL, t.between()).expand_as(canvas.image))
     x, y = canvas.x - t.between(-0.03, 0.03), canvas.y - t.between(-0.02, 0.04)
-    head = _Head(x, y, t.between(0.47, 0.6), t.between(0.6, 0.7), t.blend(_SKIN), t.blend(_HAIR))
+    tan, lightness = t.between(), t.between()
+    # always darker than the skin: G would draw nothing but hair like skin, which D finds easiest
+    skin, hair = blend(_SKIN, tan), blend(_HAIR, lightness * (1 - 0.95 * tan))
+    head = _Head(x, y, t.between(0.47, 0.6), t.between(0.6, 0.7), skin, hair)
     volume = _hair_behind(t, canvas, head)
     _body(t, canvas, head)
     _skull(t, canvas, head)
@@ -67,7 +72,7 @@ def _faces(index: Tensor, size: int, seed: int) -> Tensor:
 
 def _hair_behind(t: Traits, canvas: Canvas, head: _Head) -> Tensor:
     """Draw the hair behind head and shoulders, from cropped to long; returns its thickness above the skull."""
-    volume, length = t.between(0.03, 0.2), t.between(-0.5, 1.1)
+    volume, length = t.between(*_VOLUME), t.between(*_LENGTH)
     cap = oval(head.x, head.y + 0.06, head.wide + volume, head.tall + volume, 2.3)
     ends = length - 0.25 * (head.x.abs() / (head.wide + volume)) ** 4
     sides = both(head.x.abs() - head.wide - volume * 0.9, both(head.y - ends, -head.y - 0.1))
@@ -77,7 +82,7 @@ def _hair_behind(t: Traits, canvas: Canvas, head: _Head) -> Tensor:
 
 
 def _body(t: Traits, canvas: Canvas, head: _Head) -> None:
-    shirt = t.blend(_CLOTHES)
+    shirt = blend(_CLOTHES, t.between())
     canvas.paint(canvas.cover(oval(head.x, head.y - 1.3, t.between(0.78, 0.92), 0.5, 2.6)), shirt)
     neck = both(head.x.abs() - head.wide * 0.4, both(head.y - 0.92, -head.y))
     canvas.paint(canvas.cover(neck), head.skin * 0.84)
@@ -94,7 +99,7 @@ def _skull(t: Traits, canvas: Canvas, head: _Head) -> None:
 def _eyes(t: Traits, canvas: Canvas, head: _Head) -> None:
     cover, paint = canvas.cover, canvas.paint
     spread, wide, tall = head.wide * t.between(0.4, 0.46), t.between(0.115, 0.145), t.between(0.08, 0.115)
-    iris, look = t.blend(_IRIS), t.between(-0.25, 0.25)
+    iris, look = blend(_IRIS, t.between()), t.between(-0.25, 0.25)
     brow_y, brow_tilt = t.between(0.17, 0.23), t.between(-0.35, 0.35)
     for side in (-1, 1):
         x, y = head.x - side * spread, head.y - 0.02
@@ -114,7 +119,7 @@ def _nose_and_mouth(t: Traits, canvas: Canvas, head: _Head) -> None:
     paint(cover(oval(x, y - 0.2, t.between(0.05, 0.085), 0.04)), head.skin * 0.78)
     half, smile, opening = t.between(0.13, 0.23), t.between(-0.3, 2.0), t.between(-0.06, 0.09).clamp(min=0)
     line = y - 0.4 + smile * (x**2 - half**2 * 0.5)
-    lips = t.blend(_LIPS)
+    lips = blend(_LIPS, t.between())
     paint(cover(bar(x, line, half, 0.035 + opening * 0.5)), lips)
     paint(cover(bar(x, line, half * 0.84, opening * 0.5 - 0.008)), _WHITE)
 

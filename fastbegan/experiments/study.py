@@ -29,7 +29,7 @@ from .record import Record, Settings
 from .scales import SCALES, Scale
 from .training import Trained, Trainer
 
-OF_ONE_RUN = ("continuity", "convergence", "scores")
+OF_ONE_RUN = ("continuity", "convergence", "scores", "nearest")
 OF_MANY_SEEDS = ("diversity", "speed")
 ALIKE = 0.1  # share of the training images' diversity below which a note says that images are alike
 
