@@ -55,7 +55,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--preset", "big"], "preset is 'big'; accepted: demo, paper-32"),
+        (["train", "--preset", "big"], "preset is 'big'; accepted: demo, demo-64, paper-32"),
         (["train", "--gamma", "1.5"], "gamma is 1.5; accepted: 0 to 1"),
         (["train", "--size", "48"], "size is 48; accepted: 8 * 2^k"),
         (["train", "--size", "512"], "size 512 has no standard widths"),

@@ -24,7 +24,7 @@ class BenchStep:
     """Time all modes of the training step on this machine, turn by turn in one run."""
 
     preset: str = "demo"
-    """Nets, batch and loss: demo, paper-32, paper-64, paper-128, paper-256."""
+    """Nets, batch and loss: demo, demo-64, paper-32, paper-64, paper-128, paper-256."""
     size: int | None = None
     """Image size. Default: the preset's."""
     filters: int | None = None

@@ -34,7 +34,7 @@ class Experiment:
     ]
     """diversity (gamma), continuity (latents of real images), convergence (M against quality), unbalanced (a starved D
     or G), scores (of generated images), ablation (skips, vanishing residuals, updates, latents), nearest
-    (training images beside samples), speed (minutes to the same quality, beside the textbook step and torch.compile)."""
+    (training images beside samples), speed (minutes to the quality of the textbook step)."""
     scale: Literal["demo", "paper", "smoke"] = "demo"
     """demo: minutes on two cores; paper: the paper's nets and lengths, for GPUs; smoke: shows only that it works."""
     out: Path | None = None

@@ -20,7 +20,7 @@ class Train:
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "demo"
-    """Where all other options start from: demo, paper-32, paper-64, paper-128, paper-256."""
+    """Where all other options start from: demo, demo-64, paper-32, paper-64, paper-128, paper-256."""
     out: Path | None = None
     """The run folder. A folder that holds a run is continued, with that run's settings. Default: a new one in runs/."""
     resume: Literal["auto", "off"] = "auto"
