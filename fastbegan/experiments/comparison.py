@@ -10,7 +10,17 @@ from .study import Study
 from .training import Trained
 
 _TILES, _COLUMNS, _PANELS = 20, 4, 4
-_SHOWN = ("frechet_distance", "kernel_distance", "precision", "recall", "diversity", "ratio", "convergence", "k")
+_SHOWN = (
+    "frechet_distance",
+    "kernel_distance",
+    "sharpness",
+    "variety",
+    "precision",
+    "recall",
+    "ratio",
+    "convergence",
+    "k",
+)
 
 
 def compare(study: Study, options: Mapping[str, Sequence[object]], titles: Mapping[str, str]) -> dict[str, Any]:
@@ -52,7 +62,7 @@ def compare(study: Study, options: Mapping[str, Sequence[object]], titles: Mappi
     )
     if good:
         study.about_scores([results[run.name] for run in good])
-        study.say(f"Training images have diversity {results[good[0].name]['diversity_against']:.3f}.")
+        study.say("Sharpness and variety are relative to the training images, whose own are 1.")
         study.note_alike({titles[run.name]: results[run.name] for run in good})
     return results
 

@@ -36,7 +36,7 @@ class Settings:
     """SHA-256 of the generator of `trained`."""
     seed: int
     seeds: int | None
-    """For `diversity`; None for the others."""
+    """For those of many seeds; None for the others."""
     extractor: str | None
     """None for `continuity`, which compares no features."""
 

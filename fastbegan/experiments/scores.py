@@ -12,7 +12,7 @@ from .study import Study
 
 _PAPER_SCORE = 5.62  # §4.6: Inception score on CIFAR-10, 32 px, unsupervised
 _TILES, _COLUMNS = 40, 8
-_SHOWN = ("inception_score", "frechet_distance", "kernel_distance", "precision", "recall", "diversity")
+_SHOWN = ("inception_score", "frechet_distance", "kernel_distance", "precision", "recall", "sharpness", "variety")
 
 
 def run(study: Study) -> None:

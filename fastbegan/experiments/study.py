@@ -31,7 +31,7 @@ from .training import Trained, Trainer
 
 OF_ONE_RUN = ("continuity", "convergence", "scores", "nearest")
 OF_MANY_SEEDS = ("diversity", "speed")
-ALIKE = 0.1  # share of the training images' diversity below which a note says that images are alike
+ALIKE = 0.1  # variety below which a note says that images are alike
 
 
 class Study(Page):
@@ -164,16 +164,11 @@ class Study(Page):
 
     def note_alike(self, figures: Mapping[str, Mapping[str, Any]]) -> None:
         """Note the titles whose images are so alike that it may be mode collapse."""
-        alike = [
-            f"{title} ({row['diversity']:.3f})"
-            for title, row in figures.items()
-            if row["diversity"] < ALIKE * row["diversity_against"]
-        ]
+        alike = [f"{title} ({row['variety']:.3f})" for title, row in figures.items() if row["variety"] < ALIKE]
         if alike:
-            of_data = next(iter(figures.values()))["diversity_against"]
             self.note(
-                f"nearly alike are the images of {'; '.join(alike)}: their diversity is under a tenth of the training "
-                f"images' {of_data:.3f}. It may be a collapse or too short a run; these figures do not tell which"
+                f"nearly alike are the images of {'; '.join(alike)}: their variety is under {ALIKE:g} of the data's. It "
+                "may be a collapse or too short a run; these figures do not tell which"
             )
 
     @cached_property
