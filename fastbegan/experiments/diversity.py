@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.styles import style_of
 from ..figures import new_figure, save_figure
 from .convergence import ranks_correlate
 from .pictures import beside
@@ -51,11 +52,12 @@ def run(study: Study) -> None:
     study.about_scores(list(results.values()))
     for name in ("variety", "sharpness"):
         _check_order(study, name, by_seed)
-    study.note(
-        "a gamma below 1 asks for samples that D reconstructs better than the data. Photographs have texture that D "
-        "leaves out, so samples without it meet a gamma of 0.5. Drawn faces have none: there, below 1, only images "
-        "softer than the data do"
-    )
+    if style_of(study.settings.data or ""):
+        study.note(
+            "a gamma below 1 asks for samples that D reconstructs better than the data. Photographs have texture that "
+            "D leaves out, so samples without it meet a gamma of 0.5. Drawn faces have none: below 1 their samples can "
+            "only be softer, or of fewer kinds"
+        )
     study.note_alike({f"gamma {gamma}, seed {seed}": results[_name(gamma, seed)] for gamma in GAMMAS for seed in seeds})
     measures = [np.array([row[name] for row in results.values()]) for name in ("convergence", "frechet_distance")]
     study.note(

@@ -167,8 +167,8 @@ class Study(Page):
         alike = [f"{title} ({row['variety']:.3f})" for title, row in figures.items() if row["variety"] < ALIKE]
         if alike:
             self.note(
-                f"nearly alike are the images of {'; '.join(alike)}: their variety is under {ALIKE:g} of the data's. It "
-                "may be a collapse or too short a run; these figures do not tell which"
+                f"nearly alike are the images of {'; '.join(alike)}: their variety is under {ALIKE:g} of the data's. "
+                "It may be a collapse or too short a run; these figures do not tell which"
             )
 
     @cached_property
