@@ -11,7 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 GALLERY, SOURCE = HERE / "gallery", HERE.parent / "experiments"
-ORDER = ("diversity", "continuity", "convergence", "unbalanced", "scores", "ablation")
+ORDER = ("diversity", "continuity", "convergence", "unbalanced", "scores", "ablation", "nearest", "speed")
 HEAD = """# Gallery
 
 The experiments of the paper's section 4, repeated at demo scale: each by the one command above its picture, with the
@@ -57,7 +57,7 @@ def section(name: str) -> str:
 
 def page() -> str:
     """The first page, made from the reports in the gallery."""
-    return "\n\n".join([HEAD, *(section(name) for name in ORDER if (GALLERY / name).is_dir())]) + "\n"
+    return "\n\n".join([HEAD, *(section(name) for name in ("demo-64", *ORDER) if (GALLERY / name).is_dir())]) + "\n"
 
 
 if __name__ == "__main__":
