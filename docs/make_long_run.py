@@ -1,5 +1,7 @@
-"""From runs/demo-64, the run of `fastbegan train --preset demo-64 --out runs/demo-64`: the generator that comes with the
-package, and its page in the gallery: python docs/make_long_run.py."""
+"""The generator that comes with the package, and its page in the gallery: python docs/make_long_run.py.
+
+Both come from runs/demo-64, the run of `fastbegan train --preset demo-64 --out runs/demo-64`.
+"""
 
 from __future__ import annotations
 
@@ -83,9 +85,9 @@ def demo(length: str, scores: dict[str, float]) -> None:
 ```
 
 made it: {length}.
-{_SCORED:,} of its images have sharpness {scores["sharpness"]:.2f} and variety {scores["variety"]:.2f} of the data's, and
-FD (EfficientNet-Lite0) {scores["frechet_distance"]:.0f}. `docs/gallery/demo-64` shows them. This is a run folder as any
-other, without what only training needs.
+{_SCORED:,} of its images have sharpness {scores["sharpness"]:.2f} and variety {scores["variety"]:.2f} of the data's,
+and FD (EfficientNet-Lite0) {scores["frechet_distance"]:.0f}. `docs/gallery/demo-64` shows them. This is a run folder as
+any other, without what only training needs.
 """,
         encoding="utf-8",
     )
