@@ -47,15 +47,16 @@ def fastest(model: ModelConfig, train: TrainConfig, device: torch.device) -> Fas
         The fastest, but the first candidate (joint, float32) unless another takes 5 % less. None where nothing is
         open, or the run is so short that it would not gain.
     """
-    open_settings = "auto" in (train.passes, train.precision, train.compile)
-    if not open_settings or run_seconds(train, step_seconds(model, train, device)) < _SHORT:
+    if "auto" not in (train.passes, train.precision, train.compile):
+        return None
+    predicted = step_seconds(model, train, device)
+    if run_seconds(train, predicted) < _SHORT:
         return None
     passes = _PASSES if train.passes == "auto" else (train.passes,)
     precisions = ("float32", *(["bf16"] if has_native_bf16(device) else []))
     if train.precision != "auto":
         precisions = (train.precision,)
-    share = min(1.0, _LARGEST / step_seconds(model, train, device))
-    images = max(1, int(share * train.batch_size / train.accumulate))
+    images = max(1, int(min(1.0, _LARGEST / predicted) * train.batch_size / train.accumulate))
     few = replace(train, batch_size=images, accumulate=1)
     candidates = {
         (way, precision): _step(model, replace(few, passes=way), precision, device)

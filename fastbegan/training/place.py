@@ -31,9 +31,14 @@ class Place:
 
 
 def find_device(train: TrainConfig, ranks: Ranks) -> tuple[torch.device, str]:
-    """The device of this rank, of the same kind on all, and a line about it. Raises UserError."""
+    """The device of this rank, of the same kind on all, and a line about it.
+
+    Raises UserError where it does not work, or not with the precision and compilation that were asked for.
+    """
     device, line = pick_device(train.device, None if ranks.alone else ranks.local)
     ranks.require_same("device", device.type)
+    pick_precision(train.precision, device)
+    pick_compile(train.compile, device, 0.0)
     return device, line
 
 
