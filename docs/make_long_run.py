@@ -63,9 +63,9 @@ def page() -> None:
     rate = rows[-1]["images"] / seconds
     length = f"{rows[-1]['images']:,} images in {duration(seconds)} of training, {rate:.0f} images/s"
     measured = f"{machine['device']}, {machine['cores']} cores, {machine['date']}, torch {machine['torch']}"
-    summary = "The preset demo-64, with nothing beside it on two cores; its generator comes with the package."
+    summary = "The preset demo-64, trained on a CPU; its generator comes with the package."
     settings = f"{config.train.precision}, {config.train.passes} passes"
-    head = ["# Hours on two cores", summary, f"```sh\n{COMMAND}\n```", f"Measured on {measured}: {length}; {settings}."]
+    head = ["# A long run", summary, f"```sh\n{COMMAND}\n```", f"Measured on {measured}: {length}; {settings}."]
     report.write(head, ["The faces are drawn by a program: photographs vary in more ways, and need larger nets."])
     content = {"command": COMMAND, "settings": {"seed": config.train.seed}, "seconds": round(seconds, 1)}
     content |= {"machine": machine, "checks": [], "findings": report.findings, "results": scores}

@@ -116,7 +116,8 @@ class ObjectiveConfig:
     """Exponent of the pixel-wise loss (§3.1)."""
     passes: Annotated[Literal["auto", "single-pass", "joint", "textbook"], FREE] = "auto"
     """How often D runs: once for each image, once for both batches joined, or three times as the formulas stand. auto:
-    the faster of the first two on a CPU, where it is measured; once for each image on a GPU."""
+    the faster of the first two on a CPU, where it is measured; once for each image on a GPU. A run that goes on keeps
+    its choice."""
     updates: Literal["simultaneous", "alternating"] = "simultaneous"
     """Update D and G from the same parameters (paper), or D first and G through the updated D."""
     latents: Literal["shared", "independent"] = "shared"
@@ -136,14 +137,14 @@ class OptimizerConfig:
     beta1: Annotated[float, Range(0, 0.999)] = 0.9
     """Adam's decay of the mean gradient; the paper only names Adam, whose own this is."""
     lr_floor: Annotated[float, Range(0)] = 2e-5
-    """Halving stops here."""
+    """Halving and falling stop here."""
     scaling: Literal["none", "sqrt", "linear"] = "none"
     """How lr, lr_floor and lambda_k, which are meant for 16 images a step, grow with batch_size / 16."""
     lr_window: Annotated[int, Range(0)] = 8000
     """Halve the learning rate when the mean of M over this many steps did not fall; 0 for never."""
     lr_fall: Annotated[float, Range(0, 1), FREE] = 0.0
-    """Share of the run, at its end, in which the learning rate falls to lr_floor: 0.5 for the second half. It counts
-    --images and --steps; not in the paper."""
+    """Share of the run, at its end, in which the learning rate falls to lr_floor: 0.5 for the second half. Several
+    ranks count images and steps only, no minutes. Not in the paper."""
     ema_half_life: Annotated[float, Range(0)] = 20_000.0
     """Half-life of the averaged generator in images; samples come from it. 0 for no average."""
 

@@ -174,6 +174,14 @@ def _cpu_flags() -> list[str]:
     return next((line.split() for line in cpu_info() if line.startswith(("flags", "Features"))), [])
 
 
+def no_compiler(device: torch.device) -> str | None:
+    """Why torch.compile cannot work on the device, None where it can."""
+    if device.type == "cuda" and not HAS_TRITON:
+        return "Triton is not installed"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return None if shutil.which(compiler) else f"the compiler {compiler} is missing"
+
+
 def pick_compile(wanted: str, device: torch.device, seconds: float) -> tuple[str | None, str]:
     """Choose torch.compile's mode: off, auto, or a mode by name. `auto` compiles runs of a few minutes and more.
 
@@ -190,10 +198,7 @@ def pick_compile(wanted: str, device: torch.device, seconds: float) -> tuple[str
     """
     if wanted == "off":
         return None, "compile off"
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    missing = None if shutil.which(compiler) else f"the compiler {compiler} is missing"
-    if device.type == "cuda" and not HAS_TRITON:
-        missing = "Triton is not installed"
+    missing = no_compiler(device)
     if wanted != "auto" and missing:
         raise UserError(f"compile is {wanted!r}, but {missing}; accepted here: auto, off")
     if wanted == "auto" and (missing or seconds < _COMPILE_PAYS[device.type]):

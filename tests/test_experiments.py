@@ -28,6 +28,7 @@ from fastbegan.experiments.convergence import ranks_correlate
 from fastbegan.experiments.record import fingerprint
 from fastbegan.experiments.scales import SCALES
 from fastbegan.experiments.speed import WAYS, minutes_to_levels, seconds_to, smoothed
+from fastbegan.experiments.study import OF_ONE_RUN
 from fastbegan.files import read_json
 from fastbegan.nets.models import build
 from fastbegan.runs.folder import RunFolder
@@ -106,7 +107,7 @@ def test_a_run_that_is_there_is_taken(tmp_path: Path, capsys: pytest.CaptureFixt
     flags = "--filters 4 --data faces:64 --steps 10 --checkpoint-every 2 --keep 9 --log-every 1".split()
     assert main(["train", *flags, "--out", str(run)]) == 0
     shared = ["--scale", "smoke", "--trained", str(run), "--out"]
-    for name in ("continuity", "convergence", "scores"):
+    for name in OF_ONE_RUN:
         assert main(["experiment", name, *shared, str(tmp_path / name)]) == 0
         assert not list((tmp_path / name / "runs").iterdir())
         assert _results(tmp_path / name)["settings"]["trained"] == str(run)
@@ -253,7 +254,7 @@ def test_latents_are_recovered_inside_the_cube() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", NAMES)
 def test_at_demo_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In experiments/, which is gone on with: what the same code has trained and measured there already counts."""
@@ -266,12 +267,12 @@ def test_at_demo_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     assert main(["experiment", name, "--scale", "demo"]) == 0
     results = _results(folder)
-    assert results["seconds"] < 600
+    assert results["seconds"] < (600 if name != "speed" else 2400)
     assert [one for one in results["checks"] if not one["holds"]] == []
 
 
 def test_the_gallery_is_what_lies_in_it() -> None:
-    assert sorted(path.name for path in make_gallery.GALLERY.iterdir() if path.is_dir()) == sorted(NAMES)
+    assert sorted(path.name for path in make_gallery.GALLERY.iterdir() if path.is_dir()) == sorted(["demo-64", *NAMES])
     page = (make_gallery.GALLERY / "README.md").read_text(encoding="utf-8")
     assert page == make_gallery.page()
     for target in re.findall(r"\]\(([^)]+)\)", page):

@@ -84,6 +84,7 @@ def test_a_large_step_is_measured_with_fewer_images(monkeypatch: pytest.MonkeyPa
     preset = PRESETS["paper-64"]
     chosen = fastest(preset.model, preset.train, CPU)
     assert chosen is not None and set(clock.batches) == {1} and chosen.seconds == pytest.approx(0.25 * 16)
+    assert clock.now <= 4 * 0.25 + 3 + 4 * 0.25  # a turn to warm up, and one that begins just before the end
 
 
 class _Same(dict[Any, float]):
@@ -102,7 +103,7 @@ def test_the_choice_is_said_and_kept(
 ) -> None:
     asked: list[TrainConfig] = []
 
-    def measured(model: ModelConfig, train: TrainConfig, device: torch.device) -> Fastest:
+    def measured(model: ModelConfig, train: TrainConfig, device: torch.device, world: int) -> Fastest:
         asked.append(train)
         return Fastest("joint", "bf16" if len(asked) == 1 else "float32", 1e-3, "one 1, another 2 ms a step")
 
@@ -137,10 +138,11 @@ def test_compilation_is_kept(before: str, mode: str | None, monkeypatch: pytest.
 
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     settings = replace(DEMO.train, precision="float32")
-    place = places.choose(DEMO.model, settings, CPU, "cpu", Ranks(), before)
+    place = places.choose(DEMO.model, settings, CPU, Ranks(), before)
     assert place.compile_mode == mode and place.measured_line == ""
+    assert place.compile_line == f"compile {before} (as the run began)"
     monkeypatch.setattr("shutil.which", lambda name: None)  # it goes on where nothing can be compiled
-    assert places.choose(DEMO.model, settings, CPU, "cpu", Ranks(), before).compile_mode is None
+    assert places.choose(DEMO.model, settings, CPU, Ranks(), before).compile_mode is None
 
 
 def test_a_run_whose_rate_falls_continues_bit_for_bit(tmp_path: Path) -> None:
@@ -156,7 +158,8 @@ def test_a_run_whose_rate_falls_continues_bit_for_bit(tmp_path: Path) -> None:
         training.checkpoints.finish()
     assert train(config, tmp_path / "parts") == 0
     rows = [RunFolder(tmp_path / name).read_metrics() for name in ("whole", "parts")]
-    assert [row["lr"] for row in rows[0]] == pytest.approx([1e-3, 1e-3, 1e-3 - 0.5 * 9.8e-4, 2e-5])
+    rates = [[row["lr"] for row in run] for run in rows]
+    assert rates[0] == pytest.approx([1e-3, 1e-3, 1e-3 - 0.5 * 9.8e-4, 2e-5]) and rates[1] == rates[0]
     states = [load_latest(tmp_path / name / "checkpoints", CPU) for name in ("whole", "parts")]
     assert states[0] is not None and states[1] is not None
     for name, value in states[0]["modules"].items():

@@ -1,1 +1,1 @@
-"""Images for training: sources (portraits, folders, archives) -> packs of uint8 pixels -> batches in a fixed order."""
+"""Images for training: sources (drawn, folders, archives) -> packs of uint8 pixels -> batches in a fixed order."""

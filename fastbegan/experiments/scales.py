@@ -23,7 +23,7 @@ class Scale:
     steps_of_many: int
     """Steps of each run of an experiment that trains several."""
     seeds: int
-    """Seeds per gamma in `diversity`."""
+    """Seeds per gamma in `diversity`; `speed` takes one."""
     samples: int
     """Images per side of a comparison."""
     scored: int
@@ -42,9 +42,11 @@ class Scale:
     """The limits of the figures, for the report."""
 
 
+_FIXED = ("--passes", "joint", "--compile", "off")  # measured under load, each run of a table might choose otherwise
+
 SCALES: dict[str, Scale] = {
     "smoke": Scale(
-        preset="demo", filters=4, precision="auto", options=("--sample-every", "10", "--log-every", "2"),
+        preset="demo", filters=4, precision="auto", options=(*_FIXED, "--sample-every", "10", "--log-every", "2"),
         data="faces:256", minutes=0.1,
         steps=20, steps_of_many=8, seeds=1, samples=24, scored=24, checkpoints=5, recovered=4, descent=10, starved=2,
         limits="Nothing: runs of a few steps show that the experiment works, and nothing else.",
@@ -52,7 +54,7 @@ SCALES: dict[str, Scale] = {
     "demo": Scale(
         # float32, though some CPUs have bf16, so that figures of two machines compare
         preset="demo", filters=None, precision="float32", data="faces", minutes=10,
-        options=tuple("--log-every 10 --sample-every 250 --checkpoint-every 250".split()),
+        options=(*_FIXED, *"--log-every 10 --sample-every 250 --checkpoint-every 250".split()),
         steps=3600, steps_of_many=1000, seeds=3, samples=500, scored=500, checkpoints=15, recovered=64, descent=400,
         starved=4,
         limits=(

@@ -52,11 +52,13 @@ class RunConfig:
 def _of_this_format(values: dict[str, Any]) -> dict[str, Any]:
     """The content of a config.json of any format, as this version would write it. Raises UserError for a later one."""
     written = values.get("format", 0)
-    if not isinstance(written, int) or not 0 <= written <= FORMAT:
+    if type(written) is not int or not 0 <= written <= FORMAT:
         raise UserError(f"format is {written!r}; accepted: 0 to {FORMAT}")
     train = values["train"]
-    if written == 0 and isinstance(train, dict) and str(train.get("data")).partition(":")[0] == "faces":
-        train = train | {"data": train["data"].replace("faces", "portraits", 1)}
+    if written == 0 and isinstance(train, dict):
+        data = str(train.get("data", "faces"))
+        if data.partition(":")[0] == "faces":
+            train = train | {"data": data.replace("faces", "portraits", 1)}
     return values | {"train": train}
 
 

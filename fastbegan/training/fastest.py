@@ -35,13 +35,14 @@ class Fastest:
     """All that was measured, for a run's first lines."""
 
 
-def fastest(model: ModelConfig, train: TrainConfig, device: torch.device) -> Fastest | None:
+def fastest(model: ModelConfig, train: TrainConfig, device: torch.device, world: int = 1) -> Fastest | None:
     """Time a step of every candidate, turn by turn.
 
     Args:
         model: The nets.
-        train: The step; "auto" in `passes` and `precision` opens them, and `batch_size` is that of this rank.
+        train: The run; "auto" in `passes` and `precision` opens them.
         device: A CPU.
+        world: Number of ranks, which share a batch.
 
     Returns:
         The fastest, but the first candidate (joint, float32) unless another takes 5 % less. None where nothing is
@@ -49,14 +50,15 @@ def fastest(model: ModelConfig, train: TrainConfig, device: torch.device) -> Fas
     """
     if "auto" not in (train.passes, train.precision, train.compile):
         return None
-    predicted = step_seconds(model, train, device)
+    predicted = step_seconds(model, train, device) / world
     if run_seconds(train, predicted) < _SHORT:
         return None
     passes = _PASSES if train.passes == "auto" else (train.passes,)
     precisions = ("float32", *(["bf16"] if has_native_bf16(device) else []))
     if train.precision != "auto":
         precisions = (train.precision,)
-    images = max(1, int(min(1.0, _LARGEST / predicted) * train.batch_size / train.accumulate))
+    share = train.batch_size / world
+    images = max(1, int(min(share / train.accumulate, share * _LARGEST / predicted)))
     few = replace(train, batch_size=images, accumulate=1)
     candidates = {
         (way, precision): _step(model, replace(few, passes=way), precision, device)
@@ -74,7 +76,7 @@ def fastest(model: ModelConfig, train: TrainConfig, device: torch.device) -> Fas
             times[name].append(time.perf_counter() - before)
         if time.perf_counter() - start > _BUDGET:
             break
-    seconds = {name: statistics.median(values) * train.batch_size / images for name, values in times.items()}
+    seconds = {name: statistics.median(values) * share / images for name, values in times.items()}
     first, best = next(iter(seconds)), min(seconds, key=lambda name: seconds[name])
     chosen = best if seconds[best] < _MARGIN * seconds[first] else first
     words = (f"{precision} {way} {1e3 * seconds[way, precision]:,.0f}" for way, precision in seconds)

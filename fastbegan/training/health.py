@@ -17,7 +17,7 @@ def not_finite(step: int, dump: Path, run: Path, lr: float, *, alternating: bool
         step: Number of the step.
         dump: The file with the step's image ids and config.
         run: The run folder.
-        lr: The learning rate of the step.
+        lr: The learning rate that was asked for, halved or not since.
         alternating: Whether D is updated before G.
 
     Returns:
@@ -65,5 +65,6 @@ class HealthMonitor:
         if not news:
             return None
         detail = f"fell from {self._best:.2f}" if fell else f"never rose in {images:,} images"
-        advice = "try a higher gamma or another seed" if fell else "try a longer run, a higher gamma or another seed"
+        advice = "try a higher gamma (at most 1), a lower learning rate or another seed"
+        advice = advice if fell else advice.replace("try", "try a longer run,")
         return f"the samples look alike (variety {variety:.2f} of the data's, {detail}); {advice}"

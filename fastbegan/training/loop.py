@@ -70,9 +70,7 @@ class Training:
         state = None if stored is None else load_for_all(self.folder.checkpoints, device, ranks)
         if state is not None:  # the kernels of the run so far, not those that are fastest today
             tuning.adopt(device, state.get("kernels", {}))
-        self.place = place = choose(
-            config.model, train, device, device_line, ranks, _compiled_so_far(state, stored, train)
-        )
+        self.place = place = choose(config.model, train, device, ranks, _compiled_so_far(state, stored, train))
         train = place.train
         self.config = config = dataclasses.replace(config, train=train)
         tune_for_all(config.model, train, device, place.dtype, ranks, display.trying)
@@ -91,7 +89,7 @@ class Training:
         self.sheets = Sheets(train, self.step, self.loader, self.folder, ranks)
         if ranks.first:
             self._open_folder(events)
-        self._tell(data_lines, count_parameters(*nets))
+        self._tell(device_line, data_lines, count_parameters(*nets))
 
     def run(self, stop: StopRequest) -> int:
         """Train until a total is reached or someone asks to stop; returns the exit code."""
@@ -162,7 +160,9 @@ class Training:
     def _lr(self) -> float:
         """The learning rate of the next step."""
         train = self.config.train
-        return falling(self.schedule.lr, train.lr_floor * train.scale, train.lr_fall, self.progress.counted_fraction())
+        # clocks differ between ranks
+        fraction = self.progress.fraction() if self.ranks.alone else self.progress.counted_fraction()
+        return falling(self.schedule.lr, train.lr_floor * train.scale, train.lr_fall, fraction)
 
     def _set_lr(self, lr: float) -> None:
         self._lr_set = lr
@@ -193,8 +193,8 @@ class Training:
     def _load(self, state: dict[str, Any], stored: RunConfig) -> None:
         if not same_images(state.get("data") or {"crc32": state["data_crc32"]}, self.data):
             raise UserError(
-                f"data {self.config.train.data!r} is not what {self.folder.path} was trained on so far (other pixels); "
-                "restore it, or give another --out"
+                f"data {self.config.train.data!r} is not what {self.folder.path} was trained on so far (other pixels "
+                f"than {stored.train.data!r} had); restore it, or give another --out"
             )
         self.step.load_training_state(state)
         self.schedule.load_state_dict(state["schedule"])
@@ -229,7 +229,7 @@ class Training:
             writer = events(str(self.folder.path / "tensorboard"), purge_step=self.progress.done + 1)
         self.metrics.open(self.progress, writer)
 
-    def _tell(self, data_lines: tuple[str, ...], parameters: int) -> None:
+    def _tell(self, device_line: str, data_lines: tuple[str, ...], parameters: int) -> None:
         """The first lines of a run."""
         say, train, place = self.display.say, self.config.train, self.place
         count = train.batch_size // self.ranks.world
@@ -237,7 +237,7 @@ class Training:
         size = f"{self.config.model.size} px, {parameters:,} parameters (D + G)"
         graph_line = "the whole step one CUDA graph" if self.advance.enabled else "no CUDA graph"
         done = self.progress.done
-        say(f"device     {place.device_line}; {train.precision}{many}")
+        say(f"device     {device_line}; {train.precision}{many}")
         say(f"networks   {self.config.preset}: {size}; {train.updates} updates, {train.latents} z")
         say(f"step       {self.step.describe()}; {place.compile_line}; {graph_line}")
         if place.measured_line:
@@ -263,7 +263,7 @@ class Training:
         k = self.step.equilibrium.k.item()
         dump = {"step": step, "image_ids": ids, "k": k if k == k else "nan", "config": self.config.to_dict()}
         write_json(self.folder.nonfinite_file, dump)
-        lr, alternating = self._lr_set / self.config.train.scale, self.config.train.updates == "alternating"
+        lr, alternating = self.schedule.lr / self.config.train.scale, self.config.train.updates == "alternating"
         message = not_finite(step, self.folder.nonfinite_file, self.folder.path, lr, alternating=alternating)
         self.display.say(message)
 

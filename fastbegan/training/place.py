@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..config import ModelConfig, TrainConfig
-from ..device import pick_compile, pick_device, pick_precision, set_backends
+from ..device import no_compiler, pick_compile, pick_device, pick_precision, set_backends
 from ..distributed.ranks import Ranks
 from .cost import run_seconds, step_seconds
 from .fastest import fastest
@@ -24,7 +23,6 @@ class Place:
     dtype: torch.dtype | None
     """Compute type of both nets; None for float32."""
     compile_mode: str | None
-    device_line: str
     compile_line: str
     measured_line: str
     """Empty where nothing was measured."""
@@ -43,12 +41,7 @@ def find_device(train: TrainConfig, ranks: Ranks) -> tuple[torch.device, str]:
 
 
 def choose(
-    model: ModelConfig,
-    train: TrainConfig,
-    device: torch.device,
-    device_line: str,
-    ranks: Ranks,
-    compiled: str | None = None,
+    model: ModelConfig, train: TrainConfig, device: torch.device, ranks: Ranks, compiled: str | None = None
 ) -> Place:
     """Choose what the config leaves to "auto", the same on all ranks. Sets torch's global flags.
 
@@ -57,28 +50,27 @@ def choose(
     Args:
         model: The nets.
         train: What was asked for.
-        device: That of this rank.
-        device_line: A line about it.
+        device: That of this rank, from `find_device`.
         ranks: The processes that train together.
         compiled: The mode of torch.compile with which the run began, or "off"; None for a new run.
-
-    Raises:
-        UserError: The device does not support the precision, or compilation was asked for and is not possible.
     """
-    seconds, measured_line = None, ""
-    if device.type == "cpu" and not train.deterministic and compiled is None:
-        share = replace(train, batch_size=train.batch_size // ranks.world)
-        measured = ranks.from_first(fastest(model, share, device) if ranks.first else None)
-        if measured is not None:
-            train = replace(train, passes=measured.passes, precision=measured.precision)
-            seconds, measured_line = measured.seconds, measured.line
+    kept = compiled if train.compile == "auto" else None
+    measured = None
+    if device.type == "cpu" and not train.deterministic and kept is None:
+        measured = ranks.from_first(fastest(model, train, device, ranks.world) if ranks.first else None)
+    if measured is not None:
+        train = replace(train, passes=measured.passes, precision=measured.precision)
     precision, dtype = pick_precision(train.precision, device)
     ranks.require_same("precision", precision)
     set_backends(precision, deterministic=train.deterministic, search=train.cudnn_search == "auto")
     train = replace(train, precision=precision, passes="single-pass" if train.passes == "auto" else train.passes)
-    if compiled is not None:
-        length = math.inf if compiled != "off" else 0.0
+    if kept is not None:
+        missing = no_compiler(device) if kept != "off" else None
+        mode = None if missing or kept == "off" else kept
+        line = f"compile {mode or 'off'} ({missing or 'as the run began'})"
+    elif train.compile == "auto":
+        step = measured.seconds if measured is not None else step_seconds(model, train, device) / ranks.world
+        mode, line = pick_compile("auto", device, run_seconds(train, step))
     else:
-        length = run_seconds(train, seconds or step_seconds(model, train, device))
-    compile_mode, compile_line = pick_compile(train.compile, device, length)
-    return Place(device, train, dtype, compile_mode, device_line, compile_line, measured_line)
+        mode, line = pick_compile(train.compile, device, 0.0)
+    return Place(device, train, dtype, mode, line, "" if measured is None else measured.line)

@@ -41,7 +41,7 @@ class TrainStep(nn.Module):
     L(G(z))), clamped to [0, 1], and the averaged generator. Nothing is read back from the device.
 
     After the first step with a loss, gradient or k that is not finite, every call changes nothing: read `found_bad`.
-    Halving the learning rate is the caller's (`set_lr`). `equilibrium.read()` gives the means since the last reading.
+    Changing the learning rate is the caller's (`set_lr`). `equilibrium.read()` gives the means since the last reading.
 
     Several ranks each call it with their part of the batch and do the same step: gradients and losses are means over
     all parts.

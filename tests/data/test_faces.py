@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import zlib
 from collections.abc import Callable
 
@@ -55,8 +56,9 @@ def test_walls_and_clothes_vary_little_beside_faces() -> None:
     assert corner < 10 and shirt < 20 and face > 35
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs may round otherwise")
 def test_portraits_are_what_they_were() -> None:
-    """Runs on them go on: their checkpoints hold a checksum of all pixels. Drawn on an x86 CPU."""
+    """Runs on them go on: their checkpoints hold a checksum of all pixels."""
     drawn = portraits(torch.arange(40), 16)
     assert zlib.crc32(drawn.numpy().tobytes()) == 1525566173
 
