@@ -40,7 +40,9 @@ class _Clock:
         return advance
 
 
-def _choose(monkeypatch: pytest.MonkeyPatch, train: TrainConfig, *, bf16: bool = True, **seconds: float) -> Any:
+def _choose(
+    monkeypatch: pytest.MonkeyPatch, train: TrainConfig, seconds: dict[str, float], *, bf16: bool = True
+) -> Any:
     clock = _Clock()
     table = {
         (name.split("_")[0].replace("single", "single-pass"), name.split("_")[1]): s for name, s in seconds.items()
@@ -54,27 +56,27 @@ def _choose(monkeypatch: pytest.MonkeyPatch, train: TrainConfig, *, bf16: bool =
 
 def test_the_fastest_is_taken_and_noise_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"joint_float32": 0.040, "single_float32": 0.042, "joint_bf16": 0.039, "single_bf16": 0.050}
-    chosen, clock = _choose(monkeypatch, DEMO.train, **times)
+    chosen, clock = _choose(monkeypatch, DEMO.train, times)
     assert (chosen.passes, chosen.precision, chosen.seconds) == ("joint", "float32", pytest.approx(0.040))
     assert chosen.line == (
         "float32 joint 40, float32 single-pass 42, bf16 joint 39, bf16 single-pass 50 ms a step, before compilation"
     )
     assert clock.now < 4 and set(clock.batches) == {16}
-    chosen, _ = _choose(monkeypatch, DEMO.train, **(times | {"single_bf16": 0.030}))
+    chosen, _ = _choose(monkeypatch, DEMO.train, times | {"single_bf16": 0.030})
     assert (chosen.passes, chosen.precision) == ("single-pass", "bf16")
-    chosen, _ = _choose(monkeypatch, DEMO.train, bf16=False, **(times | {"single_bf16": 0.030}))
+    chosen, _ = _choose(monkeypatch, DEMO.train, times | {"single_bf16": 0.030}, bf16=False)
     assert (chosen.passes, chosen.precision) == ("joint", "float32")
 
 
 def test_what_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = {"joint_float32": 0.1, "single_float32": 0.1, "joint_bf16": 0.3, "single_bf16": 0.2, "textbook_bf16": 0.4}
     asked = replace(DEMO.train, precision="bf16")
-    chosen, _ = _choose(monkeypatch, asked, **slow)
+    chosen, _ = _choose(monkeypatch, asked, slow)
     assert (chosen.passes, chosen.precision) == ("single-pass", "bf16")
-    chosen, _ = _choose(monkeypatch, replace(asked, passes="textbook"), **slow)
+    chosen, _ = _choose(monkeypatch, replace(asked, passes="textbook"), slow)
     assert (chosen.passes, chosen.precision, chosen.seconds) == ("textbook", "bf16", pytest.approx(0.4))
-    assert _choose(monkeypatch, replace(asked, passes="joint", compile="off"), **slow)[0] is None  # nothing is open
-    assert _choose(monkeypatch, replace(DEMO.train, steps=20), **slow)[0] is None  # over before it is measured
+    assert _choose(monkeypatch, replace(asked, passes="joint", compile="off"), slow)[0] is None  # nothing is open
+    assert _choose(monkeypatch, replace(DEMO.train, steps=20), slow)[0] is None  # over before it is measured
 
 
 def test_a_large_step_is_measured_with_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
