@@ -432,7 +432,7 @@ def test_orl_photographs_at_64_px(tmp_path: Path, orl: Path, fastbegan: Run, sta
 
 
 def test_presets_are_trainable_configs() -> None:
-    assert list(PRESETS) == ["demo", "paper-32", "paper-64", "paper-128", "paper-256"]
+    assert list(PRESETS) == ["demo", "demo-64", "paper-32", "paper-64", "paper-128", "paper-256"]
     for preset in PRESETS.values():
         assert preset.train.images and preset.train.batch_size == 16
     assert [PRESETS[f"paper-{s}"].train.gamma for s in (32, 64, 128, 256)] == [0.5, 0.5, 0.7, 0.7]
