@@ -272,12 +272,12 @@ def test_at_demo_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_gallery_is_what_lies_in_it() -> None:
-    assert sorted(path.name for path in make_gallery.GALLERY.iterdir() if path.is_dir()) == sorted(["demo-64", *NAMES])
+    assert sorted(path.name for path in make_gallery.GALLERY.iterdir() if path.is_dir()) == sorted(make_gallery.ORDER)
     page = (make_gallery.GALLERY / "README.md").read_text(encoding="utf-8")
     assert page == make_gallery.page()
     for target in re.findall(r"\]\(([^)]+)\)", page):
         assert (make_gallery.GALLERY / target).exists(), target
-    for name in NAMES:
+    for name in make_gallery.ORDER:
         results = _results(make_gallery.GALLERY / name)
         assert results["command"] == f"fastbegan experiment {name} --scale demo"
     assert sum(path.stat().st_size for path in make_gallery.GALLERY.rglob("*")) < 6e6

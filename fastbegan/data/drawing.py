@@ -6,6 +6,7 @@ so edges are smooth at every size. x grows to the right, y downwards, from -1 to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,20 +17,23 @@ from .. import counter
 _CHUNK = 128  # pictures drawn at once: bounds memory and keeps temporaries in the cache
 
 
-def draw(index: Tensor, size: int, seed: int, draw_some: Callable[[Tensor, int, int], Tensor]) -> Tensor:
-    """Draw pictures in parts.
+def in_parts(draw: Callable[[Tensor, int, int], Tensor]) -> Callable[..., Tensor]:
+    """Make a style of a function that draws a few pictures.
 
     Args:
-        index: Numbers of the pictures: int64 [N].
-        size: Height and width, in pixels.
-        seed: Chooses another set of pictures.
-        draw_some: Called with a part of `index`, size and seed; returns float [n, size, size, 3] in [0, 1].
+        draw: Takes numbers of pictures (int64 [n]), their height and width in pixels, and a seed, which chooses another
+            set of pictures. Returns float [n, size, size, 3] in [0, 1].
 
     Returns:
-        uint8 [N, size, size, 3], on the device of `index`.
+        A function of (index, size, seed=0), which draws part by part: uint8 [N, size, size, 3], on index's device.
     """
-    chunks = [draw_some(part, size, seed).mul(255).round().to(torch.uint8) for part in index.split(_CHUNK)]
-    return torch.cat(chunks) if chunks else index.new_zeros((0, size, size, 3), dtype=torch.uint8)
+
+    @functools.wraps(draw)
+    def drawn(index: Tensor, size: int, seed: int = 0) -> Tensor:
+        chunks = [draw(part, size, seed).mul(255).round().to(torch.uint8) for part in index.split(_CHUNK)]
+        return torch.cat(chunks) if chunks else index.new_zeros((0, size, size, 3), dtype=torch.uint8)
+
+    return drawn
 
 
 class Traits:

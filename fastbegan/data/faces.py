@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .drawing import Canvas, Traits, bar, blend, both, draw, oval
+from .drawing import Canvas, Traits, bar, blend, both, in_parts, oval
 
 VERSION = 2  # to be raised whenever the same numbers give other faces; 1 are now `portraits`
 
@@ -26,20 +26,6 @@ _VOLUME, _LENGTH = (0.03, 0.2), (0.0, 1.2)
 _WHITE, _PUPIL = (0.98, 0.98, 0.98), (0.06, 0.05, 0.06)
 
 
-def faces(index: Tensor, size: int, seed: int = 0) -> Tensor:
-    """Draw faces.
-
-    Args:
-        index: Numbers of the faces: int64 [N].
-        size: Height and width, in pixels.
-        seed: Chooses another set of faces.
-
-    Returns:
-        uint8 [N, size, size, 3], on the device of `index`.
-    """
-    return draw(index, size, seed, _faces)
-
-
 @dataclass(frozen=True)
 class _Head:
     """N heads: coordinates of the pixels in each head's own frame, its size and colours."""
@@ -52,7 +38,9 @@ class _Head:
     hair: Tensor
 
 
-def _faces(index: Tensor, size: int, seed: int) -> Tensor:
+@in_parts
+def faces(index: Tensor, size: int, seed: int) -> Tensor:
+    """Draw faces by number; see `in_parts`."""
     t = Traits(index, seed)
     canvas = Canvas(len(index), size, index.device)
     canvas.image.copy_(blend(_WALL, t.between()).expand_as(canvas.image))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .drawing import Canvas, Traits, bar, both, draw, oval
+from .drawing import Canvas, Traits, bar, both, in_parts, oval
 
 VERSION = 1  # to be raised whenever the same numbers give other portraits
 
@@ -19,20 +19,6 @@ _IRIS = ("4a301b", "6f4d2b", "3f6f97", "557f51", "5c6670", "2b211a")
 _LIPS = ("b9544f", "a14a46", "cc706a", "8c3f3c", "c43f5c")
 _FRAMES = ("1f1f23", "5a3421", "9c2a28", "46506e", "b58a3a")
 _WHITE, _DARK = (0.97, 0.97, 0.97), (0.22, 0.07, 0.07)
-
-
-def portraits(index: Tensor, size: int, seed: int = 0) -> Tensor:
-    """Draw portraits.
-
-    Args:
-        index: Numbers of the portraits: int64 [N].
-        size: Height and width, in pixels.
-        seed: Chooses another set of portraits.
-
-    Returns:
-        uint8 [N, size, size, 3], on the device of `index`.
-    """
-    return draw(index, size, seed, _portraits)
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,9 @@ class _Head:
         return oval(x, self.y + dy, self.wide * scale, self.tall * scale, power)
 
 
-def _portraits(index: Tensor, size: int, seed: int) -> Tensor:
+@in_parts
+def portraits(index: Tensor, size: int, seed: int) -> Tensor:
+    """Draw portraits by number; see `in_parts`."""
     t = Traits(index, seed)
     canvas = Canvas(len(index), size, index.device)
     cover, paint = canvas.cover, canvas.paint
