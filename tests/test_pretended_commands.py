@@ -21,7 +21,8 @@ from tests.pretended.running import pretended, reports, run
 
 FLAGS = (
     "train --device cuda --size 16 --widths 1 2 --repeats 1 --filters 4 --hidden 8 --latent 8 --data faces:12 "
-    "--batch-size 4 --jitter 1 --log-every 4 --sample-every 8 --checkpoint-every 8 --lr 1e-3 --precision float32"
+    "--batch-size 4 --jitter 1 --log-every 4 --sample-every 8 --checkpoint-every 8 --lr 1e-3 --lr-fall 0 "
+    "--precision float32"
 ).split()
 
 

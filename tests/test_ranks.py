@@ -32,8 +32,8 @@ Start = Callable[..., "subprocess.Popen[str]"]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 FLAGS = (
-    "--filters 4 --data faces:64 --batch-size 16 --lr 1e-4 --lambda-k 1e-3 --device cpu --precision float32 "
-    "--log-every 5 --sample-every 1000 --checkpoint-every 10 --compile off"
+    "--filters 4 --data faces:64 --batch-size 16 --lr 1e-4 --lr-fall 0 --lambda-k 1e-3 --device cpu "
+    "--precision float32 --log-every 5 --sample-every 1000 --checkpoint-every 10 --compile off"
 ).split()
 
 

@@ -48,7 +48,7 @@ SHORT = TrainConfig(
 SMALL = ModelConfig(size=32, filters=4, vanishing=True)
 FLAGS = (
     "--data faces:64 --batch-size 8 --log-every 10 --sample-every 20 --checkpoint-every 10 --lr 1e-3 --lr-window 8 "
-    "--lr-floor 1e-5 --deterministic --filters 4 --vanishing --device cpu --precision float32"
+    "--lr-floor 1e-5 --lr-fall 0 --deterministic --filters 4 --vanishing --device cpu --precision float32"
 ).split()
 
 
