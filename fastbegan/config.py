@@ -23,6 +23,7 @@ STANDARD_WIDTHS: dict[int, tuple[int, ...]] = {
 
 
 _PAPER_BATCH = 16  # §4.1
+LOGGERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,8 @@ class RuntimeConfig:
     """Steps between checkpoints."""
     keep: Annotated[int, Range(2), FREE] = 2
     """Checkpoints kept, at least 2."""
-    tensorboard: Annotated[bool, FREE] = False
-    """Write TensorBoard events too."""
+    log: Annotated[str, FREE] = ""
+    """Where rows and sheets go beside metrics.jsonl: tensorboard, wandb, or both with a comma between."""
     rank_timeout: Annotated[float, Range(1), FREE] = 60.0
     """Seconds that one of several ranks may keep the others waiting before the run ends and names it."""
     requeue_code: Annotated[int, Range(0, 255), FREE] = 0
@@ -202,6 +203,8 @@ class TrainConfig(RuntimeConfig, OptimizerConfig, ObjectiveConfig, DataConfig): 
         check_fields(self)
         divisible = self.batch_size % self.accumulate == 0
         require(divisible, "batch_size", self.batch_size, f"multiples of accumulate, {self.accumulate}")
+        known = set(self.loggers) <= set(LOGGERS) and len(set(self.loggers)) == len(self.loggers)
+        require(known, "log", self.log, " or ".join((*LOGGERS, "both with a comma between")))
         textbook = self.passes == "textbook"
         require(not (self.recompute and textbook), "recompute", True, "False with passes 'textbook', which keeps all")
 
@@ -213,6 +216,11 @@ class TrainConfig(RuntimeConfig, OptimizerConfig, ObjectiveConfig, DataConfig): 
         require(not (self.requeue_code and launched), "requeue_code", self.requeue_code, accepted)
         parts = f"multiples of {world} ranks times accumulate, {self.accumulate}"
         require(self.batch_size % (world * self.accumulate) == 0, "batch_size", self.batch_size, parts)
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """The names in `log`."""
+        return tuple(name.strip() for name in self.log.split(",")) if self.log else ()
 
     @property
     def scale(self) -> float:

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from .errors import UserError
 from .files import printable
 
 _PLAIN_SECONDS = 10.0  # between plain lines
@@ -116,14 +115,3 @@ class Display:
         elif last or self._due():
             self._last = time.monotonic()
             self.say(f"{time.strftime('%H:%M:%S')}  {work}  {note}")
-
-
-def summary_writer() -> Any:
-    """Import TensorBoard's SummaryWriter. Raises UserError where the package is not installed."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its protobuf version warns
-            from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the package tensorboard: pip install 'fastbegan[tensorboard]'") from None
-    return SummaryWriter

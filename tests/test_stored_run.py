@@ -44,6 +44,7 @@ def test_every_tensor_counter_and_setting_is_the_files(run: Path) -> None:
     written = json.loads((run / "config.json").read_text())
     config = RunFolder(run).read_config()
     read = json.loads(json.dumps(config.to_dict()))
+    assert written["train"].pop("tensorboard") is False and read["train"].pop("log") == ""
     assert all(read[part].items() >= written[part].items() for part in ("model", "train"))
     assert set(read["train"]) - set(written["train"]) == {
         "cudnn_search",
@@ -86,9 +87,11 @@ def test_a_run_on_the_faces_of_format_0_goes_on(tmp_path: Path, capsys: pytest.C
     assert main(["train", "--data", "portraits:24", *flags, "--steps", "2", "--out", str(run)]) == 0
     written = json.loads((run / "config.json").read_text())
     assert written.pop("format") == 1
-    written["train"]["data"] = "faces:24"
+    written["train"] |= {"data": "faces:24", "tensorboard": True}
+    del written["train"]["log"]
     (run / "config.json").write_text(json.dumps(written))
-    assert RunFolder(run).read_config().train.data == "portraits:24"
+    read = RunFolder(run).read_config().train
+    assert (read.data, read.log) == ("portraits:24", "tensorboard")
     assert main(["train", "--out", str(run), "--steps", "4"]) == 0
     assert "24 procedural portraits" in capsys.readouterr().out
     continued = json.loads((run / "config.json").read_text())

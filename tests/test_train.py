@@ -404,15 +404,6 @@ def test_independent_draws_are_other_draws(tmp_path: Path, latents: str) -> None
     assert Z_D == 2  # part of the checkpoint format
 
 
-def test_tensorboard(tmp_path: Path) -> None:
-    _train(tmp_path / "run", steps=10, tensorboard=True)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    assert {"loss_real", "loss_fake", "k", "convergence"} <= set(events.Tags()["scalars"])
-
-
 @pytest.mark.slow
 def test_orl_photographs_at_64_px(tmp_path: Path, orl: Path, fastbegan: Run, start_fastbegan: Start) -> None:
     out = tmp_path / "run"

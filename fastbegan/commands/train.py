@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..config import ModelConfig, TrainConfig
+from ..fields import require
 from ..runs.folder import RunConfig
 from ..training.loop import train
 
@@ -25,6 +26,10 @@ class Train:
     """The run folder. A folder that holds a run is continued, with that run's settings. Default: a new one in runs/."""
     resume: Literal["auto", "off"] = "auto"
     """off: refuse a folder that holds a run."""
+    profile: int = 0
+    """Trace so many steps, after the first six, into the run folder's profile/: torch.profiler, and memory on a GPU."""
 
     def run(self) -> int:
-        return train(RunConfig(self.preset, self.model, self.train), self.out, resume=self.resume == "auto")
+        require(self.profile >= 0, "profile", self.profile, "whole numbers from 0")
+        config = RunConfig(self.preset, self.model, self.train)
+        return train(config, self.out, resume=self.resume == "auto", profile=self.profile)

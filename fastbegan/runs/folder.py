@@ -56,9 +56,12 @@ def _of_this_format(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"format is {written!r}; accepted: 0 to {FORMAT}")
     train = values["train"]
     if written == 0 and isinstance(train, dict):
+        train = dict(train)
         data = str(train.get("data", "faces"))
         if data.partition(":")[0] == "faces":
-            train = train | {"data": data.replace("faces", "portraits", 1)}
+            train["data"] = data.replace("faces", "portraits", 1)
+        if train.pop("tensorboard", False):
+            train["log"] = "tensorboard"
     return values | {"train": train}
 
 

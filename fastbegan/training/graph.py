@@ -27,6 +27,8 @@ class GraphedStep:
         enabled: False calls `work` as it is from the start, as on a CPU.
         agree: Tells whether its argument is true on all ranks. If one rank cannot capture, none uses a graph: sums over
             ranks inside and outside of graphs cannot meet.
+        after: Calls that run `work` as it is at least, before a graph is made.
+        after: Number of calls, at least, that run `work` as it is before the graph is made.
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class GraphedStep:
         *,
         enabled: bool = True,
         agree: Callable[[bool], bool] = bool,
+        after: int = 0,
     ) -> None:
         self.work, self.device, self._agree = work, device, agree
         self.enabled = enabled and device.type == "cuda"
-        self._runs_left = _WARM_UP if self.enabled else None  # None: no graph any more
+        self._runs_left = max(_WARM_UP, after) if self.enabled else None  # None: no graph any more
         self._graph: torch.cuda.CUDAGraph | None = None
         # capture is not possible on the default stream; one stream for warm-up too, as each has its own cached memory
         self._stream = torch.cuda.Stream(device) if self.enabled else None

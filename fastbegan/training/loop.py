@@ -17,7 +17,7 @@ from ..config import TrainConfig
 from ..counter import Z_D, Z_G, latents
 from ..data.choose import open_loader, same_images
 from ..data.source import absolute
-from ..display import Display, summary_writer
+from ..display import Display
 from ..distributed.ranks import Ranks
 from ..distributed.stop import STOPPED_BY_USER, StopRequest
 from ..errors import UserError
@@ -30,8 +30,10 @@ from ..runs.sheets import save_animation
 from .checkpoints import Checkpoints
 from .graph import GraphedStep
 from .health import not_finite
+from .loggers import Open, prepare
 from .metrics import Metrics
 from .place import choose, find_device
+from .profiling import Profile, named, steps_before_graph
 from .progress import Progress
 from .schedule import StallHalving, falling
 from .sheets import Sheets
@@ -47,7 +49,14 @@ class Training:
     """One run, from its config to its folder: `run` trains; `begin` and `go_on` do so step by step."""
 
     def __init__(
-        self, config: RunConfig, out: Path, *, resume: bool, display: Display, ranks: Ranks | None = None
+        self,
+        config: RunConfig,
+        out: Path,
+        *,
+        resume: bool,
+        display: Display,
+        ranks: Ranks | None = None,
+        profile: int = 0,
     ) -> None:
         """Open or create the run folder; load images, nets and the newest checkpoint. Raises UserError.
 
@@ -56,7 +65,7 @@ class Training:
         """
         self.ranks = ranks = ranks or Ranks()
         config.train.require_runnable(ranks.world, launched=ranks.launched)
-        events = summary_writer() if config.train.tensorboard and ranks.first else None
+        loggers = [prepare(name) for name in config.train.loggers] if ranks.first else []
         device, device_line = find_device(config.train, ranks)
         self.display, self.folder = display, RunFolder(out)
         # a continued run keeps the images, wherever it is continued
@@ -76,7 +85,14 @@ class Training:
         tune_for_all(config.model, train, device, place.dtype, ranks, display.trying)
         nets = build(config.model, seed=train.seed, device=device)
         self.step = TrainStep(*nets, train, place.dtype, place.compile_mode, ranks)
-        self.advance = GraphedStep(self._work, device, enabled=train.cuda_graph == "auto", agree=ranks.agree)
+        self.profile = Profile(profile if ranks.first else 0, _SETTLED, out / "profile", device, display.say)
+        self.advance = GraphedStep(
+            self._work,
+            device,
+            enabled=train.cuda_graph == "auto",
+            agree=ranks.agree,
+            after=steps_before_graph(profile, _SETTLED),
+        )
         self.schedule = StallHalving(train.lr * train.scale, train.lr_floor * train.scale)
         self._lr_set = self.schedule.lr
         self.progress = Progress(train, self.step, ranks)
@@ -88,7 +104,7 @@ class Training:
         self.step.adopt_kernels()
         self.sheets = Sheets(train, self.step, self.loader, self.folder, ranks)
         if ranks.first:
-            self._open_folder(events)
+            self._open_folder(loggers)
         self._tell(device_line, data_lines, count_parameters(*nets))
 
     def run(self, stop: StopRequest) -> int:
@@ -104,6 +120,7 @@ class Training:
         """Start the clocks: this process trains from now on."""
         self.metrics.begin(self.progress)
         self.progress.begin()
+        self.profile.begin()
 
     def go_on(self, stop: StopRequest) -> bool:
         """One step, and what is due after it; False where a number is not finite."""
@@ -127,6 +144,7 @@ class Training:
             self.loader.prepare(self.progress.images)
         self.advance()
         self.progress.count()
+        self.profile.step()
         self.checkpoints.check()
         self._settle()
 
@@ -139,7 +157,9 @@ class Training:
         z_d = z_g = latents(train.seed, Z_D, first, count, width, self.place.device)
         if train.latents == "independent":
             z_g = latents(train.seed, Z_G, first, count, width, self.place.device)
-        self.step(self.loader.current(position), z_d, z_g)
+        with named("images"):
+            images = self.loader.current(position)
+        self.step(images, z_d, z_g)
 
     def _settle(self) -> None:
         """In the first steps of several ranks: all take the kernels that the first rank found fastest."""
@@ -170,6 +190,7 @@ class Training:
 
     def _end(self, stop: StopRequest) -> int:
         """After the last step; returns the exit code."""
+        self.profile.close()
         self.advance.close()
         self.ranks.leave()
         if self.ranks.first:
@@ -218,16 +239,14 @@ class Training:
         check_resumable(stored, _as_it_began(self.config, stored), self.folder.path)
         return stored
 
-    def _open_folder(self, events: Any) -> None:
+    def _open_folder(self, loggers: list[Open]) -> None:
         """Make the folder this run's, once everything that could refuse to continue has agreed."""
         make_folder(self.folder.path)
         self.folder.rewind(self.progress.done)
         self.folder.write_config(self.config)
         make_folder(self.folder.samples)  # after the config: a folder with samples alone holds no run
-        writer = None
-        if events is not None:
-            writer = events(str(self.folder.path / "tensorboard"), purge_step=self.progress.done + 1)
-        self.metrics.open(self.progress, writer)
+        done = self.progress.done
+        self.metrics.open(self.progress, [start(self.folder.path, self.config, done) for start in loggers])
 
     def _tell(self, device_line: str, data_lines: tuple[str, ...], parameters: int) -> None:
         """The first lines of a run."""
@@ -251,6 +270,7 @@ class Training:
         step = int(self.step.bad_step.item())
         self.advance.close()
         if self.ranks.first:
+            self.metrics.close()
             self.checkpoints.finish()  # before the dump, which a checkpoint removes
             with self.ranks.patient():  # slow storage is no reason to end without a word
                 self._dump(step)
@@ -306,8 +326,10 @@ def _compiled_so_far(state: dict[str, Any] | None, stored: RunConfig | None, tra
     return state.get("compile") if same else None
 
 
-def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
+def train(config: RunConfig, out: Path | None, *, resume: bool = True, profile: int = 0) -> int:
     """Train by `config` in the run folder `out`; returns the exit code. Raises UserError for bad input.
+
+    `profile` is the number of steps of which the first rank writes a trace.
 
     Started by torchrun, this is one of several ranks; all use rank 0's config and folder. Without `out` a new folder is
     made, which ranks that are started again could not find: they need one. A rank's process ends here. No other process
@@ -327,7 +349,7 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True) -> int:
                 if ranks.watch is not None:
                     ranks.watch.last_wish = reserved.close
                 with Display(quiet=not ranks.first) as display:
-                    training = Training(config, folder, resume=resume, display=display, ranks=ranks)
+                    training = Training(config, folder, resume=resume, display=display, ranks=ranks, profile=profile)
                     reserved.callback(training.checkpoints.linger)  # which writes in the folder
                     with contextlib.closing(training.loader):
                         code = training.run(stop)

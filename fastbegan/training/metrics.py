@@ -1,4 +1,4 @@
-"""Rows of metrics: read from the device without waiting for it, written to a file, TensorBoard and the display."""
+"""Rows of metrics: read from the device without waiting for it, written to a file, loggers and the display."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..distributed.ranks import Ranks
 from ..runs.appearance import Appearance
 from ..runs.folder import RunFolder
 from .health import HealthMonitor
+from .loggers import Logger
 from .progress import Progress
 from .reading import Reading
 from .step import TrainStep
@@ -24,14 +25,14 @@ class Metrics:
     def __init__(self, step: TrainStep, folder: RunFolder, display: Display, ranks: Ranks) -> None:
         self._step, self._folder, self._display, self._ranks = step, folder, display, ranks
         self._health = HealthMonitor()
-        self._tensorboard: Any = None
+        self._loggers: list[Logger] = []
         self._row: tuple[Reading, dict[str, Any]] | None = None  # on its way
         self._clock, self._images = time.monotonic(), 0  # of the row before
         self._waited = 0.0  # seconds for batches, since the row before
 
-    def open(self, progress: Progress, tensorboard: Any) -> None:
-        """Show the folder's earlier rows to the health monitor; `tensorboard` is a SummaryWriter or None."""
-        self._tensorboard = tensorboard
+    def open(self, progress: Progress, loggers: list[Logger]) -> None:
+        """Show the folder's earlier rows to the health monitor. The loggers get those that come."""
+        self._loggers = loggers
         for row in self._folder.read_metrics():
             self._health.after_log(row["k"])
             if "variety" in row:  # rows of earlier versions have none
@@ -44,8 +45,8 @@ class Metrics:
 
     def close(self) -> None:
         """No rows come any more."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        while self._loggers:
+            self._loggers.pop().close()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -76,6 +77,8 @@ class Metrics:
         """
         if looks is not None:
             self._warn(self._health.after_sheet(looks.variety, progress.images, progress.fraction()), progress.done)
+            for logger in self._loggers:
+                logger.sheet(progress.done, self._folder.sheet_file(progress.done))
         if progress.log_due:
             facts = {"step": progress.done, "images": progress.images, "lr": lr}
             facts |= {} if looks is None else dataclasses.asdict(looks)
@@ -101,9 +104,8 @@ class Metrics:
         row |= {"lr": facts.pop("lr"), "images_per_second": round(rate, 2), "data_wait": round(waited, 4), **facts}
         self._warn(self._health.after_log(row["k"]), step)
         self._folder.append_metrics(row)
-        if self._tensorboard is not None:
-            for name, value in row.items():
-                self._tensorboard.add_scalar(name, value, step)
+        for logger in self._loggers:
+            logger.row(row)
         self._display.training(progress.fraction(), row, progress.seconds_left())
         return True
 

@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..layers import Equilibrium
 from ..nets.models import Discriminator, Generator
 from .objective import Objective, objective_for
+from .profiling import named
 from .reading import Reading
 
 # fp16 only: scale of the losses so that small gradients do not vanish, as torch.amp.GradScaler starts it
@@ -213,6 +214,7 @@ class TrainStep(nn.Module):
                 raise
         return self._losses(players, batch)  # out here: the tensors in the error's frames are free
 
+    @named("gradients")
     def _losses_of_parts(self, players: str, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
         for optimizer in (self.optimizer_d, self.optimizer_g):
             optimizer.zero_grad(set_to_none=True)
@@ -243,6 +245,7 @@ class TrainStep(nn.Module):
         self.objective = self._objective(None)
         return True
 
+    @named("update")
     def _update(self, loss: Tensor, *nets: nn.Module) -> Tensor:
         """Apply the gradients, unless one of them or anything before was not finite; returns whether held back, [].
 
@@ -271,6 +274,7 @@ class TrainStep(nn.Module):
         self.bad_step.copy_(torch.where(bad & (self.found_bad == 0), self.number, self.bad_step))
         self.found_bad.copy_(torch.maximum(self.found_bad, bad.to(self.found_bad.dtype)))
 
+    @named("average")
     @torch.no_grad()
     def _move_average(self, batch: int, held_back: Tensor) -> None:
         # a ramp: after 100 images, an average over 20,000 would still be the first weights
