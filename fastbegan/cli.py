@@ -33,11 +33,11 @@ from .commands.export import Export
 from .commands.info import Info
 from .commands.sample import Sample
 from .commands.train import Train
-from .config import PRESETS, find_preset
+from .config import PRESETS
 from .data import arrays
 from .errors import UserError
 from .files import printable
-from .runs.folder import RunFolder
+from .runs.folder import RunFolder, settings_of
 
 _AT_HOME = re.compile(rf"((?:--[\w-]+=)?(?:(?:{'|'.join(arrays.NAMES)}):)?)(~.*)", re.DOTALL)
 
@@ -52,7 +52,7 @@ def _expanded(argument: str) -> str:
 
 
 def _train_defaults(arguments: list[str]) -> Train:
-    """What the options of `train` default to: the run in --out if it holds one, else the preset."""
+    """What the options of `train` default to: the run in --out if it holds one, else the preset, or another run's."""
     if arguments[:1] != ["train"]:
         return Train(PRESETS["demo"].model, PRESETS["demo"].train)
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -60,14 +60,10 @@ def _train_defaults(arguments: list[str]) -> Train:
         scan.add_argument(name, type=kind, nargs="?")  # that a value is missing is for the real parser to say
     scan.add_argument("--widths", nargs="*")
     known = scan.parse_known_args(arguments)[0]
-    if known.preset is not None:
-        find_preset(known.preset)
+    start = settings_of(known.preset or "demo")
     if known.out is not None and RunFolder(known.out).exists():
-        stored = RunFolder(known.out).read_config()
-        preset, model, train = stored.preset, stored.model, stored.train
-    else:
-        preset = known.preset or "demo"
-        model, train = PRESETS[preset].model, PRESETS[preset].train
+        start = RunFolder(known.out).read_config()
+    model, train = start.model, start.train
     with contextlib.suppress(ValueError):  # what is no number is for the real parser to name
         if known.size is not None and int(known.size) != model.size:  # another size has other standard widths
             widths = None if known.widths is None else tuple(int(width) for width in known.widths)
@@ -75,7 +71,7 @@ def _train_defaults(arguments: list[str]) -> Train:
     if any(argument.partition("=")[0] in ("--images", "--steps", "--minutes") for argument in arguments):
         # a length that is asked for replaces the one of the preset or the stored run
         train = dataclasses.replace(train, images=None, steps=None, minutes=None)
-    return Train(model, train, preset=preset)
+    return Train(model, train, preset=start.preset)
 
 
 def _check_environment() -> None:

@@ -267,10 +267,3 @@ PRESETS: dict[str, Preset] = {
     "paper-128": _paper(128, 0.7),
     "paper-256": _paper(256, 0.7),
 }
-
-
-def find_preset(name: str) -> Preset:
-    """Raises UserError for a name that no preset has."""
-    if name not in PRESETS:
-        raise UserError(f"preset is {name!r}; accepted: {', '.join(PRESETS)}")
-    return PRESETS[name]

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 
 from fastbegan import TrainStep
 from fastbegan.cli import _expanded, main
+from fastbegan.runs.folder import RunFolder
 from tests.helpers.processes import environment
 
 TRAIN_OPTIONS = (
@@ -36,6 +38,21 @@ def _options(capsys: pytest.CaptureFixture[str], *command: str) -> list[str]:
     assert stop.value.code == 0
     names = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", capsys.readouterr().out)) - {"help"}
     return sorted(n for n in names if not (n.startswith("no-") and n.removeprefix("no-") in names))
+
+
+def test_the_settings_of_a_run_are_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--size 16 --widths 1 2 --filters 2 --hidden 4 --latent 4 --batch-size 4 --device cpu --gamma 0.6".split()
+    assert main(["train", *flags, "--steps", "3", "--data", "faces:16", "--out", str(tmp_path / "a")]) == 0
+    config = str(tmp_path / "a" / "config.json")
+    again = ["train", "--preset", config, "--data", "portraits:16", "--out", str(tmp_path / "b")]
+    assert main(again) == 0 and main([*again, "--steps", "5"]) == 0  # the second goes on with the first
+    settings = [RunFolder(tmp_path / name).read_config() for name in "ab"]
+    changes = {"data": "portraits:16", "steps": 5}
+    assert settings[1] == replace(settings[0], train=replace(settings[0].train, **changes))
+    capsys.readouterr()
+    assert main(["doctor", "--preset", config]) == 0 and "at batch 4" in capsys.readouterr().out
+    assert main(["train", "--preset", str(tmp_path / "none.json")]) == 2
+    assert "none.json is not a config of this version: " in capsys.readouterr().err
 
 
 def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..config import find_preset
 from ..errors import UserError
 from ..measure.plan import ASSUMED, COPY_SHARE, GPUS, NETWORK_SHARE, PASSES, Cluster, Plan, measured_share, plan
+from ..runs.folder import settings_of
 from ..training.cost import step_cost
 
 
@@ -47,7 +47,7 @@ class BenchPlan:
 
 def bench_plan(options: BenchPlan) -> int:
     """Print a plan for each GPU and number of cards; returns the exit code. Raises UserError for bad values."""
-    preset = find_preset(options.preset)
+    preset = settings_of(options.preset)
     batch_size = preset.train.batch_size if options.batch_size is None else options.batch_size
     train = dataclasses.replace(preset.train, batch_size=batch_size)
     images = train.images or 7_000_000

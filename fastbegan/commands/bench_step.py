@@ -12,11 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..config import find_preset
 from ..device import pick_compile, pick_device, pick_precision
 from ..errors import UserError
 from ..measure import machine
 from ..measure.step import COMPILED, DEFAULT_MODES, MODES, measure
+from ..runs.folder import settings_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class BenchStep:
     """Time all modes of the training step on this machine, turn by turn in one run."""
 
     preset: str = "demo"
-    """Nets, batch and loss: demo, demo-64, paper-32, paper-64, paper-128, paper-256."""
+    """Nets, batch and loss: demo, demo-64, paper-32, paper-64, paper-128, paper-256, or a run's config.json."""
     size: int | None = None
     """Image size. Default: the preset's."""
     filters: int | None = None
@@ -59,7 +59,7 @@ def bench_step(options: BenchStep) -> int:
             raise UserError(f"mode is {mode!r}; accepted: {', '.join(MODES)}, each also with {COMPILED}")
     if options.rounds < 1:
         raise UserError(f"rounds is {options.rounds}; accepted: whole numbers from 1")
-    preset = find_preset(options.preset)
+    preset = settings_of(options.preset)
     model = preset.model.resized(options.size, options.filters)
     batch_size = preset.train.batch_size if options.batch_size is None else options.batch_size
     train = dataclasses.replace(

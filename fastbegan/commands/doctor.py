@@ -15,10 +15,11 @@ from fastbegan_kernels import dispatch, problems, tuning
 from fastbegan_kernels.conv_layer import Layer
 from fastbegan_kernels.problems import Pointwise, Problem
 
-from ..config import ModelConfig, TrainConfig, find_preset
+from ..config import ModelConfig, TrainConfig
 from ..device import pick_device, pick_precision, set_backends
 from ..display import Display, print_facts
 from ..errors import UserError
+from ..runs.folder import settings_of
 from ..training.capacity import capacity
 from ..training.cost import step_cost
 from ..training.tune import tune
@@ -60,7 +61,7 @@ def doctor(options: Doctor) -> int:
         if options.tune:
             raise UserError("tune is True without a preset; accepted: --preset NAME --tune")
         return _ops(options)
-    preset = find_preset(options.preset)
+    preset = settings_of(options.preset)
     model = preset.model.resized(options.size, options.filters)
     batch_size = preset.train.batch_size if options.batch_size is None else options.batch_size
     train = replace(preset.train, batch_size=batch_size)

@@ -10,7 +10,7 @@ import tyro
 
 from ..config import ModelConfig, TrainConfig
 from ..fields import require
-from ..runs.folder import RunConfig
+from ..runs.folder import RunConfig, is_config, settings_of
 from ..training.loop import train
 
 
@@ -21,7 +21,8 @@ class Train:
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "demo"
-    """Where all other options start from: demo, demo-64, paper-32, paper-64, paper-128, paper-256."""
+    """Where all other options start from: demo, demo-64, paper-32, paper-64, paper-128, paper-256, or a run's
+    config.json, to repeat it."""
     out: Path | None = None
     """The run folder. A folder that holds a run is continued, with that run's settings. Default: a new one in runs/."""
     resume: Literal["auto", "off"] = "auto"
@@ -31,5 +32,6 @@ class Train:
 
     def run(self) -> int:
         require(self.profile >= 0, "profile", self.profile, "whole numbers from 0")
-        config = RunConfig(self.preset, self.model, self.train)
+        preset = settings_of(self.preset).preset if is_config(self.preset) else self.preset
+        config = RunConfig(preset, self.model, self.train)
         return train(config, self.out, resume=self.resume == "auto", profile=self.profile)

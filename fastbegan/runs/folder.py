@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from ..config import FREE_ON_RESUME, ModelConfig, TrainConfig
+from ..config import FREE_ON_RESUME, PRESETS, ModelConfig, TrainConfig
 from ..errors import UserError
 from ..fields import from_dict
 from ..files import HeldError, atomic, locked, make_folder, read_json, removed_if_empty, visible, write_json, writing
@@ -65,6 +65,28 @@ def _of_this_format(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"train": train}
 
 
+def read_config(file: Path) -> RunConfig:
+    """The settings in a run's config.json. Raises UserError where it is none."""
+    try:
+        return RunConfig.from_dict(read_json(file))
+    except UserError as error:
+        raise UserError(f"{file} is not a config of this version: {error}") from None
+
+
+def is_config(preset: str) -> bool:
+    """Whether a value of `--preset` names a run's config.json."""
+    return preset.endswith(".json")
+
+
+def settings_of(preset: str) -> RunConfig:
+    """The settings of a preset, or of the run whose config.json is given. Raises UserError where there is none."""
+    if is_config(preset):
+        return read_config(Path(preset))
+    if preset not in PRESETS:
+        raise UserError(f"preset is {preset!r}; accepted: {', '.join(PRESETS)}, or a run's config.json")
+    return RunConfig(preset, PRESETS[preset].model, PRESETS[preset].train)
+
+
 class RunFolder:
     """Paths and files of one run."""
 
@@ -111,10 +133,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path} is no run folder (it has no config.json); give what `fastbegan train` printed"
             )
-        try:
-            return RunConfig.from_dict(read_json(self.config_file))
-        except UserError as error:
-            raise UserError(f"{self.config_file} is not a config of this version: {error}") from None
+        return read_config(self.config_file)
 
     def write_config(self, config: RunConfig) -> None:
         write_json(self.config_file, config.to_dict())
