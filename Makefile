@@ -10,7 +10,7 @@ endif
 CONSTRAINTS := $(if $(TORCH),constraints-torch27.txt,constraints.txt)
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup --durations=12
 
-.PHONY: train test test-slow test-compat ptx check bench gpu experiments gallery venv format reference constraints clean
+.PHONY: train test test-slow test-compat ptx check docs bench gpu experiments gallery venv format constraints clean
 
 train: $(VENV)/.core
 	$(BIN)/python -m fastbegan train
@@ -38,6 +38,14 @@ check: $(VENV)/.dev
 	$(BIN)/pyright
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 	$(BIN)/pydoclint -q $(DOCUMENTED)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(BIN)/hadolint Dockerfile
+
+# The site, into docs/_build/html; a link that leads nowhere fails.
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 # Execute the PTX of all shipped kernel configurations on this CPU: minutes (tests/ptx/README.md).
 # make ptx TRITON=3.6.0 does it with another Triton, in a temporary folder; make ptx PTX="--record" keeps the results.
@@ -85,10 +93,6 @@ gallery: $(VENV)/.core
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-# docs/reference/, from signatures and docstrings; a test holds the pages to it.
-reference: $(VENV)/.core
-	$(BIN)/python docs/make_reference.py
 
 # With TORCH= the environment is made anew for that version, and the other targets keep to it.
 venv:

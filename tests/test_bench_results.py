@@ -93,14 +93,14 @@ def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "no results in" in capsys.readouterr().err
 
 
-def test_the_readme_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "report", str(ROOT / "bench" / "results"), "--readme"]) == 0
+def test_the_page_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "report", str(ROOT / "bench" / "results"), "--summary"]) == 0
     made = capsys.readouterr().out
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.partition("<!-- speed: made by `fastbegan bench report --readme` -->\n")[2]
+    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    section = text.partition("<!-- speed: made by `fastbegan bench report --summary` -->\n")[2]
     assert section.partition("<!-- end of speed -->")[0] == made
-    assert "No GPU has been measured yet" in report.readme([_results()])
-    assert "No GPU has been measured yet" not in report.readme([_results(capability="9.0")])
+    assert "No GPU has been measured yet" in report.summary([_results()])
+    assert "No GPU has been measured yet" not in report.summary([_results(capability="9.0")])
 
 
 def test_a_plan_is_the_sum_of_its_parts() -> None:

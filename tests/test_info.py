@@ -1,4 +1,4 @@
-"""The table of presets, and that the README shows it as it is."""
+"""The table of presets, and that the page on the start shows it as it is."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def test_memory_grows_with_the_batch() -> None:
     assert one < two < 2 * one
 
 
-def test_readme_shows_the_presets_as_they_are(capsys) -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_page_shows_the_presets_as_they_are(capsys) -> None:
+    text = (ROOT / "docs" / "start.md").read_text()
     shown = text.partition("<!-- presets: made by `fastbegan info --markdown` -->\n")[2].partition("<!-- end")[0]
     assert shown == preset_markdown()
     assert main(["info", "--markdown"]) == 0

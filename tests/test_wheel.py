@@ -40,7 +40,7 @@ def test_wheel_holds_both_packages_and_works(tmp_path: Path) -> None:
     subprocess.run([*pip, "--python", str(python), "install", "--no-deps", str(wheel)], check=True, timeout=300)
     (site,) = (tmp_path / "fresh").glob("lib/python*/site-packages")
     (site / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")  # and what else is not ours
-    page = (ROOT / "docs" / "use-it-in-your-gan.md").read_text()
+    page = (ROOT / "docs" / "drop-in.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     bare["OMP_NUM_THREADS"] = "2"  # with many threads nothing as small as on the page is faster

@@ -18,8 +18,8 @@ class BenchReport:
     """JSON files, or folders of them; of each device the newest is shown, and the others as its history."""
     out: Path | None = None
     """A folder for report.md and its pictures. Default: print the tables only."""
-    readme: bool = False
-    """Print the README's section on speed."""
+    summary: bool = False
+    """Print only the rows of whole steps, as docs/speed.md shows them."""
 
     def run(self) -> int:
-        return write_report(self.results, out=self.out, as_readme=self.readme)
+        return write_report(self.results, out=self.out, as_summary=self.summary)

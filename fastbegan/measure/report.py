@@ -54,7 +54,7 @@ def _line(values: Sequence[str]) -> str:
     return f"| {' | '.join(values)} |"
 
 
-def readme(runs: Iterable[Results]) -> str:
+def summary(runs: Iterable[Results]) -> str:
     """The README's section on speed: whole steps on every device, and a note where no GPU was measured."""
     lines = [_line(("device", "date", "step", "ms", "images/s", "times as fast as")), _line(["---"] * 6)]
     gpu = False
@@ -76,13 +76,13 @@ def readme(runs: Iterable[Results]) -> str:
     return "\n".join([*lines, words, ""])
 
 
-def write_report(paths: Sequence[Path], *, out: Path | None, as_readme: bool) -> int:
+def write_report(paths: Sequence[Path], *, out: Path | None, as_summary: bool) -> int:
     """Print the newest results of each device as Markdown, or write them with plots.
 
     Args:
         paths: JSON files of results, and folders of them.
         out: Folder for report.md and its plots; None prints the tables.
-        as_readme: Print the README's section instead.
+        as_summary: Print the README's section instead.
 
     Returns:
         The exit code.
@@ -91,8 +91,8 @@ def write_report(paths: Sequence[Path], *, out: Path | None, as_readme: bool) ->
         UserError: There are no results, or `out` cannot be written to.
     """
     runs = load_all(paths)
-    if as_readme:
-        print(readme(runs), end="")
+    if as_summary:
+        print(summary(runs), end="")
         return 0
     text = "# Benchmarks\n\n" + "\n".join(markdown(results) for results in newest(runs))
     if out is None:
@@ -202,4 +202,4 @@ def history(runs: Sequence[Results]) -> Any:
 
 
 if __name__ == "__main__":  # for machines without the libraries of the command line
-    sys.exit(write_report([Path(path) for path in sys.argv[1:]], out=None, as_readme=False))
+    sys.exit(write_report([Path(path) for path in sys.argv[1:]], out=None, as_summary=False))

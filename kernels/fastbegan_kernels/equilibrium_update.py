@@ -27,11 +27,11 @@ def equilibrium_update(  # noqa: PLR0913
 
     With L(x) and L(G(z)) as the means of `loss_real` and `loss_fake`:
 
-    - sums += [L(x), L(G(z)), k, M, |L(x) - L(G(z))|, 1], with k before the step;
+    - `sums += [L(x), L(G(z)), k, M, |L(x) - L(G(z))|, 1]`, with k before the step;
     - window += [M, 1];
-    - k <- clamp(k + lambda_k (gamma L(x) - L(G(z))), 0, 1);
+    - `k <- clamp(k + lambda_k (gamma L(x) - L(G(z))), 0, 1)`;
 
-    where M = L(x) + |gamma L(x) - L(G(z))| measures convergence. NaN in a loss reaches k. All values stay on the
+    where `M = L(x) + |gamma L(x) - L(G(z))|` measures convergence. NaN in a loss reaches k. All values stay on the
     device, so a step needs no transfer. The fused tier is one kernel. `reference.equilibrium_update` is the plain twin.
 
     Not differentiable: call it under torch.no_grad(), as `layers.Equilibrium.update` does.

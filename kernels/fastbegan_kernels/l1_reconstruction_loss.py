@@ -21,14 +21,14 @@ def l1_reconstruction_loss(
     detach_target: bool = False,
     impl: str | None = None,
 ) -> Tensor:
-    """Compute the reconstruction loss of each sample: mean of |target - prediction|^eta (paper §3.1).
+    """Compute the reconstruction loss of each sample: mean of `|target - prediction|^eta` (paper §3.1).
 
     The kernel reads each input once forward. In the backward it reads each input once more and writes the gradients.
     Sums are added in a fixed order, so results repeat bit for bit. Where the loss's factor is known beforehand,
     `l1_reconstruction_loss_with_gradients` needs one pass for both. `reference.l1_reconstruction_loss` is the plain
     twin.
 
-    Gradients reach both arguments; the derivative of |d| at 0 is 0. With create_graph=True they come from plain
+    Gradients reach both arguments; the derivative of `|d|` at 0 is 0. With create_graph=True they come from plain
     operations, so they can be differentiated again.
 
     Args:
@@ -64,8 +64,8 @@ def l1_reconstruction_loss_with_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute the losses and, in the same pass, the gradients of sum(scale * losses).
 
-    losses[n] = mean of |target[n] - prediction[n]|^eta, as in `l1_reconstruction_loss` (paper §3.1). `scale` is read on
-    the device, so BEGAN's k never visits the host.
+    `losses[n]` is the mean of `|target[n] - prediction[n]|^eta`, as in `l1_reconstruction_loss` (paper §3.1).
+    `scale` is read on the device, so BEGAN's k never visits the host.
 
     Autograd records nothing here. Pass the gradients on with torch.autograd.backward(prediction, gradient).
 

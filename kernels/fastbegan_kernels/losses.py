@@ -10,7 +10,7 @@ from .l1_reconstruction_loss import l1_reconstruction_loss
 
 
 class L1ReconstructionLoss(nn.Module):
-    """Mean absolute error of each sample: mean of |target - prediction| (BEGAN §3.1)."""
+    """Mean absolute error of each sample: mean of `|target - prediction|` (BEGAN §3.1)."""
 
     eta = 1
 
@@ -89,7 +89,7 @@ class HingeLoss(nn.Module):
 
 
 class LatentL1Loss(nn.Module):
-    """Mean of |z - code| of each sample. In BEGAN-CS (Chang et al. 2018), the code is D's encoding of G(z)."""
+    """Mean of `|z - code|` of each sample. In BEGAN-CS (Chang et al. 2018), the code is D's encoding of G(z)."""
 
     def forward(self, code: Tensor, z: Tensor) -> Tensor:
         """Compute the loss of each sample.
