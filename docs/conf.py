@@ -24,6 +24,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 default_role = "code"  # docstrings have Markdown's single backquotes
+napoleon_use_rtype = False
 autodoc_member_order = "bysource"
 html_theme = "furo"
 html_title = f"fastbegan {release}"

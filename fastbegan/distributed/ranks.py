@@ -24,6 +24,7 @@ from torch import Tensor
 from fastbegan_kernels.faults import is_cuda_error, is_out_of_memory
 
 from ..errors import UserError
+from . import flight
 from .stop import STOPPED_BY_USER
 from .watch import Watch
 
@@ -138,6 +139,7 @@ class Ranks:
             return cls()
         # torch would abort healthy ranks without a cause; `watch` ends them with one
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        flight.switch_on()
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"

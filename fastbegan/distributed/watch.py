@@ -117,7 +117,7 @@ class Watch:
         self._ticks, self._step, self._settled, self._lost = 0, 0, False, ""
         self._begun = self._answered = time.monotonic()
         self._all_seen, self._printed, self._ending = False, False, -math.inf
-        self.last_wish: Callable[[], object] | None = None  # called before this module ends the process
+        self.last_wish: Callable[[int], object] | None = None  # called with the exit code before the process ends
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._store.set(f"host {rank}", socket.gethostname())
         self._beat(0)
@@ -220,7 +220,7 @@ class Watch:
         """Call `last_wish` and end this process at once: other threads may be waiting for a dead rank."""
         if self.last_wish is not None:
             with contextlib.suppress(Exception):
-                self.last_wish()
+                self.last_wish(code)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()

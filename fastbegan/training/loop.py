@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import signal
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from ..counter import Z_D, Z_G, latents
 from ..data.choose import open_loader, same_images
 from ..data.source import absolute
 from ..display import Display
+from ..distributed.flight import write_record
 from ..distributed.ranks import Ranks
 from ..distributed.stop import STOPPED_BY_USER, StopRequest
+from ..distributed.watch import LOST
 from ..errors import UserError
 from ..files import make_folder, write_json
 from ..nets.models import build, count_parameters
@@ -326,6 +330,13 @@ def _compiled_so_far(state: dict[str, Any] | None, stored: RunConfig | None, tra
     return state.get("compile") if same else None
 
 
+def _last_wish(folder: Path, rank: int, free: Callable[[], object], code: int) -> None:
+    """What a rank does before its process ends with `code`, in whatever thread."""
+    if code == LOST:
+        write_record(folder / "flight-recorder", rank)
+    free()
+
+
 def train(config: RunConfig, out: Path | None, *, resume: bool = True, profile: int = 0) -> int:
     """Train by `config` in the run folder `out`; returns the exit code. Raises UserError for bad input.
 
@@ -347,7 +358,7 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True, profile: 
                 if ranks.first:
                     reserved.enter_context(RunFolder(folder).reserved())
                 if ranks.watch is not None:
-                    ranks.watch.last_wish = reserved.close
+                    ranks.watch.last_wish = functools.partial(_last_wish, folder, ranks.rank, reserved.close)
                 with Display(quiet=not ranks.first) as display:
                     training = Training(config, folder, resume=resume, display=display, ranks=ranks, profile=profile)
                     reserved.callback(training.checkpoints.linger)  # which writes in the folder
