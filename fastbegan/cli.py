@@ -22,6 +22,7 @@ from fastbegan_kernels import dispatch
 from fastbegan_kernels.faults import is_out_of_memory
 
 from .commands.bench_plan import BenchPlan
+from .commands.bench_record import BenchRecord
 from .commands.bench_report import BenchReport
 from .commands.bench_step import BenchStep
 from .commands.data import DataCheck, DataInfo, DataPack
@@ -95,6 +96,7 @@ def _parse(arguments: list[str]) -> Any:
         Annotated[BenchStep, subcommand("step")]
         | Annotated[BenchReport, subcommand("report")]
         | Annotated[BenchPlan, subcommand("plan")]
+        | Annotated[BenchRecord, subcommand("record")]
     )
     data = (
         Annotated[DataPack, subcommand("pack")]

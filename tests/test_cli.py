@@ -66,6 +66,7 @@ def test_options_are_added_on_purpose(capsys: pytest.CaptureFixture[str], monkey
     assert _options(capsys, "doctor") == "batch-size cudnn-search device filters precision preset size tune".split()
     assert _options(capsys, "bench", "step") == BENCH_OPTIONS.split()
     assert _options(capsys, "bench", "report") == ["out", "results", "summary"]  # the last is named as pytest's
+    assert _options(capsys, "bench", "record") == "device fd m preset seed".split()
     assert _options(capsys, "bench", "plan") == "batch-size gpu gpus json link network preset results share".split()
 
 

@@ -25,9 +25,10 @@ from fastbegan.cli import main
 from fastbegan.commands.experiment import EXPERIMENTS
 from fastbegan.experiments.continuity import recover
 from fastbegan.experiments.convergence import ranks_correlate
+from fastbegan.experiments.race import seconds_to, smoothed
 from fastbegan.experiments.record import fingerprint
 from fastbegan.experiments.scales import SCALES
-from fastbegan.experiments.speed import WAYS, minutes_to_levels, seconds_to, smoothed
+from fastbegan.experiments.speed import WAYS, minutes_to_levels
 from fastbegan.experiments.study import OF_ONE_RUN
 from fastbegan.files import read_json
 from fastbegan.nets.models import build

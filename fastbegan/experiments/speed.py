@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,12 @@ from ..config import PRESETS
 from ..data.choose import open_loader
 from ..device import pick_precision
 from ..display import Display, duration
-from ..distributed.stop import StopRequest
 from ..errors import UserError
 from ..figures import new_figure, save_figure
-from ..measure.machine import synchronize
 from ..runs.folder import RunConfig, RunFolder
 from ..runs.sheets import save_png
-from ..training.loop import Training
 from .pictures import beside
+from .race import LOG_EVERY, SMOOTHED, Racer, seconds_to, smoothed
 from .study import Study
 from .training import Trained
 
@@ -38,27 +35,14 @@ WAYS: dict[str, dict[str, Any]] = {
 OTHERS = ("textbook", "textbook compiled")
 _COLOURS = {"textbook": "#7f7f7f", "textbook compiled": "#ff7f0e", "ours": "#1f77b4"}
 _TURN = 5.0  # seconds
-_LOG_EVERY = 10  # steps of a row of metrics
-_SMOOTHED = 30  # rows of metrics of which M is the mean
 _MARKS = 6  # times at which images are scored, evenly spaced
 _SCORES = ("frechet_distance", "kernel_distance")
 _REPORT = 30.0  # seconds between lines of progress
 _NEVER = 10**9
+Marks = list[tuple[float, dict[str, Tensor]]]
+"""Seconds, and the weights of the averaged generator then."""
 _TILES, _COLUMNS = 24, 4
 _LEVELS = (0.25, 0.5, 0.75, 1.0)  # shares of the textbook's time, whose M is the goal of a row
-
-
-@dataclass
-class Racer:
-    """One way at work."""
-
-    training: Training
-    seconds: float
-    """Of its own turns, and of its set-up."""
-    clock: list[float] = field(default_factory=list)
-    """Seconds after each step; on a GPU exact at the end of a turn, and where a row of metrics arrives."""
-    marks: list[tuple[float, dict[str, Tensor]]] = field(default_factory=list)
-    """Seconds, and the weights of the averaged generator then."""
 
 
 def run(study: Study) -> None:
@@ -72,7 +56,7 @@ def run(study: Study) -> None:
     study.show("speed.png", f"M and {distance} against minutes; a line each seed. Compilation counts.")
     study.show(f"samples-{first}.png", f"What each draws after {study.scale.minutes:g} minutes, seed {first}.")
     levels = {seed: minutes_to_levels(race) for seed, race in races.items()}
-    study.say(f"Minutes until M, a mean over {_SMOOTHED * _LOG_EVERY} steps, is as low as the textbook step gets it:")
+    study.say(f"Minutes until M, a mean over {SMOOTHED * LOG_EVERY} steps, is as low as the textbook step gets it:")
     study.table(
         ("seed", "M", *WAYS, *(f"ours / {way}" for way in OTHERS)),
         [
@@ -87,7 +71,7 @@ def run(study: Study) -> None:
     )
     study.say(
         "The first step holds set-up and compilation; Inductor's cache is empty. Milliseconds are a median over rows "
-        f"of {_LOG_EVERY} steps, scores those of the last images. The learning rate stays as it is at first. All nets "
+        f"of {LOG_EVERY} steps, scores those of the last images. The learning rate stays as it is at first. All nets "
         "and images are channels_last."
     )
     for way in OTHERS:
@@ -130,18 +114,22 @@ def _race(study: Study, seed: int) -> dict[str, Any]:
         closing.enter_context(
             contextlib.closing(open_loader(some.train, some.model.size, study.device, study.display.preparing)[0])
         )
-        racers = {way: _set_up(_folder(study, way, seed), configs[way], quiet, closing) for way in WAYS}
+        racers = {way: Racer.set_up(configs[way], _folder(study, way, seed), quiet, closing) for way in WAYS}
+        marks: dict[str, Marks] = {way: [] for way in WAYS}
         reported = time.monotonic()
         while any(racer.seconds < limit or not racer.clock for racer in racers.values()):
-            racer = min(racers.values(), key=lambda racer: racer.seconds if racer.clock else 0.0)
-            _turn(racer, study.device, limit)
+            way, racer = min(racers.items(), key=lambda entry: entry[1].seconds if entry[1].clock else 0.0)
+            racer.turn(min(racer.seconds + _TURN, limit))
+            if racer.seconds >= limit * (len(marks[way]) + 1) / _MARKS or not marks[way]:
+                average = racer.training.step.average.state_dict()
+                marks[way].append((racer.seconds, {name: value.clone() for name, value in average.items()}))
             if time.monotonic() - reported > _REPORT:
                 reported = time.monotonic()
                 steps = (f"{way} {len(racer.clock):,}" for way, racer in racers.items())
                 study.display.say(f"seed {seed}, {duration(racer.seconds)} each: {', '.join(steps)} steps")
         panels = [(f"{way}, {len(racer.clock):,} steps", _samples(study, racer)) for way, racer in racers.items()]
         save_png(study.folder / f"samples-{seed}.png", beside(panels, _COLUMNS))
-        return {way: _figures(study, racer) for way, racer in racers.items()}
+        return {way: _figures(study, racer, marks[way]) for way, racer in racers.items()}
 
 
 @contextlib.contextmanager
@@ -167,7 +155,7 @@ def _config(study: Study, seed: int, changes: dict[str, Any]) -> RunConfig:
         steps=_NEVER,
         lr_fall=0.0,
         precision=pick_precision(scale.precision, study.device)[0],  # the same for all
-        log_every=_LOG_EVERY,
+        log_every=LOG_EVERY,
         sample_every=_NEVER,
         checkpoint_every=_NEVER,
         **changes,
@@ -179,55 +167,24 @@ def _folder(study: Study, way: str, seed: int) -> Path:
     return study.folder / "runs" / f"{way.replace(' ', '-')}-seed-{seed}"
 
 
-def _set_up(folder: Path, config: RunConfig, display: Display, closing: contextlib.ExitStack) -> Racer:
-    shutil.rmtree(folder, ignore_errors=True)  # of a race that was interrupted
-    start = time.monotonic()
-    training = Training(config, folder, resume=False, display=display)
-    seconds = time.monotonic() - start
-    for close in (training.loader.close, training.metrics.close, training.advance.close):
-        closing.callback(close)
-    return Racer(training, seconds)
-
-
-def _turn(racer: Racer, device: torch.device, limit: float) -> None:
-    """Train for a turn, or until `limit`; note the time after each step, and the weights at each mark."""
-    training, stop, before = racer.training, StopRequest(), racer.seconds
-    end = max(before, min(before + _TURN, limit))
-    synchronize(device)
-    training.begin()
-    start = time.monotonic()
-    while racer.seconds < end or not racer.clock:
-        if not training.go_on(stop):
-            raise UserError(f"{training.folder.path} has a number that is not finite at step {len(racer.clock) + 1:,}")
-        racer.seconds = before + time.monotonic() - start
-        racer.clock.append(racer.seconds)
-    synchronize(device)
-    racer.seconds = racer.clock[-1] = before + time.monotonic() - start
-    if racer.seconds >= limit * (len(racer.marks) + 1) / _MARKS or not racer.marks:
-        weights = {name: value.clone() for name, value in training.step.average.state_dict().items()}
-        racer.marks.append((racer.seconds, weights))
-
-
 def _samples(study: Study, racer: Racer) -> np.ndarray:
     return study.draw(copy.deepcopy(racer.training.step.average).eval(), _TILES)
 
 
-def _figures(study: Study, racer: Racer) -> dict[str, Any]:
+def _figures(study: Study, racer: Racer, marks: Marks) -> dict[str, Any]:
     """What a way has done: M against seconds, scores at the marks, times."""
     training = racer.training
-    training.metrics.catch_up(training.progress)
-    rows = training.folder.read_metrics()
+    seconds, convergence = racer.convergence()
     trained = Trained(training.folder.path.name, training.folder)
     generator = copy.deepcopy(training.step.average).eval()
-    marks = []
-    for seconds, weights in racer.marks:
+    scored = []
+    for then, weights in marks:
         generator.load_state_dict(weights)
         scores = study.score(study.draw(generator), trained)
-        marks.append({"seconds": seconds} | {name: scores[name] for name in _SCORES})
+        scored.append({"seconds": then} | {name: scores[name] for name in _SCORES})
     if training.place.compile_mode is not None and not training.step.objective.compiled:
         raise UserError(f"torch.compile failed in {training.folder.path}, so there is nothing to compare with")
-    seconds = [round(racer.clock[row["step"] - 1], 2) for row in rows]
-    of_rows = np.diff(seconds) / _LOG_EVERY
+    of_rows = np.diff(seconds) / LOG_EVERY
     train = training.config.train
     return {
         "settings": f"{training.step.describe()}; {training.place.compile_line}; {train.precision}",
@@ -236,30 +193,16 @@ def _figures(study: Study, racer: Racer) -> dict[str, Any]:
         "ms": 1e3 * float(np.median(of_rows)) if len(of_rows) else None,
         "first_step": racer.clock[0],
         "seconds": seconds,
-        "M": [row["convergence"] for row in rows],
-        "marks": marks,
+        "M": convergence,
+        "marks": scored,
     }
-
-
-def smoothed(values: Sequence[float], width: int = _SMOOTHED) -> np.ndarray:
-    """Mean of each value and the `width` - 1 before it, of fewer at the start."""
-    sums = np.cumsum(np.concatenate(([0.0], values)))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - width, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def seconds_to(level: float, seconds: Sequence[float], values: Sequence[float]) -> float | None:
-    """When `values`, smoothed, first were at most `level`; None for never."""
-    reached = np.flatnonzero(smoothed(values) <= level)
-    return float(seconds[reached[0]]) if len(reached) else None
 
 
 def minutes_to_levels(race: dict[str, Any], shares: Sequence[float] = _LEVELS) -> list[dict[str, float | None]]:
     """For each share of the textbook's time, the M that it had reached then, and each way's minutes until that M."""
     textbook, rows = race["textbook"], []
     if not textbook["M"]:
-        raise UserError(f"the textbook took under {_LOG_EVERY} steps in its time; give the machine more of it")
+        raise UserError(f"the textbook took under {LOG_EVERY} steps in its time; give the machine more of it")
     for share in shares:
         until = int(np.searchsorted(textbook["seconds"], share * textbook["seconds"][-1], side="right"))
         level = float(smoothed(textbook["M"])[: max(1, until)].min())
