@@ -22,7 +22,6 @@ PARSED = {
     "experiment": "minutes; tests/test_experiments.py runs each at another scale",
     "bench step": "minutes; tests/test_bench_step.py runs it",
     "bench record": "minutes; tests/test_bench_record.py runs it",
-    "bench record": "minutes; tests/test_bench_record.py runs it",
 }
 CHECKED = {
     "make": "it would test the tests; `make -n` finds the target",
