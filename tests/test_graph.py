@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastbegan.training.graph import GraphedStep
+from fastbegan.training.profiling import steps_before_graph
 
 pytestmark = pytest.mark.core
 CUDA = torch.device("cuda", 0)
@@ -74,6 +75,14 @@ def test_every_call_is_one_step(fake_cuda: SimpleNamespace) -> None:
     assert [side in pair for pair in fake_cuda.waits] == [True] * 6
     assert [pair[0] is side for pair in fake_cuda.waits] == [True, False] * 3
     assert fake_cuda.captured_on is side
+
+
+def test_a_trace_comes_before_the_graph(fake_cuda: SimpleNamespace) -> None:
+    ran: list[bool] = []
+    step = GraphedStep(lambda: ran.append(fake_cuda.capturing), CUDA, after=steps_before_graph(4, 5))
+    for _ in range(12):
+        step()
+    assert ran == [False] * 10 + [True] and fake_cuda.replayed == 2  # 5, one that warms the profiler up, and 4
 
 
 def test_what_cannot_be_captured_runs_as_it_is(fake_cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

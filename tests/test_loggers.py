@@ -30,7 +30,7 @@ class _Wandb(types.ModuleType):
         self.logged: list[dict[str, Any]] = []
         self.metrics: list[tuple[str, str]] = []
         self.finished = 0
-        self.refusal = ""
+        self.refusal, self.breaks_after, self.exit_code = "", -1, -1
 
     def init(self, **settings: Any) -> Any:
         if self.refusal:
@@ -42,10 +42,13 @@ class _Wandb(types.ModuleType):
         self.metrics.append((name, step_metric))
 
     def log(self, values: dict[str, Any]) -> None:
+        if len(self.logged) == self.breaks_after:
+            raise BrokenPipeError("the service has died")
         self.logged.append(values)
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int) -> None:
         self.finished += 1
+        self.exit_code = exit_code
 
     @staticmethod
     def Image(file: str) -> tuple[str, str]:
@@ -76,6 +79,28 @@ def test_wandb_gets_the_rows_of_metrics_and_the_sheets(tmp_path: Path, wandb: _W
     assert (first["name"], first["project"], first["dir"]) == ("mine", "fastbegan", str(out))
     assert first["config"]["train"]["batch_size"] == 4
     assert wandb.metrics == [("*", "step")] * 2 and wandb.finished == 2
+    assert wandb.exit_code == 0
+
+
+@pytest.mark.filterwarnings("default:wandb failed")
+def test_a_logger_that_fails_does_not_end_the_run(
+    tmp_path: Path, wandb: _Wandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb.breaks_after = 3
+    assert main([*FLAGS, "--steps", "20", "--log", "tensorboard,wandb", "--out", str(tmp_path)]) == 0
+    warning = "warning: wandb failed, going on without it: BrokenPipeError the service has died\n"
+    assert capsys.readouterr().err.count(warning) == 1
+    assert len(wandb.logged) == 3 and wandb.finished == 0
+    assert [row["step"] for row in RunFolder(tmp_path).read_metrics()][-1] == 20
+
+
+def test_a_run_that_fails_is_a_failed_one(tmp_path: Path, wandb: _Wandb, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastbegan.training.sheets.Sheets.draw", fail)
+    assert main([*FLAGS, "--steps", "20", "--log", "wandb", "--out", str(tmp_path)]) == 130
+    assert (wandb.finished, wandb.exit_code) == (1, 1)
 
 
 def test_a_logger_that_refuses_is_one_line(

@@ -98,6 +98,9 @@ def test_a_run_on_the_faces_of_format_0_goes_on(tmp_path: Path, capsys: pytest.C
     assert continued["format"] == 1 and continued["train"]["data"] == "portraits:24"
     assert main(["train", "--out", str(run), "--steps", "6", "--data", "faces:24"]) == 2
     assert "other pixels than 'portraits:24' had" in capsys.readouterr().err
+    (run / "config.json").write_text(json.dumps(continued | {"preset": "../../x"}))
+    assert main(["info", str(run)]) == 2
+    assert "preset is '../../x'; accepted: letters, digits" in capsys.readouterr().err
     (run / "config.json").write_text(json.dumps(continued | {"format": 2}))
     assert main(["info", str(run)]) == 2
     assert "format is 2; accepted: 0 to 1" in capsys.readouterr().err

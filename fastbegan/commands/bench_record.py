@@ -17,7 +17,7 @@ from ..device import pick_device
 from ..display import Display, duration
 from ..errors import UserError
 from ..evaluation.scores import Yardstick
-from ..experiments.race import LOG_EVERY, SMOOTHED, Racer, seconds_to
+from ..experiments.race import LOG_EVERY, QUIET, Racer, seconds_to, smoothed
 from ..measure.machine import facts
 from ..runs.folder import RunConfig, settings_of
 from ..runs.sheets import generate, sheet_latents
@@ -58,7 +58,7 @@ def bench_record(options: BenchRecord) -> int:
         raise UserError(f"preset is {options.preset!r}; accepted: {', '.join(LEVELS)}, or another with --m and --fd")
     start = settings_of(options.preset)
     device, _ = pick_device(options.device)
-    train = replace(start.train, device=options.device, seed=options.seed, log_every=LOG_EVERY)
+    train = replace(start.train, device=options.device, seed=options.seed, log_every=LOG_EVERY, log="", **QUIET)
     model = start.model
     with Display() as display, Display(quiet=True) as quiet, contextlib.ExitStack() as closing:
         real = load_images(train.data, model.size, Decoding(train.crop, train.max_pixels), display.preparing).images
@@ -79,15 +79,16 @@ def bench_record(options: BenchRecord) -> int:
             distance = yardstick.score(generate(generator, z))["frechet_distance"]
             if distance <= fd and to_fd is None:
                 to_fd = racer.seconds
-            display.say(f"{duration(racer.seconds)}  M {np.mean(convergence[-SMOOTHED:]):.4f}  FD {distance:.0f}")
+            last = smoothed(convergence)[-1] if convergence else np.nan
+            display.say(f"{duration(racer.seconds)}  M {last:.4f}  FD {distance:.0f}")
         machine = facts(device)
         made = f"fastbegan bench record --preset {options.preset} --m {m:g} --fd {fd:g} --seed {options.seed}"
         row = (
             machine["device"], machine["date"], machine["commit"] or "?", machine["torch"], f"{m:g}", _minutes(to_m),
             f"{fd:g}", _minutes(to_fd), f"{training.progress.images / racer.seconds:,.0f}", f"`{made}`",
         )  # fmt: skip
-    for line in (COLUMNS, ["---"] * len(COLUMNS), row):
-        print(f"| {' | '.join(line)} |")
+        for line in (COLUMNS, ["---"] * len(COLUMNS), row):
+            print(f"| {' | '.join(line)} |")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import threading
 from pathlib import Path
@@ -29,7 +30,7 @@ def switch_on() -> None:
 
 
 def write_record(folder: Path, rank: int) -> None:
-    """Write `folder`/rank-`rank`.json, where NCCL sums over ranks; nothing where that takes more than five seconds."""
+    """Write `folder`/rank-`rank`.json, where NCCL sums over ranks. If the device hangs, the process ends."""
 
     def write() -> None:
         text = _bindings()._dump_nccl_trace_json()
@@ -37,6 +38,8 @@ def write_record(folder: Path, rank: int) -> None:
             file.write(text if isinstance(text, bytes) else text.encode())
 
     if dist.is_initialized() and "nccl" in dist.get_backend_config():
+        faulthandler.dump_traceback_later(2 * _PATIENCE, exit=True)  # the call may hold Python's lock
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
         thread.join(_PATIENCE)
+        faulthandler.cancel_dump_traceback_later()

@@ -20,6 +20,7 @@ from ..training.loop import Training
 
 LOG_EVERY = 10  # steps of a row of metrics
 SMOOTHED = 30  # rows of metrics of which M is the mean
+QUIET = {"sample_every": 10**9, "checkpoint_every": 10**9}  # settings of a run that leaves nothing behind
 
 
 @dataclass
@@ -39,7 +40,8 @@ class Racer:
         start = time.monotonic()
         training = Training(config, folder, resume=False, display=display)
         seconds = time.monotonic() - start
-        for close in (training.loader.close, training.metrics.close, training.advance.close):
+        closers = (training.loader.close, training.metrics.close, training.advance.close, training.checkpoints.linger)
+        for close in closers:
             closing.callback(close)
         return cls(training, seconds)
 

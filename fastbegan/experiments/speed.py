@@ -23,7 +23,7 @@ from ..figures import new_figure, save_figure
 from ..runs.folder import RunConfig, RunFolder
 from ..runs.sheets import save_png
 from .pictures import beside
-from .race import LOG_EVERY, SMOOTHED, Racer, seconds_to, smoothed
+from .race import LOG_EVERY, QUIET, SMOOTHED, Racer, seconds_to, smoothed
 from .study import Study
 from .training import Trained
 
@@ -156,8 +156,7 @@ def _config(study: Study, seed: int, changes: dict[str, Any]) -> RunConfig:
         lr_fall=0.0,
         precision=pick_precision(scale.precision, study.device)[0],  # the same for all
         log_every=LOG_EVERY,
-        sample_every=_NEVER,
-        checkpoint_every=_NEVER,
+        **QUIET,
         **changes,
     )
     return RunConfig(scale.preset, preset.model.resized(None, scale.filters), train)

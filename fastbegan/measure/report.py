@@ -55,7 +55,7 @@ def _line(values: Sequence[str]) -> str:
 
 
 def summary(runs: Iterable[Results]) -> str:
-    """The README's section on speed: whole steps on every device, and a note where no GPU was measured."""
+    """The table of docs/speed.md: whole steps on every device, and a note where no GPU was measured."""
     lines = [_line(("device", "date", "step", "ms", "images/s", "times as fast as")), _line(["---"] * 6)]
     gpu = False
     for results in newest(runs):
@@ -82,7 +82,7 @@ def write_report(paths: Sequence[Path], *, out: Path | None, as_summary: bool) -
     Args:
         paths: JSON files of results, and folders of them.
         out: Folder for report.md and its plots; None prints the tables.
-        as_summary: Print the README's section instead.
+        as_summary: Print the table of docs/speed.md instead.
 
     Returns:
         The exit code.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save
 
 from ..config import FREE_ON_RESUME, PRESETS, ModelConfig, TrainConfig
 from ..errors import UserError
-from ..fields import from_dict
+from ..fields import from_dict, require
 from ..files import HeldError, atomic, locked, make_folder, read_json, removed_if_empty, visible, write_json, writing
 from ..nets.models import Generator
 from ..version import __version__
@@ -42,6 +43,9 @@ class RunConfig:
         if missing := [name for name in ("preset", "model", "train") if name not in values]:
             raise UserError(f"no {missing[0]!r} in it")
         values = _of_this_format(values)
+        # it becomes part of a folder's name
+        accepted = "letters, digits, '.', '_' and '-', not first '.'"
+        require(re.fullmatch(r"[\w-][\w.-]*", str(values["preset"])) is not None, "preset", values["preset"], accepted)
         return cls(
             str(values["preset"]),
             from_dict(ModelConfig, values["model"]),
@@ -60,8 +64,9 @@ def _of_this_format(values: dict[str, Any]) -> dict[str, Any]:
         data = str(train.get("data", "faces"))
         if data.partition(":")[0] == "faces":
             train["data"] = data.replace("faces", "portraits", 1)
-        if train.pop("tensorboard", False):
-            train["log"] = "tensorboard"
+    if isinstance(train, dict) and "tensorboard" in train:
+        train = {name: value for name, value in train.items() if name != "tensorboard"}
+        train["log"] = "tensorboard" if values["train"]["tensorboard"] else ""
     return values | {"train": train}
 
 

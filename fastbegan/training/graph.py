@@ -28,7 +28,6 @@ class GraphedStep:
         agree: Tells whether its argument is true on all ranks. If one rank cannot capture, none uses a graph: sums over
             ranks inside and outside of graphs cannot meet.
         after: Calls that run `work` as it is at least, before a graph is made.
-        after: Number of calls, at least, that run `work` as it is before the graph is made.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ Open = Callable[[Path, RunConfig, int], "Logger"]
 
 
 class Logger(ABC):
-    """Takes each row of metrics.jsonl once, and each sheet. Only the first of several ranks has loggers."""
+    """Takes each row of metrics.jsonl, and each sheet. Only the first of several ranks has loggers."""
 
     @abstractmethod
     def row(self, row: dict[str, Any]) -> None:
@@ -33,15 +33,15 @@ class Logger(ABC):
         """Log the sheet of `step`, a PNG."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Nothing comes any more."""
+    def close(self, *, failed: bool) -> None:
+        """Nothing comes any more; `failed` where the run ends by an error."""
 
 
 class TensorBoard(Logger):
-    """Event files in the run folder's `tensorboard/`."""
+    """Event files in the run folder's `tensorboard/`. Steps that are made again after a crash replace the old ones."""
 
     def __init__(self, writer: type[Any], folder: Path, done: int) -> None:
-        self._writer = writer(str(folder / "tensorboard"), purge_step=done + 1)
+        self._writer = writer(str(folder / "tensorboard"), purge_step=done + 1, flush_secs=10)
 
     @classmethod
     def prepared(cls) -> Open:
@@ -58,7 +58,7 @@ class TensorBoard(Logger):
         with Image.open(file) as image:
             self._writer.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._writer.close()
 
 
@@ -66,7 +66,7 @@ class Wandb(Logger):
     """A run of Weights & Biases, which a continued run continues.
 
     It is named after the run folder, and its own files lie in the folder's `wandb/`. The project is WANDB_PROJECT, by
-    default `fastbegan`. WANDB_MODE=offline needs no account.
+    default `fastbegan`. WANDB_MODE=offline needs no account. Steps that are made again after a crash are there twice.
     """
 
     def __init__(self, wandb: Any, folder: Path, config: RunConfig) -> None:
@@ -99,8 +99,8 @@ class Wandb(Logger):
     def sheet(self, step: int, file: Path) -> None:
         self._run.log({"step": step, "samples": self._wandb.Image(str(file))})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 _LOGGERS: dict[str, type[TensorBoard] | type[Wandb]] = {"tensorboard": TensorBoard, "wandb": Wandb}

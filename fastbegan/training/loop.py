@@ -148,6 +148,9 @@ class Training:
             self.loader.prepare(self.progress.images)
         self.advance()
         self.progress.count()
+        if self.profile.ends:
+            with self.ranks.patient(), self.metrics.paused():
+                self.profile.write()
         self.profile.step()
         self.checkpoints.check()
         self._settle()
@@ -244,7 +247,7 @@ class Training:
         return stored
 
     def _open_folder(self, loggers: list[Open]) -> None:
-        """Make the folder this run's, once everything that could refuse to continue has agreed."""
+        """Make the folder this run's, once everything but a logger that could refuse to continue has agreed."""
         make_folder(self.folder.path)
         self.folder.rewind(self.progress.done)
         self.folder.write_config(self.config)
@@ -272,12 +275,13 @@ class Training:
     def _stop_not_finite(self) -> int:
         """Say where a number stopped being finite; the weights are those of the step before."""
         step = int(self.step.bad_step.item())
+        self.profile.close()
         self.advance.close()
         if self.ranks.first:
-            self.metrics.close()
             self.checkpoints.finish()  # before the dump, which a checkpoint removes
             with self.ranks.patient():  # slow storage is no reason to end without a word
                 self._dump(step)
+                self.metrics.close(failed=True)
         self.ranks.gather(None)  # torchrun kills the other ranks, once one has ended
         return NOT_FINITE
 
@@ -293,7 +297,6 @@ class Training:
 
     def _finish(self) -> None:
         """Curves and animation, and where everything is."""
-        self.metrics.close()
         self.checkpoints.finish()
         if not self.folder.generator_file.exists():
             self.folder.write_weights(self.step.state_dict())
@@ -307,6 +310,7 @@ class Training:
             say(f"  {line}")
         next_command = f"more faces: fastbegan sample {self.folder.path}"
         say(next_command if finished else f"to continue: fastbegan train --out {self.folder.path}")
+        self.metrics.close()  # last: wandb may upload for long
 
 
 def _with(config: RunConfig, **changes: Any) -> RunConfig:
@@ -332,9 +336,9 @@ def _compiled_so_far(state: dict[str, Any] | None, stored: RunConfig | None, tra
 
 def _last_wish(folder: Path, rank: int, free: Callable[[], object], code: int) -> None:
     """What a rank does before its process ends with `code`, in whatever thread."""
+    free()
     if code == LOST:
         write_record(folder / "flight-recorder", rank)
-    free()
 
 
 def train(config: RunConfig, out: Path | None, *, resume: bool = True, profile: int = 0) -> int:
@@ -353,7 +357,7 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True, profile: 
             try:
                 if not ranks.alone and out is None:
                     raise UserError("--out is missing; several ranks need it, so that a restart finds the run")
-                config = ranks.from_first(config)
+                config, profile = ranks.from_first((config, profile))
                 folder = reserved.enter_context(new_run_folder(config.preset)) if out is None else out
                 if ranks.first:
                     reserved.enter_context(RunFolder(folder).reserved())
@@ -363,7 +367,11 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True, profile: 
                     training = Training(config, folder, resume=resume, display=display, ranks=ranks, profile=profile)
                     reserved.callback(training.checkpoints.linger)  # which writes in the folder
                     with contextlib.closing(training.loader):
-                        code = training.run(stop)
+                        try:
+                            code = training.run(stop)
+                        except BaseException:
+                            training.metrics.close(failed=True)
+                            raise
                 ranks.leave()
             except BaseException as error:
                 if ranks.alone:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..display import Display
@@ -43,10 +44,14 @@ class Metrics:
         """Start the clock: this process trains from now on."""
         self._clock, self._images, self._waited = time.monotonic(), progress.images, 0.0
 
-    def close(self) -> None:
-        """No rows come any more."""
-        while self._loggers:
-            self._loggers.pop().close()
+    def close(self, *, failed: bool = False) -> None:
+        """No rows come any more; `failed` where the run ends by an error."""
+        self._tell_loggers(lambda logger: logger.close(failed=failed))
+        self._loggers.clear()
+
+    def _tell_loggers(self, tell: Callable[[Logger], None]) -> None:
+        """Call `tell` with each logger; one that raises gets nothing any more, for the run has its rows anyway."""
+        self._loggers = [logger for logger in self._loggers if _told(logger, tell)]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -77,8 +82,8 @@ class Metrics:
         """
         if looks is not None:
             self._warn(self._health.after_sheet(looks.variety, progress.images, progress.fraction()), progress.done)
-            for logger in self._loggers:
-                logger.sheet(progress.done, self._folder.sheet_file(progress.done))
+            file = self._folder.sheet_file(progress.done)
+            self._tell_loggers(lambda logger: logger.sheet(progress.done, file))
         if progress.log_due:
             facts = {"step": progress.done, "images": progress.images, "lr": lr}
             facts |= {} if looks is None else dataclasses.asdict(looks)
@@ -104,11 +109,21 @@ class Metrics:
         row |= {"lr": facts.pop("lr"), "images_per_second": round(rate, 2), "data_wait": round(waited, 4), **facts}
         self._warn(self._health.after_log(row["k"]), step)
         self._folder.append_metrics(row)
-        for logger in self._loggers:
-            logger.row(row)
+        self._tell_loggers(lambda logger: logger.row(row))
         self._display.training(progress.fraction(), row, progress.seconds_left())
         return True
 
     def _warn(self, message: str | None, step: int) -> None:
         if message:
             self._display.say(f"warning: step {step:,}: {message}")
+
+
+def _told(logger: Logger, tell: Callable[[Logger], None]) -> bool:
+    """Whether `tell` took place; a warning says why not."""
+    try:
+        tell(logger)
+    except Exception as error:  # of many types
+        name = type(logger).__name__.lower()
+        warnings.warn(f"{name} failed, going on without it: {type(error).__name__} {error}", stacklevel=4)
+        return False
+    return True

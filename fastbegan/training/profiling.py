@@ -39,29 +39,36 @@ class Profile:
     ) -> None:
         self._folder, self._say, self._on_gpu = folder, say, device.type == "cuda"
         self._left = steps_before_graph(steps, skipped)
-        self._profiler = profile(
-            schedule=schedule(skip_first=skipped, wait=0, warmup=_WARM_UP, active=max(1, steps), repeat=1),
-            record_shapes=True,
-        )
+        self._profiler: profile | None = None
+        if steps:
+            times = schedule(skip_first=skipped, wait=0, warmup=_WARM_UP, active=steps, repeat=1)
+            self._profiler = profile(schedule=times, record_shapes=True)
 
     def begin(self) -> None:
         """Training begins."""
-        if self._left:
+        if self._profiler is not None:
             self._profiler.start()
             if self._on_gpu:
-                torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
+                torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS, stacks="python")
+
+    @property
+    def ends(self) -> bool:
+        """Whether the step that was just done is the last of the trace, so that `write` is due."""
+        return self._profiler is not None and self._left == 1
 
     def step(self) -> None:
-        """A step is done; write the files after the last one."""
-        if not self._left:
-            return
-        self._left -= 1
-        if self._left:
+        """A step is done."""
+        if self._profiler is not None:
+            self._left -= 1
             self._profiler.step()
-            return
+
+    def write(self) -> None:
+        """Write the files."""
+        assert self._profiler is not None
+        profiler, self._profiler = self._profiler, None
         make_folder(self._folder)
-        self._profiler.stop()
-        self._profiler.export_chrome_trace(str(self._folder / "trace.json"))
+        profiler.stop()
+        profiler.export_chrome_trace(str(self._folder / "trace.json"))
         if self._on_gpu:
             torch.cuda.memory._dump_snapshot(str(self._folder / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
@@ -69,6 +76,8 @@ class Profile:
 
     def close(self) -> None:
         """Training has ended."""
-        if self._left:
+        if self._profiler is not None:
             self._say(f"warning: no profile was written; the run ended {self._left} steps too early for it")
             self._profiler.stop()
+            if self._on_gpu:
+                torch.cuda.memory._record_memory_history(enabled=None)
