@@ -14,15 +14,16 @@ GALLERY, SOURCE = HERE / "gallery", HERE.parent / "experiments"
 ORDER = ("diversity", "continuity", "convergence", "unbalanced", "scores", "ablation")
 HEAD = """# Gallery
 
-The experiments of the paper's section 4, repeated at demo scale: each by the one command above its picture, with the
-built-in portraits. The commands need what `.venv/bin/pip install -c constraints.txt -e '.[eval]'` adds to `make venv`.
-`make experiments` does them all, `make gallery` makes these pages; the link leads to the whole report, with all
-figures, and beside it lies `results.json`.
+A long run on drawn faces, and the experiments of the paper's section 4 at demo scale. Each is made by the one command
+above its picture. The experiments here were made with the drawn portraits, the default until 2026-11-30. The commands
+need what `.venv/bin/pip install -c constraints.txt -e '.[eval]'` adds to `make venv`. `make experiments` does all
+experiments, and `make gallery` makes these pages. Each link leads to the whole report, with all figures; beside it lies
+`results.json`.
 
 What demo scale shows is which way things go: nets of a few hundred thousand parameters, 32 pixels, minutes on two cores
-instead of days on four GPUs. It does not show how good a BEGAN becomes. Its faces stay blurred, since the runs are
-short and the auto-encoders small, and drawn portraits are easier than photographs. `--scale paper` takes the paper's
-nets and lengths, with `--data` for your images; nobody has run that with this code yet."""
+instead of days on four GPUs. It does not show how good a BEGAN becomes: drawn faces are easier than photographs, which
+have texture and vary in more ways. `--scale paper` takes the paper's nets and lengths, with `--data` for your images;
+nobody has run that with this code yet."""
 
 
 def copy(name: str) -> None:
@@ -57,7 +58,7 @@ def section(name: str) -> str:
 
 def page() -> str:
     """The first page, made from the reports in the gallery."""
-    return "\n\n".join([HEAD, *(section(name) for name in ORDER if (GALLERY / name).is_dir())]) + "\n"
+    return "\n\n".join([HEAD, *(section(name) for name in ("demo-64", *ORDER) if (GALLERY / name).is_dir())]) + "\n"
 
 
 if __name__ == "__main__":

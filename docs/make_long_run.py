@@ -63,7 +63,11 @@ def page() -> None:
     rate = rows[-1]["images"] / seconds
     length = f"{rows[-1]['images']:,} images in {duration(seconds)} of training, {rate:.0f} images/s"
     measured = f"{machine['device']}, {machine['cores']} cores, {machine['date']}, torch {machine['torch']}"
-    summary = "The preset demo-64, trained on a CPU; its generator comes with the package."
+    summary = (
+        "The preset demo-64, trained on a CPU; its generator comes with the package. The run was cut into four parts, "
+        "and other programs ran beside some of it. Short and half-long hair is drawn; long hair, which many of "
+        "the data's faces have, is not: the variety below says that about half of the data's is there."
+    )
     settings = f"{config.train.precision}, {config.train.passes} passes"
     head = ["# A long run", summary, f"```sh\n{COMMAND}\n```", f"Measured on {measured}: {length}; {settings}."]
     report.write(head, ["The faces are drawn by a program: photographs vary in more ways, and need larger nets."])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastbegan import PRESETS
 from fastbegan.cli import main
 from fastbegan.commands.sample import DEMO
-from fastbegan.data.portraits import portraits
+from fastbegan.data.faces import faces
 from fastbegan.runs.appearance import compare, diversity, roughness
 from fastbegan.runs.curves import save_curves
 from fastbegan.runs.folder import RunFolder
@@ -84,15 +86,18 @@ def test_there_is_a_generator_before_any_training(tmp_path: Path, monkeypatch: p
         pixels = np.asarray(sheet.convert("RGB"))
     assert pixels.shape == (128, 512, 3)
     run = RunFolder(DEMO)
-    config = run.read_config()
-    command = (DEMO / "README.md").read_text()
-    assert f"--steps {config.train.steps} --ema-half-life {config.train.ema_half_life:g}" in command
+    config, preset = run.read_config(), PRESETS["demo-64"]
+    assert f"fastbegan train --preset {config.preset} --out runs/demo-64" in (DEMO / "README.md").read_text()
+    assert config.model == preset.model
+    chosen = {name: getattr(config.train, name) for name in ("precision", "passes")}  # by measurement, on a CPU
+    assert config.train == replace(preset.train, **chosen)
     z = sheet_latents(config.model.latent, 0, 64)
     with torch.no_grad():
         images = run.load_generator()(z)
-    real = torch.from_numpy(portraits(torch.arange(64), 32).numpy()).permute(0, 3, 1, 2).float() / 127.5 - 1
-    assert diversity(images) > 0.4 * diversity(real)  # not one face over and over
-    assert (images.mean(0) - real.mean(0)).abs().mean() < 0.25  # and portraits
+    real = torch.from_numpy(faces(torch.arange(64), 64).numpy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    looks = compare(images, real)
+    assert looks.variety > 0.4 and 0.7 < looks.sharpness < 1.2
+    assert (images.mean(0) - real.mean(0)).abs().mean() < 0.25
 
 
 def test_diversity_by_hand() -> None:
