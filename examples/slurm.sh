@@ -20,11 +20,10 @@ srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" torchrun --nnodes "$SLURM_NNODE
 srun=$!
 # on SIGTERM the ranks agree on a step, write a checkpoint and end
 trap 'stopped=1; kill -TERM "$srun"' TERM
-while kill -0 "$srun" 2>/dev/null; do
-    wait "$srun"
-    code=$?
-done
+wait "$srun"
+code=$?
 if [ "$stopped" ]; then
+    wait "$srun" # the trap has ended the wait before, not the ranks
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi

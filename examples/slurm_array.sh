@@ -19,10 +19,12 @@ trap 'stopped=1; [ -z "$run" ] || kill -TERM "$run"' TERM
 fastbegan train "$@" --gamma "$gamma" --seed "$seed" --out "${OUT:-runs}/gamma-$gamma-seed-$seed" \
     --requeue-code "$requeue" &
 run=$!
-while kill -0 "$run" 2>/dev/null; do
+wait "$run"
+code=$?
+if [ "$stopped" ]; then # the trap has ended the wait, not the run
     wait "$run"
     code=$?
-done
+fi
 # a run that is stopped while it starts ends with 130 or 143
 if [ "$code" = "$requeue" ] || { [ "$stopped" ] && [ "$code" -ge 128 ]; }; then
     scontrol requeue "${SLURM_ARRAY_JOB_ID:-}_$task"
