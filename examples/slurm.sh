@@ -12,7 +12,7 @@
 # The run folder has to be on a shared file system; the images may be local to each machine.
 set -uo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-stopped= code=1
+stopped=
 
 srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
@@ -20,10 +20,12 @@ srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" torchrun --nnodes "$SLURM_NNODE
 srun=$!
 # on SIGTERM the ranks agree on a step, write a checkpoint and end
 trap 'stopped=1; kill -TERM "$srun"' TERM
+while kill -0 "$srun" 2>/dev/null; do
+    wait "$srun" # until a signal to this script
+done
 wait "$srun"
 code=$?
 if [ "$stopped" ]; then
-    wait "$srun" # the trap has ended the wait before, not the ranks
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi

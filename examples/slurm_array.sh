@@ -12,19 +12,18 @@
 set -uo pipefail
 read -ra gammas <<<"${GAMMAS:-0.3 0.5 0.7}"
 read -ra seeds <<<"${SEEDS:-0 1 2}"
-task=${SLURM_ARRAY_TASK_ID:-0} requeue=100 code=1 stopped= run=
+task=${SLURM_ARRAY_TASK_ID:-0} requeue=100 stopped= run=
 gamma=${gammas[task / ${#seeds[@]}]} seed=${seeds[task % ${#seeds[@]}]}
 
 trap 'stopped=1; [ -z "$run" ] || kill -TERM "$run"' TERM
 fastbegan train "$@" --gamma "$gamma" --seed "$seed" --out "${OUT:-runs}/gamma-$gamma-seed-$seed" \
     --requeue-code "$requeue" &
 run=$!
+while kill -0 "$run" 2>/dev/null; do
+    wait "$run" # until a signal to this script
+done
 wait "$run"
 code=$?
-if [ "$stopped" ]; then # the trap has ended the wait, not the run
-    wait "$run"
-    code=$?
-fi
 # a run that is stopped while it starts ends with 130 or 143
 if [ "$code" = "$requeue" ] || { [ "$stopped" ] && [ "$code" -ge 128 ]; }; then
     scontrol requeue "${SLURM_ARRAY_JOB_ID:-}_$task"
