@@ -15,13 +15,12 @@ RUN apt-get update \
 ARG TORCH=
 WORKDIR /src
 COPY . .
-RUN --mount=type=cache,target=/root/.cache/pip \
-    case "$TORCH" in \
+RUN case "$TORCH" in \
         "") pins="constraints.txt" ;; \
         2.7.1) pins="constraints-torch27.txt" ;; \
         *) echo "TORCH is $TORCH; accepted: 2.7.1, or nothing for the newest tested" >&2; exit 2 ;; \
     esac \
-    && pip install -c "$pins" ".[eval,hub]"
+    && pip install --no-cache-dir -c "$pins" ".[eval,hub]"
 
 # One volume holds all caches. Any user may write to it, because --user and Apptainer bring their own.
 ENV FASTBEGAN_CACHE=/cache \
