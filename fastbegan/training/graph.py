@@ -27,7 +27,7 @@ class GraphedStep:
         enabled: False calls `work` as it is from the start, as on a CPU.
         agree: Tells whether its argument is true on all ranks. If one rank cannot capture, none uses a graph: sums over
             ranks inside and outside of graphs cannot meet.
-        after: Calls that run `work` as it is at least, before a graph is made.
+        after: Number of calls, at least, that run `work` as it is before a graph is made.
     """
 
     def __init__(

@@ -370,7 +370,8 @@ def train(config: RunConfig, out: Path | None, *, resume: bool = True, profile: 
                         try:
                             code = training.run(stop)
                         except BaseException:
-                            training.metrics.close(failed=True)
+                            with ranks.patient():  # wandb may upload for long, and the error is still to be told
+                                training.metrics.close(failed=True)
                             raise
                 ranks.leave()
             except BaseException as error:
