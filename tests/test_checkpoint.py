@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from fastbegan import UserError
 from fastbegan.runs import checkpoint
 from fastbegan.runs.checkpoint import damage, list_checkpoints, load_latest, save_checkpoint
-from tests.helpers.processes import TINY
+from tests.helpers.processes import TINY, environment
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 CPU = torch.device("cpu")
@@ -183,3 +184,26 @@ def test_objects_are_not_unpickled(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(UserError, match="every checkpoint"):
         load_latest(tmp_path, CPU)
     assert not (tmp_path / "owned").exists()
+
+
+_THREADS = """
+import os
+import torch
+from fastbegan.runs.checkpoint import Writer
+values = torch.rand(1000, 1000)
+count = lambda: len(os.listdir("/proc/self/task"))
+values.exp()  # starts the main thread's set
+before, writer = count(), Writer()
+for _ in range(2):
+    writer.begin(lambda: values.t().contiguous().exp())
+    writer.finish()
+print(count() - before, torch.get_num_threads())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
+def test_writing_starts_no_further_threads_of_torch() -> None:
+    """With more OpenMP threads than cores, those of the training thread sleep between its operations."""
+    variables = {**environment(), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", _THREADS], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "2"]

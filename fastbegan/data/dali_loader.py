@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..device import one_core_each
 from ..errors import UserError
 from .decode import Decoding, crop_box, decode, read_bytes
 from .files_loader import NONE_LEFT, NoneLeftError, Pictures, stacked
@@ -77,7 +78,7 @@ class DaliLoader(StagedLoader):
             decoding,
         )
         self._workers, self._prefetch = 2 if workers is None else max(1, workers), prefetch
-        self._readers = ThreadPoolExecutor(_READERS)
+        self._readers = one_core_each(_READERS)
         self._pipeline: Any = None
         self._coming: deque[list[Future[tuple[np.ndarray, _Box]]]] = deque()
         self._next = self._failures = 0

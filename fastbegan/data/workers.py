@@ -12,15 +12,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-import torch
 
-from ..device import core_count
+from ..device import core_count, one_core_each
 from ..errors import UserError
 from .decode import Decoding, Note, Picture, RejectedImageError
 from .scale import scale
@@ -242,10 +241,8 @@ def decode_all(
             free.append(worker)
         return [RejectedImageError(entry.reason) if entry.reason else next(answers) for entry in chunk]
 
-    torch.get_num_threads()  # fixes this thread's number, which the pool's setting would change otherwise
     with contextlib.ExitStack() as stack:
-        # one torch thread each: torch starts a set of threads per thread that calls it
-        pool = stack.enter_context(ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)))
+        pool = stack.enter_context(one_core_each(count))
         for worker in list(free):  # on exit workers close first, which ends the pool's threads
             stack.callback(worker.close)
         try:

@@ -13,12 +13,13 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..device import one_core_each
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..files import sha256, sync_folder, write_json
@@ -201,7 +202,7 @@ class Writer:
     """Writes in a thread, one job after another. An error in a job is raised by the next call."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = one_core_each(1)
         self._last: Future[object] | None = None
 
     def begin(self, write: Callable[[], object]) -> None:
