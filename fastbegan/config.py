@@ -254,7 +254,7 @@ def _drawn(**settings: Any) -> TrainConfig:
 PRESETS: dict[str, Preset] = {
     "demo": Preset(  # minutes on two cores of a CPU
         ModelConfig(size=32, filters=24, repeats=1),
-        _drawn(lr=4e-4, lambda_k=5e-2, images=96_000, ema_half_life=1000, sample_every=200, checkpoint_every=1000),
+        _drawn(lr=4e-4, lambda_k=5e-2, images=88_000, ema_half_life=1000, sample_every=200, checkpoint_every=1000),
     ),
     "demo-64": Preset(  # hours there
         ModelConfig(size=64, filters=32, repeats=1),
