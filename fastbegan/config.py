@@ -46,6 +46,8 @@ class ModelConfig:
     """Decoder skip connections from its 8x8 tensor (§3.5.1)."""
     vanishing: bool = False
     """Vanishing residuals: layers fade in over the first 16,000 steps (§3.5.1)."""
+    init_scale: Annotated[float, Range(0, above=True)] = 1.0
+    """Factor of the weights, not biases, that both nets begin with, over torch's default. Not in the paper."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", plain_number(self.size, int))
@@ -253,8 +255,8 @@ def _drawn(**settings: Any) -> TrainConfig:
 
 PRESETS: dict[str, Preset] = {
     "demo": Preset(  # minutes on two cores of a CPU
-        ModelConfig(size=32, filters=24, repeats=1),
-        _drawn(lr=4e-4, lambda_k=5e-2, images=88_000, ema_half_life=1000, sample_every=200, checkpoint_every=1000),
+        ModelConfig(size=32, filters=24, repeats=1, init_scale=0.6),
+        _drawn(lr=6e-4, lambda_k=5e-2, images=88_000, ema_half_life=1000, sample_every=200, checkpoint_every=1000),
     ),
     "demo-64": Preset(  # hours there
         ModelConfig(size=64, filters=32, repeats=1),

@@ -213,6 +213,13 @@ def _outputs(config: ModelConfig) -> int:
     return encoder + 2 * decoder
 
 
+def test_first_weights_are_torchs_times_a_scale_and_biases_are_torchs() -> None:
+    config = ModelConfig(size=16, filters=2, widths=(1, 2))
+    for usual, small in zip(build(config, seed=3), build(replace(config, init_scale=0.5), seed=3), strict=True):
+        for (name, weight), scaled in zip(usual.named_parameters(), small.parameters(), strict=True):
+            assert torch.equal(scaled, (0.5 if name.endswith("weight") else 1) * weight), name
+
+
 def test_encoder_halves_by_stride_two_on_all_but_the_last_level() -> None:
     encoder = Encoder(ModelConfig(size=64, filters=2, widths=(2, 3, 4, 4)))
     convs = [m for m in encoder.modules() if isinstance(m, nn.Conv2d)]

@@ -52,6 +52,7 @@ def test_every_tensor_counter_and_setting_is_the_files(run: Path) -> None:
         "beta1",
         "lr_fall",
     }  # added since
+    assert set(read["model"]) - set(written["model"]) == {"init_scale"}
     with Display(quiet=True) as display:
         training = Training(config, run, resume=True, display=display)
     stored = load_latest(STORED / "run" / "checkpoints", torch.device("cpu"))

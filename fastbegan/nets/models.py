@@ -326,10 +326,10 @@ def _of(packed: Packed, prefix: str) -> Packed:
 
 
 def build(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> tuple[Generator, Discriminator]:
-    """Make G and D with torch's default initialisation. The global random state is neither read nor changed.
+    """Make G and D with torch's initial weights, times `init_scale`. The global random state is neither read nor changed.
 
     Args:
-        config: Size, widths and kinds of the layers of both.
+        config: Size, widths and kinds of the layers of both, and the scale of their first weights.
         seed: Decides all weights. They are drawn on the CPU, so they are equal on every device.
         device: Where the nets end up.
 
@@ -341,6 +341,8 @@ def build(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu")
         generator, discriminator = Generator(config), Discriminator(config)
     nets = (generator, discriminator)
     for net in nets:
+        weights = [parameter.data for parameter in net.parameters() if parameter.dim() > 1]
+        torch._foreach_mul_(weights, config.init_scale)
         net.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return nets
 
