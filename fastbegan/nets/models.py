@@ -326,7 +326,9 @@ def _of(packed: Packed, prefix: str) -> Packed:
 
 
 def build(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> tuple[Generator, Discriminator]:
-    """Make G and D with torch's initial weights, times `init_scale`. The global random state is neither read nor changed.
+    """Make G and D with torch's first weights, times `init_scale`.
+
+    The global random state is neither read nor changed.
 
     Args:
         config: Size, widths and kinds of the layers of both, and the scale of their first weights.
