@@ -24,8 +24,8 @@ TRAIN_OPTIONS = (
     "accumulate batch-size beta1 carry-steps checkpoint-every compile crop cuda-graph cudnn-search data "
     "deterministic device ema-half-life eta filters flip gamma hidden images init-scale jitter keep lambda-k latent "
     "latents loader log log-every lr lr-fall lr-floor lr-window max-bad max-pixels minutes out passes precision "
-    "prefetch preset profile rank-timeout recompute repeats requeue-code resume sample-every scaling seed size skips steps "
-    "updates vanishing widths workers"
+    "prefetch preset profile rank-timeout recompute repeats requeue-code resume sample-every scaling seed size skips "
+    "steps updates vanishing widths workers"
 )
 BENCH_OPTIONS = "batch-size compile cudnn-search device filters json modes precision preset rounds size"
 EVALUATE_OPTIONS = "against count crop device extractor inception json max-bad max-pixels seed size"
