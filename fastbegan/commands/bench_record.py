@@ -25,7 +25,7 @@ from ..runs.sheets import generate, sheet_latents
 _LOOKS = 12  # evenly spaced times at which the images of a run are scored
 _IMAGES = 500  # that are scored, and training images that they are compared with
 
-LEVELS = {"demo": (0.05, 700.0)}
+LEVELS = {"demo": (0.04, 650.0)}
 """M and FD to which the minutes of a record lead."""
 COLUMNS = ("device", "date", "commit", "torch", "M", "minutes", "FD", "minutes", "images/s", "command")
 
