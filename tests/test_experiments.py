@@ -28,7 +28,7 @@ from fastbegan.experiments.convergence import ranks_correlate
 from fastbegan.experiments.race import seconds_to, smoothed
 from fastbegan.experiments.record import fingerprint
 from fastbegan.experiments.scales import SCALES
-from fastbegan.experiments.speed import WAYS, minutes_to_levels
+from fastbegan.experiments.speed import WAYS, minutes_to_levels, ratio_of_minutes
 from fastbegan.experiments.study import OF_ONE_RUN
 from fastbegan.files import read_json
 from fastbegan.nets.models import build
@@ -239,6 +239,9 @@ def test_minutes_to_a_level() -> None:
     assert half["M"] == 65.5 and half["ours"] == pytest.approx((40 + 50) / 60)
     stuck = race | {"ours": {"seconds": times, "M": [100.0] * 100}}
     assert minutes_to_levels(stuck, (1.0,))[0]["ours"] is None
+    assert ratio_of_minutes({"ours": 3.0, "textbook": 6.0}, "textbook", 7) == (0.5, "0.5")
+    assert ratio_of_minutes({"ours": 3.5, "textbook": None}, "textbook", 7) == (0.5, "under 0.5")
+    assert ratio_of_minutes({"ours": None, "textbook": 6.0}, "textbook", 7) == (None, "not reached")
 
 
 def test_latents_are_recovered_inside_the_cube() -> None:

@@ -105,9 +105,8 @@ class DaliLoader(StagedLoader):
 
     def close(self) -> None:
         self._pipeline = None
-        for files in self._coming:
-            for file in files:
-                file.cancel()
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._readers = one_core_each(_READERS)  # without a thread until there is work
         self._coming.clear()
 
     def finish(self, images: Any, fn: Any, types: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import os
 import shutil
@@ -22,6 +24,7 @@ from .order import Order
 from .prepare import Catalogue
 from .scale import scale
 
+_PATIENCE = 120  # seconds without a batch, after which loader processes are given up
 _SHARED_MEMORY = Path("/dev/shm")  # by which torch's processes pass batches on Linux
 NONE_LEFT = "none of the picture files can be decoded any more"
 
@@ -61,6 +64,19 @@ def _outlast_signals(_: int) -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # torch ends the run when a process exits with anything but 0
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+@contextlib.contextmanager
+def _no_garbage_of_ours() -> Iterator[None]:
+    """Keep processes that are forked inside from destroying what lies in this one's reference cycles.
+
+    A destructor may wait for threads, as that of DALI's pipeline does. A fork has none of them, so it would never end.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Batches:
@@ -141,8 +157,10 @@ class TorchLoader(StagedLoader):
                 num_workers=self._workers,
                 prefetch_factor=self._prefetch if self._workers else None,
                 worker_init_fn=_outlast_signals,
+                timeout=_PATIENCE if self._workers else 0,
             )
-            self._batches = iter(batches)
+            with _no_garbage_of_ours():
+                self._batches = iter(batches)
         self._next = position + self.batching.step
         try:
             return next(self._batches)
@@ -161,3 +179,5 @@ class TorchLoader(StagedLoader):
         # at once: another reference to the iterator, say in a traceback, would keep its processes alive
         if (shut_down := getattr(batches, "_shutdown_workers", None)) is not None:
             shut_down()
+            for process in getattr(batches, "_workers", ()):
+                process.kill()  # one that hangs takes no SIGTERM, and would keep this process from ending

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +20,7 @@ import torch
 from PIL import Image
 
 from fastbegan import TrainConfig, UserError
-from fastbegan.data import choose, dali_loader
+from fastbegan.data import choose, dali_loader, files_loader
 from fastbegan.data.choose import open_loader
 from fastbegan.data.decode import Decoding
 from fastbegan.data.loader import Batching, Loader, PackedLoader, ResidentLoader
@@ -235,6 +241,69 @@ def test_a_loader_that_is_left_open_or_loses_its_processes(pictures: Path, way: 
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert ("this batch is read here" in done.stderr) == (way == "kill")
+
+
+class _Lasting:
+    """Its destructor ends in its own process only, as that of DALI's pipeline, which waits for threads."""
+
+    def __init__(self) -> None:
+        self.cycle, self.process = self, os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.process:
+            time.sleep(600)
+
+
+def test_a_forked_process_destroys_nothing_of_this_one(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = torch.Tensor.share_memory_
+
+    def collect(batch: torch.Tensor) -> torch.Tensor:
+        gc.collect()
+        return share(batch)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", collect)  # called in the forked processes
+    monkeypatch.setattr(files_loader, "_PATIENCE", 10)
+    gc.disable()
+    try:
+        _Lasting()
+        loader = _open("torch", pictures, batch_size=12)
+        assert loader.batch(0).isfinite().all()
+        assert gc.get_freeze_count() == 0
+        loader.close()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("state", ["asleep", "deaf"])
+def test_a_process_that_hangs_is_given_up(pictures: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    def hang(_: torch.Tensor) -> None:
+        if state == "deaf":
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        time.sleep(600)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", hang)  # called in the forked processes
+    monkeypatch.setattr(files_loader, "_PATIENCE", 1)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # how long its end is waited for
+    loader = _open("torch", pictures, batch_size=12)
+    with pytest.warns(UserWarning, match="timed out after 1 seconds; this batch is read here, the next by new ones"):
+        assert loader.batch(0).isfinite().all()
+    loader.close()
+    for process in multiprocessing.active_children():
+        process.join(10)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not dali_loader.INSTALLED, reason="DALI is not installed")
+def test_threads_of_dali_end_with_the_loader(pictures: Path) -> None:
+    before = set(threading.enumerate())
+    loader = _open("dali", pictures, batch_size=12)
+    loader.batch(0)
+    readers = set(threading.enumerate()) - before
+    assert readers
+    loader.close()
+    for reader in readers:
+        reader.join(10)
+        assert not reader.is_alive()
 
 
 @pytest.mark.parametrize("kind", ["torch", "dali"])
