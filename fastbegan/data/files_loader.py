@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..device import core_count
 from ..errors import UserError
 from .decode import Decoding, RejectedImageError, decode, read_bytes
 from .loader import Batching, StagedLoader
@@ -135,12 +136,12 @@ class TorchLoader(StagedLoader):
             catalogue: The good files of the source.
             batching: Size, order and device of the batches.
             decoding: As of the catalogue.
-            workers: Processes that decode; None means 2, 0 decodes in this process.
+            workers: Processes that decode; None means 2, or 1 on one core; 0 decodes in this process.
             prefetch: Batches that each process decodes ahead.
         """
         super().__init__(len(catalogue.entries), batching)
         self.pictures = Pictures(catalogue, batching.stored, decoding)
-        self._workers, self._prefetch = 2 if workers is None else workers, prefetch
+        self._workers, self._prefetch = min(2, core_count()) if workers is None else workers, prefetch
         self._batches: Iterator[Tensor] | None = None
         self._next = 0
 
