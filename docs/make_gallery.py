@@ -11,7 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 GALLERY, SOURCE = HERE / "gallery", HERE.parent / "experiments"
-ORDER = ("diversity", "continuity", "convergence", "unbalanced", "scores", "ablation")
+ORDER = ("diversity", "continuity", "convergence", "unbalanced", "scores", "ablation", "speed")
 HEAD = """# Gallery
 
 A long run on drawn faces, and the experiments of the paper's section 4 at demo scale. Each is made by the one command

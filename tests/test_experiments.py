@@ -287,5 +287,5 @@ def test_the_gallery_is_what_lies_in_it() -> None:
     for name in make_gallery.ORDER:
         results = _results(make_gallery.GALLERY / name)
         command = ["fastbegan", "experiment", name, "--scale", "demo", *AT_LENGTH.get(name, ())]
-        assert results["command"] == " ".join(command)
+        assert results["command"].removesuffix(" --any-code") == " ".join(command)
     assert sum(path.stat().st_size for path in make_gallery.GALLERY.rglob("*")) < 6e6
