@@ -55,7 +55,7 @@ SCALES: dict[str, Scale] = {
         # float32, though some CPUs have bf16, so that figures of two machines compare
         preset="demo", filters=None, precision="float32", data="faces", minutes=7,
         options=(*_FIXED, *"--log-every 10 --sample-every 250 --checkpoint-every 250".split()),
-        steps=3600, steps_of_many=1000, seeds=3, samples=500, scored=500, checkpoints=15, recovered=64, descent=400,
+        steps=3600, steps_of_many=800, seeds=3, samples=500, scored=500, checkpoints=15, recovered=64, descent=400,
         starved=4,
         limits=(
             "Small nets and runs of minutes: this shows which way things go, not how good a BEGAN becomes; figures "
