@@ -11,14 +11,14 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 GALLERY, SOURCE = HERE / "gallery", HERE.parent / "experiments"
-ORDER = ("diversity", "continuity", "convergence", "unbalanced", "scores", "ablation", "speed")
+RUNS = ("demo-64", "orl")  # pages that docs/make_run_pages.py makes
+ORDER = ("speed", "diversity", "continuity", "convergence", "unbalanced", "scores", "ablation", "nearest")
 HEAD = """# Gallery
 
-A long run on drawn faces, and the experiments of the paper's section 4 at demo scale. Each is made by the one command
-above its picture. The experiments here were made with the drawn portraits, the default until 2026-11-30. The commands
-need what `.venv/bin/pip install -c constraints.txt -e '.[eval]'` adds to `make venv`. `make experiments` does all
-experiments, and `make gallery` makes these pages. Each link leads to the whole report, with all figures; beside it lies
-`results.json`.
+Two runs; a race of three ways to train; the experiments of the paper's section 4 at demo scale; and two more. Each is
+made by the one command above its picture. The commands need what `.venv/bin/pip install -c constraints.txt -e
+'.[eval]'` adds to `make venv`. `make experiments` does all experiments, and `make gallery` makes these pages. Each link
+leads to the whole report, with all figures; beside it lies `results.json`.
 
 What demo scale shows is which way things go: nets of a few hundred thousand parameters, 32 pixels, minutes on two cores
 instead of days on four GPUs. It does not show how good a BEGAN becomes: drawn faces are easier than photographs, which
@@ -58,7 +58,7 @@ def section(name: str) -> str:
 
 def page() -> str:
     """The first page, made from the reports in the gallery."""
-    return "\n\n".join([HEAD, *(section(name) for name in ("demo-64", *ORDER) if (GALLERY / name).is_dir())]) + "\n"
+    return "\n\n".join([HEAD, *(section(name) for name in (*RUNS, *ORDER) if (GALLERY / name).is_dir())]) + "\n"
 
 
 if __name__ == "__main__":
