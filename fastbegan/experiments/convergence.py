@@ -28,7 +28,9 @@ def ranks_correlate(first: np.ndarray, second: np.ndarray) -> float:
 def run(study: Study) -> None:
     """Train one run and keep its checkpoints; compare M before each with the scores of its generator."""
     interval = max(1, study.scale.steps // study.scale.checkpoints)
-    trained = study.train_one("run", ("--checkpoint-every", interval, "--keep", study.scale.checkpoints + 1))
+    # a rate that falls lowers M by itself, whatever becomes of the images
+    options = ("--lr-fall", 0, "--checkpoint-every", interval, "--keep", study.scale.checkpoints + 1)
+    trained = study.train_one("run", options)
     checkpoints = list_checkpoints(trained.folder.checkpoints)
     if len(checkpoints) < _LEAST:
         raise UserError(
