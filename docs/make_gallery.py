@@ -42,7 +42,8 @@ def section(name: str) -> str:
     results: dict[str, Any] = json.loads((GALLERY / name / "results.json").read_text(encoding="utf-8"))
     title = report.partition("\n")[0].removeprefix("# ")
     machine, settings = results["machine"], results["settings"]
-    minutes = f"{results['seconds'] / 60:.1f} minutes on {machine['device']} ({machine['cores']} {'core' if machine['cores'] == 1 else 'cores'})"
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+    minutes = f"{results['seconds'] / 60:.1f} minutes on {machine['device']} ({cores})"
     pictures = re.findall(r"!\[(.*?)\]\((.*?)\)", report)
     first = [(caption, file) for caption, file in pictures if file[:6] == pictures[0][1][:6]]  # samples-1, samples-2
     lines = [f"## [{title}]({name}/report.md)", f"```sh\n{results['command']}\n```"]
