@@ -19,6 +19,24 @@ def test_stuck_k() -> None:
     assert "k is stuck at 1" in str(messages[7])
 
 
+def test_divergence() -> None:
+    monitor = HealthMonitor()
+    # the fifth row in sequence above twice the lowest; a dip below it starts the count again
+    losses = (0.3, 0.1, 0.21, 0.21, 0.21, 0.21, 0.19, 0.4, 0.4, 0.4, 0.4, 0.39, 0.4)
+    messages = [monitor.after_loss(loss) for loss in losses]
+    assert [number for number, message in enumerate(messages) if message] == [11]
+    assert "L(x), which had fallen to 0.1, is 0.39; start again with a lower learning rate (--lr)" in str(messages[11])
+
+
+def test_a_run_that_diverges_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*TINY, "--device", "cpu", "--log-every", "1", "--out", str(tmp_path / "run")]
+    assert main(["train", *flags, "--steps", "30"]) == 0
+    assert "diverged" not in capsys.readouterr().out
+    assert main(["train", *flags, "--steps", "60", "--lr", "0.5"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "diverged" in line]
+    assert len(said) == 1 and "warning: step " in said[0]
+
+
 def test_fallen_variety() -> None:
     monitor = HealthMonitor()
     messages = [monitor.after_sheet(d, 1000, 0.1) for d in (0.01, 0.2, 0.15, 0.05, 0.04, 0.2, 0.01)]

@@ -1,10 +1,11 @@
-"""Warnings about a training in progress: k stuck at 1, and mode collapse. They never end a run."""
+"""Warnings about a training in progress: k stuck at 1, divergence, mode collapse. They never end a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_STUCK_ROWS = 5  # consecutive log rows with k at 1 before a warning
+_STUCK_ROWS = 5  # consecutive log rows with k at 1, or with L(x) far above its lowest, before a warning
+_ROSE_TO = 2.0  # L(x) over this many times its lowest counts as divergence; chosen, not measured
 _FELL_TO = 0.5  # variety under this share of its best counts as mode collapse
 _ALIVE = 0.05  # variety of samples that differ; chosen, not measured
 _PATIENCE = 0.5, 100_000  # share of the run, and number of images, by the first of which samples must differ
@@ -33,10 +34,11 @@ def not_finite(step: int, dump: Path, run: Path, lr: float, *, alternating: bool
 
 
 class HealthMonitor:
-    """Watches k and the variety of samples. Each warning comes once, and again only after its cause has passed."""
+    """Watches k, L(x) and the variety of samples. A warning comes once, and again only after its cause has passed."""
 
     def __init__(self) -> None:
         self._stuck, self._best, self._collapsed = 0, 0.0, False
+        self._lowest, self._high = float("inf"), 0
 
     def after_log(self, k: float) -> str | None:
         """Take k of a log row. Returns a warning if k has just become stuck at 1."""
@@ -44,6 +46,17 @@ class HealthMonitor:
         if self._stuck != _STUCK_ROWS:
             return None
         return "k is stuck at 1: D cannot tell generated images apart any more; try a lower gamma or learning rate"
+
+    def after_loss(self, loss_real: float) -> str | None:
+        """Take L(x) of a log row. Returns a warning if training has just diverged: D has lost what it had learned."""
+        self._lowest = min(self._lowest, loss_real)
+        self._high = self._high + 1 if loss_real > _ROSE_TO * self._lowest else 0
+        if self._high != _STUCK_ROWS:
+            return None
+        return (
+            f"training has diverged: L(x), which had fallen to {self._lowest:.3g}, is {loss_real:.3g}; "
+            "start again with a lower learning rate (--lr)"
+        )
 
     def after_sheet(self, variety: float, images: int, fraction: float) -> str | None:
         """Take the variety of a sheet's generated images.

@@ -36,6 +36,7 @@ class Metrics:
         self._loggers = loggers
         for row in self._folder.read_metrics():
             self._health.after_log(row["k"])
+            self._health.after_loss(row["loss_real"])
             if "variety" in row:  # rows of earlier versions have none
                 fraction = progress.fraction() * row["images"] / max(progress.images, 1)
                 self._health.after_sheet(row["variety"], row["images"], fraction)
@@ -108,6 +109,7 @@ class Metrics:
         row = {"step": step, "images": images, **self._step.equilibrium.means(numbers)}
         row |= {"lr": facts.pop("lr"), "images_per_second": round(rate, 2), "data_wait": round(waited, 4), **facts}
         self._warn(self._health.after_log(row["k"]), step)
+        self._warn(self._health.after_loss(row["loss_real"]), step)
         self._folder.append_metrics(row)
         self._tell_loggers(lambda logger: logger.row(row))
         self._display.training(progress.fraction(), row, progress.seconds_left())
