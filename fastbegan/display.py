@@ -24,6 +24,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def _left(seconds: float | None) -> str:
+    """What a line of progress says of the time that is left; nothing where nobody knows."""
+    return "" if seconds is None else f"  {duration(seconds)} left"
+
+
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Print a line per fact, name and value in two columns."""
     for name, value in facts:
@@ -83,23 +88,24 @@ class Display:
         """Show progress of trying kernels that this kind of GPU has not run yet."""
         self._show("trying kernels on this GPU, once:", done / max(total, 1), f"{done} of {total}", last=done == total)
 
-    def step(self, fraction: float, step: int, seconds_left: float) -> None:
+    def step(self, fraction: float, step: int, seconds_left: float | None) -> None:
         """Show progress between two log rows, from numbers that need no read from the device.
 
-        `fraction` of the run is done, from 0 to 1; `step` is the number of the last step.
+        `fraction` of the run is done, from 0 to 1; `step` is the number of the last step. `seconds_left` is None where
+        nobody knows yet.
         """
         if self._live is None and not self._due():
             return
-        note = f"{fraction:4.0%}  step {step:,}  {duration(seconds_left)} left"
+        note = f"{fraction:4.0%}  step {step:,}{_left(seconds_left)}"
         self._show("training", fraction, note + (self._numbers if self._live else ""))
 
-    def training(self, fraction: float, row: dict[str, Any], seconds_left: float) -> None:
+    def training(self, fraction: float, row: dict[str, Any], seconds_left: float | None) -> None:
         """Show progress of training from a row of metrics, as metrics.jsonl holds it; `fraction` of the run is done."""
         numbers = (
             f"L(x) {row['loss_real']:.4f}  L(G(z)) {row['loss_fake']:.4f}  k {row['k']:.4f}  M {row['convergence']:.4f}"
         )
         self._numbers = f"\n{numbers}"  # a second line: 80 columns are too short for all of it
-        speed = f"{row['images']:,} images  {row['images_per_second']:,.0f} img/s  {duration(seconds_left)} left"
+        speed = f"{row['images']:,} images  {row['images_per_second']:,.0f} img/s{_left(seconds_left)}"
         speed += f"  {row['data_wait']:.1%} waiting for data"
         note = f"{fraction:4.0%}  {speed}" + (self._numbers if self._live else f"  {numbers}")
         self._show("training", fraction, note, last=fraction >= 1)

@@ -57,13 +57,14 @@ def test_what_is_kept_is_the_passes_that_are_alive_together(dtype: torch.dtype |
     assert half == pytest.approx(step_cost(model, TrainConfig()).kept / 2, rel=0.02)
 
 
-@pytest.mark.parametrize(("size", "most"), [(32, 0.60), (64, 0.57), (128, 0.51), (256, 0.49)])
+@pytest.mark.parametrize(("size", "share"), [(32, 0.59), (64, 0.56), (128, 0.51), (256, 0.49)])
 @pytest.mark.parametrize("passes", ["single-pass", "joint"])
-def test_a_step_does_less_than_the_textbook(size: int, most: float, passes: str) -> None:
+def test_a_step_does_less_than_the_textbook(size: int, share: float, passes: str) -> None:
+    """The README's figures, each to two digits."""
     preset = PRESETS[f"paper-{size}"]
     assert preset.model.filters == 128
     textbook, fast = (step_cost(preset.model, replace(preset.train, passes=how)).flops for how in ("textbook", passes))
-    assert fast <= most * textbook
+    assert round(fast / textbook, 2) == share
 
 
 def test_memory_grows_with_the_batch() -> None:

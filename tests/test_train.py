@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,9 +22,12 @@ from torch import Tensor
 from fastbegan import PRESETS, ModelConfig, TrainConfig, UserError
 from fastbegan.counter import Z_D, latents
 from fastbegan.display import Display
+from fastbegan.distributed.ranks import Ranks
 from fastbegan.runs.checkpoint import list_checkpoints, save_checkpoint
 from fastbegan.runs.folder import RunConfig, RunFolder
 from fastbegan.training.loop import NOT_FINITE, StopRequest, Training, train
+from fastbegan.training.progress import Progress
+from fastbegan.training.step import TrainStep
 from fastbegan_kernels import tuning
 
 pytestmark = pytest.mark.core
@@ -381,6 +384,19 @@ def test_totals_by_images_and_minutes(tmp_path: Path) -> None:
     before = _last_state(tmp_path / "minutes")["step"]
     _train(tmp_path / "minutes", steps=None, minutes=0.01)  # nothing is left to do
     assert _last_state(tmp_path / "minutes")["step"] == before
+
+
+def test_the_first_steps_tell_nothing_of_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stop = 0.0, StopRequest()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    progress = Progress(TrainConfig(images=None, steps=110), cast("TrainStep", None), Ranks())
+    progress.begin()
+    for number in range(1, 61):
+        clock += 50.0 if number == 1 else 2.0  # the first step compiles
+        progress.count()
+        progress.decide(stop)
+        assert (progress.seconds_left() is None) == (number <= 10)
+    assert progress.seconds_left() == pytest.approx(100)
 
 
 def test_learning_rate_halves_when_the_measure_stalls(tmp_path: Path) -> None:

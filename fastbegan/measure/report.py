@@ -70,8 +70,8 @@ def summary(runs: Iterable[Results]) -> str:
     words = "Measured with `pytest bench/`; each ratio is of turns taken in one run."
     if not gpu:
         words += (
-            " No GPU has been measured yet: the Triton kernels were checked under the interpreter and cross-compiled"
-            " for sm_80, sm_90 and sm_100, and figures for GPUs (`fastbegan bench plan`) are a model."
+            " No GPU has been measured yet: the Triton kernels were checked under the interpreter, and their PTX was"
+            " [executed on a CPU](ptx.md) against float64. Figures for GPUs (`fastbegan bench plan`) are a model."
         )
     return "\n".join([*lines, words, ""])
 

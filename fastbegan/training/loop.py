@@ -271,6 +271,8 @@ class Training:
         for name, line in zip_longest(("data",), data_lines, fillvalue=""):
             say(f"{name:<11}{line}")
         say(f"run        {self.folder.path}" + (f", continued at step {done:,}" if done else ""))
+        if place.compile_mode is not None and self.progress.fraction() < 1:
+            say("compiling  the first step may take a minute or more")
 
     def _stop_not_finite(self) -> int:
         """Say where a number stopped being finite; the weights are those of the step before."""

@@ -11,6 +11,8 @@ from ..distributed.stop import StopRequest
 from .reading import Reading
 from .step import TrainStep
 
+_UNSTEADY = 10  # first steps of a process, which compile and choose kernels
+
 
 class Progress:
     """Steps, images and seconds of a run, resumed runs included; `last` says whether the step just done is the last."""
@@ -21,10 +23,13 @@ class Progress:
         self._train, self._step, self._ranks = train, step, ranks
         self._wishes: Reading | None = None  # of all ranks in the step before
         self._clock = time.monotonic()
+        self._begun = 0  # the steps that were done when this process began
+        self._steady: tuple[float, float] | None = None  # fraction and seconds, once steps take their usual time
 
     def begin(self) -> None:
         """Start the clock: this process trains from now on."""
         self._clock = time.monotonic()
+        self._begun = self.done
         self.last = self.fraction() >= 1
 
     def count(self) -> None:
@@ -35,6 +40,8 @@ class Progress:
         """Set `last`, once per step: a signal that comes later is for the next step. All ranks decide alike."""
         now = time.monotonic()
         self.seconds, self._clock = self.seconds + now - self._clock, now
+        if self.done == self._begun + _UNSTEADY:
+            self._steady = self.fraction(), self.seconds
         self.last = self._reached(stop)
 
     def _reached(self, stop: StopRequest) -> bool:
@@ -60,9 +67,12 @@ class Progress:
         totals = ((self.images, train.images), (self.done, train.steps), (self.seconds / 60, minutes))
         return max((now / total for now, total in totals if total is not None), default=0.0)
 
-    def seconds_left(self) -> float:
-        """Seconds until the end at the mean speed so far."""
-        return max(0.0, self.seconds / max(self.fraction(), 1e-9) - self.seconds)
+    def seconds_left(self) -> float | None:
+        """Seconds until the end at this process's mean speed; None in its first steps, which tell nothing of it."""
+        if self._steady is None or self.fraction() <= self._steady[0]:
+            return None
+        fraction, seconds = self._steady
+        return max(0.0, (1 - self.fraction()) * (self.seconds - seconds) / (self.fraction() - fraction))
 
     def due(self, every: int) -> bool:
         """True after every `every` steps, and after the last."""
